@@ -1,0 +1,86 @@
+"""How long pruning takes, in plain passes: forward passes of the blocks over the same tokens through transformers.
+
+    python benchmarks/prune_speed.py MODEL DATA [--rounds 3] [--compute-dtype float32]
+
+Plain passes and runs alternate, so that a change of the machine's mood meets both; medians and ratios are printed.
+Time is that of the whole call: opening, first look, statistics, choice, packing, writing, report.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import budwood
+from budwood.checkpoints.tokenizer import load_tokenizer
+from budwood.data.windows import calibration_windows
+from budwood.environment import machine
+
+METHODS = ('wanda("50%")', 'wanda("2:4")', "wrp(alpha=0.25)", 'sparsegpt("2:4")', 'sparsegpt("50%")')
+
+
+def plain_pass(model: torch.nn.Module, ids: torch.Tensor, batch: int) -> float:
+    """Seconds for all windows through the decoder, without the vocabulary head."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        for part in ids.split(batch):
+            model.base_model(input_ids=part, use_cache=False)
+    return time.perf_counter() - start
+
+
+def pruning(model: str, data: str, method: str, samples: int, length: int, compute: str) -> tuple[float, float]:
+    """Seconds of the whole call, and of the loop over blocks."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        start = time.perf_counter()
+        report = budwood.prune(
+            model, Path(folder) / "out", method, data, num_samples=samples, seq_length=length,
+            sampling="consecutive", compute_dtype=compute,
+        )
+        return time.perf_counter() - start, report["seconds"]["blocks"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--compute-dtype", default="float32")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    asked = parser.parse_args()
+
+    ids = calibration_windows(
+        asked.data, load_tokenizer(asked.model), num_samples=asked.num_samples, seq_length=asked.seq_length,
+        sampling="consecutive",
+    ).ids
+    dtype = getattr(torch, "float32" if asked.compute_dtype == "auto" else asked.compute_dtype)
+    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=dtype).eval()
+    few = ids[:16]
+    batch = min((1, 2, 4, 8, 16), key=lambda size: plain_pass(model, few, size))
+    print(f"{machine()}\nplain pass in {dtype}, batch {batch}, {ids.numel()} tokens")
+
+    passes: list[float] = []
+    runs: dict[str, list[tuple[float, float]]] = {method: [] for method in asked.methods}
+    for _ in range(asked.rounds):
+        for method in asked.methods:
+            passes.append(plain_pass(model, ids, batch))
+            runs[method].append(
+                pruning(asked.model, asked.data, method, asked.num_samples, asked.seq_length, asked.compute_dtype)
+            )
+            whole, loop = runs[method][-1]
+            print(f"  pass {passes[-1]:.1f} s, {method} {whole:.1f} s (blocks {loop:.1f} s)", flush=True)
+    plain = statistics.median(passes)
+    print(f"\n| | seconds | plain passes | blocks alone, plain passes |\n| --- | --- | --- | --- |\n| plain pass | {plain:.1f} | 1 | |")
+    for method, times in runs.items():
+        whole = statistics.median(time for time, _ in times)
+        loop = statistics.median(time for _, time in times)
+        print(f"| {method} | {whole:.1f} | {whole / plain:.2f} | {loop / plain:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

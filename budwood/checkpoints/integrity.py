@@ -1,0 +1,70 @@
+"""Tells an altered or truncated checkpoint from a whole one: the sha256 of every shard, kept in the index.
+
+The index is the usual one of Hugging Face (`metadata`, `weight_map`) with one more entry in its metadata,
+`sha256: {shard file: hex}`. Folders that others wrote carry none, and then there is nothing to compare with.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from budwood.errors import RunError
+
+INDEX_NAME = "sparse.safetensors.index.json"
+READERS = 4  # hashing leaves the interpreter lock, so a few shards are read at a time
+
+
+def sha256(file: Path) -> str:
+    """The digest of a file, in hex, read in pieces."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def index_of(weight_map: dict[str, str], total_size: int, digests: dict[str, str]) -> dict[str, Any]:
+    """The content of an index: `weight_map` tensor -> shard, `total_size` in bytes, `digests` shard -> hex."""
+    metadata = {"total_size": total_size, "sha256": dict(sorted(digests.items()))}
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def read_index(index: Path) -> dict[str, Any]:
+    """The content of an index file; RunError when it is missing, damaged, or names files outside its folder."""
+    try:
+        content = json.loads(index.read_text("utf-8"))
+        shards = set(content["weight_map"].values())
+        digests = content.setdefault("metadata", {}).get("sha256", {})
+        if any(Path(name).name != name for name in {*shards, *digests}):
+            raise ValueError("it names files outside its own folder")
+    except FileNotFoundError as error:
+        raise RunError(f"{index} is missing; fetch or write the checkpoint again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{index} is damaged: {error}; fetch or write the checkpoint again") from error
+    return content
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare every shard with the digest in the index; `checkpoint` is a folder or its index file.
+
+    Raises RunError naming the first shard, in the order of names, that is missing, altered or not listed.
+    """
+    index = checkpoint if checkpoint.is_file() else checkpoint / INDEX_NAME
+    content = read_index(index)
+    digests: dict[str, str] = content["metadata"].get("sha256", {})
+    shards = sorted({*content["weight_map"].values(), *digests})
+    for name in shards:
+        if not (index.parent / name).is_file():
+            raise RunError(f"{index.parent / name} is missing, but {index.name} names it; fetch it again")
+    if not digests:
+        return
+    unlisted = [name for name in shards if name not in digests]
+    if unlisted:
+        raise RunError(f"{index} holds no sha256 of {unlisted[0]}; write the checkpoint again")
+    with ThreadPoolExecutor(READERS) as readers:
+        found = readers.map(sha256, [index.parent / name for name in shards])
+        for name, digest in zip(shards, found, strict=True):
+            if digest != digests[name]:
+                raise RunError(
+                    f"{index.parent / name} was altered or cut short: its sha256 is {digest[:12]}..., "
+                    f"{index.name} says {digests[name][:12]}...; fetch or write it again"
+                )

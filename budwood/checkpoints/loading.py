@@ -1,0 +1,49 @@
+"""Opens a finished folder, packed or dense, as an ordinary transformers model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from budwood.checkpoints import quantizer
+from budwood.checkpoints.reader import Shards
+from budwood.errors import RunError, UsageError
+
+
+def load(
+    folder: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """The model of a folder, or of a hub name, ready for inference; `kwargs` go to `from_pretrained`.
+
+    Stricter than `from_pretrained`: UsageError when there is no model, RunError when a file is damaged or a
+    weight is missing (transformers would start from random numbers there).
+    """
+    quantizer.register()
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{path} holds no config.json; give the folder of a model or a hub name")
+        Shards.of_folder(path)
+    elif path.exists() or path.is_absolute() or str(folder).startswith((".", "~")) or len(path.parts) > 2:
+        raise UsageError(f"there is no folder {path}; give the folder of a model or a hub name")
+    if device is not None:
+        if "device_map" in kwargs:
+            raise UsageError("give either device or device_map, not both")
+        kwargs["device_map"] = {"": torch.device(device)}
+    source = str(path) if path.is_dir() else str(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            source, dtype=dtype, output_loading_info=True, **kwargs
+        )
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise RunError(
+            f"{folder} lacks {len(missing)} weights of its model, {missing[0]} among them; fetch it again"
+        )
+    return model

@@ -1,0 +1,155 @@
+"""Tensors by name over the safetensors shards of a folder, checked before use and read without keeping a map open.
+
+Reading is a plain `read` into fresh memory: a memory map would count every page of a large model as resident and
+would crash instead of raising when a file is cut short under it.
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from budwood.errors import RunError, UsageError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+HEADER_LIMIT = 100_000_000  # bytes; the bound of the safetensors format itself
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor lies: file, first byte, type, shape."""
+
+    file: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: Path) -> tuple[dict[str, Place], dict[str, str]]:
+    """The tensors and the metadata of one shard; raises RunError when header and file do not agree."""
+    try:
+        with open(file, "rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
+            if length > HEADER_LIMIT:
+                raise ValueError("its first bytes are no safetensors header")
+            header = json.loads(stream.read(length))
+        size = file.stat().st_size
+        metadata = header.pop("__metadata__", {})
+        places: dict[str, Place] = {}
+        end = 0
+        for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+            start, stop = entry["data_offsets"]
+            place = Place(file, 8 + length + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if start != end or stop - start != place.nbytes or any(side < 0 for side in place.shape):
+                raise ValueError(f"the bytes given for {name} do not fit its shape")
+            places[name], end = place, stop
+        if 8 + length + end != size:
+            raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        reason = f"unknown type {error}" if isinstance(error, KeyError) else str(error)
+        raise RunError(f"{file} is truncated or damaged: {reason}; fetch or write it again") from error
+    return places, metadata
+
+
+class Shards:
+    """All tensors of a folder by name.
+
+    Raises UsageError when the folder holds no safetensors, RunError when a shard is missing or damaged.
+    """
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+        self.places: dict[str, Place] = {}
+        for file in files:
+            self.places |= read_header(file)[0]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Shards":
+        return cls(shard_files(folder))
+
+    def names(self) -> list[str]:
+        return list(self.places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.places[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.places[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        """A fresh tensor with the stored bits."""
+        return read_tensor(self.places[name])
+
+
+def read_tensor(place: Place) -> Tensor:
+    tensor = torch.empty(place.shape, dtype=place.dtype)
+    if place.nbytes == 0:
+        return tensor
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    with open(place.file, "rb", buffering=0) as stream:
+        stream.seek(place.start)
+        filled = 0
+        while filled < place.nbytes:  # one read returns at most 2 GiB
+            count = stream.readinto(view[filled:])
+            if not count:
+                raise RunError(f"{place.file} ended early; it was changed or cut short while being read")
+            filled += count
+    return tensor
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder: named by an index, or a single file, under the usual or under budwood's names."""
+    for stem in ("sparse", "model"):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise RunError(f"{index} is damaged: {error}; fetch or write it again") from error
+            if any(Path(name).name != name for name in names):
+                raise RunError(f"{index} names files outside its own folder; fetch or write it again")
+            files = [folder / name for name in names]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise RunError(f"{folder} lacks {', '.join(missing[:3])}, named in {index.name}; fetch it again")
+            return files
+        single = folder / f"{stem}.safetensors"
+        if single.is_file():
+            return [single]
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if pickles:
+        raise UsageError(
+            f"{folder} holds {pickles[0].name}, a pickle, which can run code when it is opened; convert it to "
+            "safetensors first (with transformers: from_pretrained(...).save_pretrained(...), on a machine you trust)"
+        )
+    raise UsageError(f"{folder} holds no safetensors file; give the folder of a model or a hub name")
+
+
+def sample(place: Place, length: int = 4096) -> bytes:
+    """The first bytes of a tensor, enough to tell one set of weights from another."""
+    with open(place.file, "rb") as stream:
+        stream.seek(place.start)
+        return stream.read(min(length, place.nbytes))
+

@@ -1,0 +1,53 @@
+"""A model without its weights: every parameter on the meta device, every buffer real.
+
+Rotary tables and the like are not in the files, so buffers are computed; parameters are filled block by block.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from budwood.errors import UsageError
+
+
+def read_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a folder, or of a bare `config.json`; UsageError when it is none of a decoder."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{path} holds no configuration that transformers can read: {reason}") from error
+    refuse_other_than_decoders(config, path)
+    return config
+
+
+def refuse_other_than_decoders(config: PretrainedConfig, path: Path) -> None:
+    decoders = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    named = getattr(config, "architectures", None) or []
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")
+    foreign = bool(named) and not decoders.intersection(named) and not hasattr(config, "auto_map")
+    if getattr(config, "is_encoder_decoder", False) or foreign or not known:
+        what = named[0] if named else config.model_type
+        raise UsageError(f"{path} is a {what}; budwood prunes decoder language models (AutoModelForCausalLM) only")
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of `config` in evaluation mode, `dtype` for its parameters, nothing of it filled."""
+    config = type(config).from_dict(config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def float32_names(model: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
+    """Parts of names of parameters that transformers itself keeps in float32 when the model runs in `dtype`."""
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return tuple(names)

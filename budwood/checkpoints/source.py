@@ -1,0 +1,102 @@
+"""A model to read from: a folder or a hub name, its configuration, its shards, its fingerprint."""
+
+import difflib
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from budwood.checkpoints.anatomy import Anatomy
+from budwood.checkpoints.reader import Shards, sample
+from budwood.checkpoints.skeleton import read_config
+from budwood.checkpoints.weights import Weights
+from budwood.errors import UsageError
+
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+
+
+@dataclass
+class Source:
+    """One model folder, dense or pruned."""
+
+    name: str  # as the user gave it
+    folder: Path
+    trust_remote_code: bool = False
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return read_config(self.folder, self.trust_remote_code)
+
+    @cached_property
+    def shards(self) -> Shards:
+        return Shards.of_folder(self.folder)
+
+    @cached_property
+    def packed(self) -> dict[str, dict[str, Any]]:
+        """Format and shape of every packed matrix; empty for a dense model."""
+        settings = json.loads((self.folder / "config.json").read_text("utf-8")).get("quantization_config")
+        if settings is None:
+            return {}
+        if settings.get("quant_method") != "budwood":
+            raise UsageError(
+                f"{self.name} is stored with {settings.get('quant_method')!r}; budwood reads dense checkpoints and "
+                "its own; de-quantise it first"
+            )
+        return dict(settings.get("linears", {}))
+
+    def weights(self, anatomy: Anatomy) -> Weights:
+        """The tensors under the names of the modules."""
+        return Weights(self.shards, anatomy, self.packed)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the configuration, every header and the first bytes of every tensor."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name, place in sorted(self.shards.places.items()):
+            digest.update(f"{name} {place.dtype} {place.shape}".encode())
+            digest.update(sample(place))
+        return digest.hexdigest()
+
+
+def open_source(name: str | Path, trust_remote_code: bool = False) -> Source:
+    """The model called `name`: a local folder, or a repository of the hub (downloaded or cached).
+
+    Raises UsageError when there is no such model, with the nearest local name.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        raise UsageError(f"{name} is a GGUF file; convert it first: budwood convert {name} FOLDER")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{name} has no config.json, so it is no (finished) model folder; {_nearest(path)}")
+        return Source(str(name), path, trust_remote_code)
+    if path.exists():
+        raise UsageError(f"{name} is a file; give the folder that holds config.json and the safetensors shards")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.is_dir():
+        return Source(str(name), _download(str(name)), trust_remote_code)
+    raise UsageError(f"there is no model {name}: no such folder, and it is no hub name (OWNER/NAME); {_nearest(path)}")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises dozens of kinds; all mean that the model cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"there is no folder {name}, and the hub gave no model of that name ({type(error).__name__}: {reason}); "
+            "check the name and the network, or give a local folder"
+        ) from error
+
+
+def _nearest(path: Path) -> str:
+    parent = path.parent if path.parent.is_dir() else Path()
+    folders = [entry.name for entry in parent.iterdir() if (entry / "config.json").is_file()]
+    close = difflib.get_close_matches(path.name, folders, n=1, cutoff=0.5)
+    return f"did you mean {parent / close[0]}?" if close else "check the spelling"

@@ -1,0 +1,119 @@
+"""Swaps plain linears of a model for packed ones, and back; knows modules and names, nothing about files.
+
+Fused experts are unfused first where one of their linears is packed, and a transposed linear (`Conv1D`) is
+packed as the `[out, in]` matrix it computes with. What stood there before is kept, so that `restore` gives
+back a model of the very classes that transformers builds.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from budwood.errors import RunError, UsageError
+from budwood.formats.linear import SparseLinear
+from budwood.models.experts import ExpertLinears, fused_state, is_fused, unfuse_module
+
+EXPERT = re.compile(r"(?P<experts>.+)\.(?P<part>gate_up|up|down)\.\d+")
+
+
+@dataclass
+class Substitution:
+    """The modules that others stand in for: linears by name, fused experts by path. Weightless: on meta."""
+
+    linears: dict[str, nn.Module] = field(default_factory=dict)
+    experts: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def missing_weight(self) -> str | None:
+        """A name where the plain model would look for a weight that is packed here; always the same one."""
+        if self.experts:
+            path = min(self.experts)
+            return f"{path}.{next(name for name, _ in self.experts[path].named_parameters())}"
+        return f"{min(self.linears)}.weight" if self.linears else None
+
+
+def local_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint -> name in `model`, for the linears and experts that the model has.
+
+    A checkpoint of a whole model may be loaded into its base model, without the prefix and the head, and
+    back.
+    """
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+
+    def exists(name: str) -> bool:
+        expert = EXPERT.fullmatch(name)
+        return name in modules or (
+            expert is not None and expert["experts"] in modules and is_fused(modules[expert["experts"]])
+        )
+
+    found = {}
+    for name in names:
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        local = next((candidate for candidate in candidates if exists(candidate)), None)
+        if local is not None:
+            found[name] = local
+    return found
+
+
+def unfuse_experts(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Make plain linears of those experts that hold one of `names`; path -> what stood there."""
+    fused: dict[str, nn.Module] = {}
+    for name in names:
+        expert = EXPERT.fullmatch(name)
+        path = expert["experts"] if expert else None
+        if path is not None and path not in fused and is_fused(model.get_submodule(path)):
+            fused[path] = model.get_submodule(path)
+            model.set_submodule(path, unfuse_module(fused[path]))
+    return fused
+
+
+def put(model: PreTrainedModel, name: str, packed: SparseLinear) -> nn.Module:
+    """Put `packed` where a linear of its shape stands, and return that one; raises RunError if none does."""
+    plain = model.get_submodule(name)
+    if not isinstance(plain, nn.Linear | Conv1D):
+        raise RunError(
+            f"{name} is packed in the checkpoint but a {type(plain).__name__} in the model, no linear"
+        )
+    out, width = plain.weight.T.shape if isinstance(plain, Conv1D) else plain.weight.shape
+    if packed.shape != (out, width):
+        raise RunError(f"{name} is {packed.shape} in the checkpoint and {(out, width)} in the model")
+    model.set_submodule(name, packed.train(plain.training))
+    return plain
+
+
+def restore(model: PreTrainedModel, before: Substitution, dtype: torch.dtype | None = None) -> None:
+    """Undo a substitution, weights unpacked in `dtype` or their own; raises UsageError if offloaded."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear):
+            if any(tensor.is_meta for tensor in module.packed().values()):
+                raise UsageError(f"{name} is offloaded; load the model without offload to unpack its weights")
+            dense = module.dequantize()
+            plain = before.linears.get(name)
+            model.set_submodule(name, transposed(dense, plain) if isinstance(plain, Conv1D) else dense)
+    for path, fused in before.experts.items():
+        plain = model.get_submodule(path)
+        assert isinstance(plain, ExpertLinears)
+        model.set_submodule(path, fused_again(plain, fused))
+    if dtype is not None:
+        nn.Module.to(model, dtype)  # the model's own refuses while it counts as quantized
+
+
+def transposed(dense: nn.Linear, plain: Conv1D) -> Conv1D:
+    """`plain`, holding what `dense` computes with."""
+    plain.weight = nn.Parameter(dense.weight.T.contiguous())
+    plain.bias = dense.bias
+    return plain
+
+
+def fused_again(plain: ExpertLinears, fused: nn.Module) -> nn.Module:
+    """`fused`, holding the weights of experts that are plain linears: the reverse of unfusing."""
+    for name, tensor in fused_state(plain).items():
+        if "." not in name:  # its children are the same in both
+            setattr(fused, name, nn.Parameter(tensor))
+    return fused

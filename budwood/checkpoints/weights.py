@@ -1,0 +1,109 @@
+"""The tensors of a checkpoint under the names of the model's modules, whatever names the files use.
+
+Files may carry the names of the modules, the older names that transformers renames on loading, experts one by one
+where the model holds them fused, or the packed tensors of this project. Renames and merges are transformers' own.
+"""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from budwood.checkpoints.anatomy import Anatomy
+from budwood.checkpoints.reader import Shards
+from budwood.errors import RunError
+from budwood.formats import named
+from budwood.models.experts import split_fused
+from budwood.models.linears import read
+
+
+@dataclass
+class Origin:
+    """Where one tensor of the model comes from: the names in the files, and what merges them."""
+
+    sources: list[tuple[str, str]] = field(default_factory=list)  # (name in the files, pattern that matched)
+    converter: WeightConverter | None = None
+
+
+class Weights:
+    """Reads the tensors of a model, dense and in module names (experts as plain linears)."""
+
+    def __init__(self, shards: Shards, anatomy: Anatomy, packed: dict[str, dict[str, Any]] | None = None):
+        self.shards, self.model = shards, anatomy.module
+        self.packed = packed or {}
+        self.origins = self._origins(anatomy.module, anatomy.fused)
+
+    def _origins(self, model: PreTrainedModel, expected: dict[str, Tensor]) -> dict[str, Origin]:
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        origins: dict[str, Origin] = {}
+        for source in sorted(self.shards.names(), key=_natural):
+            name, pattern = source, None
+            if source not in expected:
+                name, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, expected)
+            origin = origins.setdefault(name, Origin())
+            if pattern is not None and origin.converter is None:
+                origin.converter = deepcopy(by_pattern[pattern])
+            origin.sources.append((source, pattern or source))
+        return origins
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names in the model's terms below `prefix`: fused experts still whole, packed matrices in their parts."""
+        return [name for name in self.origins if name.startswith(prefix)]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors and the packed matrices among them, dense, experts split into plain linears."""
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors.update(self._convert(name))
+        whole = {linear: entry for linear, entry in self.packed.items() if self._parts(linear) & tensors.keys()}
+        return assemble(tensors, whole, self.model)
+
+    def _parts(self, linear: str) -> set[str]:
+        return {f"{linear}.{part}" for part in named(self.packed[linear]["format"]).suffixes}
+
+    def _convert(self, name: str) -> dict[str, Tensor]:
+        origin = self.origins[name]
+        if origin.converter is None:
+            return {name: self.shards.read(origin.sources[-1][0])}
+        converter = deepcopy(origin.converter)
+        for source, pattern in origin.sources:
+            converter.add_tensor(name, source, pattern, self.shards.read(source))
+        converted = converter.convert(name)
+        return {full: value[0] if isinstance(value, list) else value for full, value in converted.items()}
+
+
+def assemble(tensors: dict[str, Tensor], packed: dict[str, dict[str, Any]], model: nn.Module) -> dict[str, Tensor]:
+    """Stored tensors as the modules of `model` hold them: packed matrices unpacked, fused experts as plain linears."""
+    tensors = dict(tensors)
+    for linear, entry in packed.items():
+        layout = named(entry["format"])
+        try:
+            stored = {part: tensors.pop(f"{linear}.{part}") for part in layout.suffixes}
+        except KeyError as error:
+            raise RunError(f"the checkpoint lacks {error}, a part of {linear}; write or fetch it again") from error
+        weight = layout.unpack(stored, tuple(entry["shape"]))  # [out, in]
+        tensors[f"{linear}.weight"] = read(model.get_submodule(linear), weight).contiguous()
+    return {name: part for whole, tensor in tensors.items() for name, part in split_fused(whole, tensor).items()}
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def storage_dtype(shards: Shards, names: list[str]) -> torch.dtype:
+    """The floating type most of the weights are stored in."""
+    bytes_by_type: dict[torch.dtype, int] = {}
+    for name in names:
+        place = shards.places[name]
+        if place.dtype.is_floating_point:
+            bytes_by_type[place.dtype] = bytes_by_type.get(place.dtype, 0) + place.nbytes
+    return max(bytes_by_type, key=lambda dtype: bytes_by_type[dtype], default=torch.float32)

@@ -1,0 +1,77 @@
+"""What `data` may be: a list, a tensor, a name, a file, a folder; each becomes `Texts` or `TokenIds`."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from budwood.data.files import PICKLES, TEXT_READERS, read_ids, read_texts, suffix_of, token_ids
+from budwood.data.hub import C4_EVALUATION, C4_TRAINING, HubRows, hub_rows, wikitext2
+from budwood.data.speeches import speeches
+from budwood.data.texts import Purpose, Texts, TokenIds
+from budwood.errors import UsageError
+
+Data = str | Path | Sequence[str] | Tensor
+NAMES = ("sotu", "wikitext2", "c4", "hf:REPO[:CONFIG]:SPLIT[:FIELD]")
+
+
+def read(data: Data, purpose: Purpose, characters: float | None = None) -> Texts | TokenIds:
+    """Read the data. A name stands for one part of its corpus in calibration and for another in evaluation.
+
+    `characters`: how much text will do; a corpus that is streamed is not read much further. None: its usual
+    amount; `math.inf`: all there is. Raises UsageError.
+    """
+    if isinstance(data, Tensor):
+        return token_ids("token ids", data)
+    if not isinstance(data, str | Path):
+        documents = tuple(data)
+        if not all(isinstance(document, str) for document in documents):
+            raise UsageError("a list of data must hold nothing but strings, one document each")
+        if not any(document.strip() for document in documents):
+            raise UsageError("the list of strings holds no text")
+        return Texts("list of strings", documents)
+    name = str(data)
+    if name == "sotu" or name.startswith("sotu:"):
+        return speeches(name, purpose)
+    if name == "wikitext2":
+        return wikitext2(purpose)
+    if name == "c4":
+        rows = C4_TRAINING if purpose == "calibration" else C4_EVALUATION
+        return hub_rows(name, rows, characters)
+    if name.startswith("hf:"):
+        return hub_rows(name, HubRows.parse(name), characters)
+    return read_path(Path(name), name)
+
+
+def read_path(path: Path, name: str) -> Texts | TokenIds:
+    """A file by its suffix, or a folder: its text files in order of name."""
+    if path.is_dir():
+        files = [
+            file for file in sorted(path.iterdir()) if suffix_of(file) in TEXT_READERS and file.is_file()
+        ]
+        if not files:
+            raise UsageError(f"{name} holds no text file; the kinds read are {', '.join(TEXT_READERS)}")
+        parts = [read_texts(file, str(file)) for file in files]
+        documents = tuple(document for part in parts for document in part.documents)
+        return Texts(name, documents, rows_are_lines=all(part.rows_are_lines for part in parts))
+    suffix = suffix_of(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, ["sotu", "wikitext2", "c4"], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"no file, folder or data set is called {name!r}; {hint}Names are: {', '.join(NAMES)}"
+        )
+    if suffix in TEXT_READERS:
+        return read_texts(path, name)
+    if suffix in (".npy", ".safetensors"):
+        return read_ids(path, name)
+    if suffix in PICKLES:
+        raise UsageError(
+            f"{name} is a pickle, which can run code when it is opened; "
+            "save the token ids as .npy or .safetensors"
+        )
+    raise UsageError(
+        f"{name}: no reader for {suffix or 'a file without suffix'}; texts are {', '.join(TEXT_READERS)}, "
+        "token ids .npy, .safetensors"
+    )

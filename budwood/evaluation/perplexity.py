@@ -1,0 +1,167 @@
+"""Perplexity of a model on windows of text: resident or block by block, the same number."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from budwood.calibration.arithmetic import dtype_named, name_of
+from budwood.calibration.stream import Model
+from budwood.data.evaluation import evaluation_windows
+from budwood.checkpoints.loading import load
+from budwood.checkpoints.source import Source, open_source
+from budwood.checkpoints.tokenizer import load_tokenizer
+from budwood.errors import RunError
+from budwood.progress import Progress, Silent
+
+BOS_GAIN = 0.1  # share of the loss that a BOS must save to be worth a word
+BOS_TOKENS = 512  # of the first window are enough to see it
+
+
+def evaluate(
+    model: str,
+    data: Any,
+    *,
+    variant: str = "plain",
+    seq_length: int = 2048,
+    limit: int | None = None,
+    bos: str = "auto",
+    seed: int = 0,
+    stream: bool = False,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """exp of the mean over windows of the mean loss per token, with everything that the number depends on.
+
+    model: folder or hub name, dense or pruned. data, variant, bos: see `evaluation_windows`. dtype: type of the
+    forward pass; "auto" is float32 on a CPU, the checkpoint's own elsewhere. stream: one block in memory at a time.
+    Raises UsageError for what cannot be, RunError where the loss is no number.
+    """
+    progress = progress or Silent()
+    start = time.perf_counter()
+    source = open_source(model, trust_remote_code)
+    tokenizer = load_tokenizer(source.folder)
+    seq_length = min(seq_length, context(source.config))
+    windows = evaluation_windows(
+        data, tokenizer, variant=variant, seq_length=seq_length, limit=limit, bos=bos, seed=seed
+    )
+    place = torch.device(device or "cpu")
+    compute = _compute_dtype(dtype, source, place)
+    measure = _streamed if stream else _resident
+    ids = windows.ids
+    extra = with_bos(ids[:1], tokenizer)
+    losses, note = measure(source, ids, extra, compute, place, progress)
+    if not all(map(math.isfinite, losses)):
+        raise RunError(f"{model}: the loss of window {[*map(math.isfinite, losses)].index(False)} is no number")
+    mean = math.fsum(losses) / len(losses)
+    return {
+        "perplexity": math.exp(mean),
+        "mean_loss": mean,
+        "windows": len(losses),
+        "tokens": ids.numel(),
+        "seq_length": ids.shape[1],
+        "data": windows.record,
+        "variant": variant,
+        "bos": bos,
+        "dtype": name_of(compute),
+        "streamed": stream,
+        "losses": losses,
+        "notes": [note] if note else [],
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def window_loss(logits: Tensor, ids: Tensor) -> float:
+    """Mean cross-entropy of one window: logits [1, tokens, vocabulary], ids [1, tokens]; tokens - 1 targets."""
+    return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device)).item()
+
+
+def with_bos(window: Tensor, tokenizer: Any) -> Tensor | None:
+    """A pair [2, tokens]: the start of the window as it is, and with a BOS before it; None where it begins with one."""
+    token = tokenizer.bos_token_id
+    if token is None or window[0, 0] == token:
+        return None
+    plain = window[:, : min(BOS_TOKENS, window.shape[1])]
+    led = torch.cat([torch.full((1, 1), token), plain[:, :-1]], dim=1)
+    return torch.cat([plain, led])
+
+
+def bos_note(plain: float, led: float) -> str | None:
+    """The sentence to say when a BOS lowers the loss by more than a tenth."""
+    if led > (1 - BOS_GAIN) * plain:
+        return None
+    return (
+        f"this model wants a start token: with one before the first window its loss is {led:.3f} instead of "
+        f"{plain:.3f}; use --bos every"
+    )
+
+
+def streamed_losses(model: Model, ids: Tensor) -> list[float]:
+    """Loss of every window [windows, tokens], reading one block at a time."""
+    for _ in model.blocks(ids, batch=1):  # as a resident model sees them: the same sums, the same number
+        pass
+    assert model.activations is not None
+    losses = []
+    with model.outside(), torch.no_grad():
+        for batch in model.activations.indices():
+            hidden = model.activations.read(batch, model.device)
+            rows = ids[model.activations.span(batch)]
+            logits = model.logits(hidden)
+            losses += [window_loss(logits[i : i + 1], rows[i : i + 1]) for i in range(rows.shape[0])]
+    return losses
+
+
+def context(config: Any) -> int:
+    """Tokens that the model can see at once."""
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
+
+
+def _compute_dtype(dtype: str, source: Source, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return dtype_named(dtype)
+    if device.type == "cpu":
+        return torch.float32
+    return getattr(torch, str(getattr(source.config, "dtype", None) or "float32").removeprefix("torch."))
+
+
+Measured = tuple[list[float], str | None]
+
+
+def _resident(
+    source: Source, ids: Tensor, pair: Tensor | None, compute: torch.dtype, device: torch.device, progress: Progress
+) -> Measured:
+    model = load(source.folder, dtype=compute, device=str(device), trust_remote_code=source.trust_remote_code)
+
+    def loss(window: Tensor) -> float:
+        return window_loss(model(window.to(device), use_cache=False).logits, window)
+
+    with torch.no_grad():
+        note = bos_note(loss(pair[:1]), loss(pair[1:])) if pair is not None else None
+        return _each(loss, ids, progress), note
+
+
+def _each(loss: Callable[[Tensor], float], ids: Tensor, progress: Progress) -> list[float]:
+    losses = []
+    progress.start(len(ids), "windows")
+    try:
+        for index, window in enumerate(ids.unsqueeze(1)):
+            start = time.perf_counter()
+            losses.append(loss(window))
+            progress.block(index, f"window {index}", time.perf_counter() - start)
+    finally:
+        progress.finish()
+    return losses
+
+
+def _streamed(
+    source: Source, ids: Tensor, pair: Tensor | None, compute: torch.dtype, device: torch.device, progress: Progress
+) -> Measured:
+    model = Model(source, compute=compute, device=device)
+    note = bos_note(*streamed_losses(model, pair)) if pair is not None else None
+    return streamed_losses(model, ids), note

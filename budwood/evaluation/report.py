@@ -1,0 +1,193 @@
+"""The report of a run for people: `report.md`, and the model card `README.md` of the written folder.
+
+Names, recipes and notes come from users and foreign models, so nothing of them reaches the page as markup.
+"""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from budwood import amounts
+
+Report = Mapping[str, Any]
+BUDWOOD = "./budwood  # the source folder of budwood"
+MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+
+
+def escape(text: object) -> str:
+    """`text` on one line, with everything that markdown or HTML would act on made plain."""
+    return html.escape(MARKS.sub(r"\\\1", " ".join(str(text).split())), quote=False)
+
+
+def code(text: object) -> str:
+    """`text` as a code span: the fence longer than any run of backticks inside, pipes safe in tables."""
+    plain = " ".join(str(text).split()).replace("|", r"\|")
+    fence = "`" * (max((len(run) for run in re.findall(r"`+", plain)), default=0) + 1)
+    pad = " " if plain.startswith("`") or plain.endswith("`") else ""
+    return f"{fence}{pad}{plain}{pad}{fence}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, its first column text, the others figures; the cells come escaped."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def render_report(report: Report) -> str:
+    """`report.md`: what was done, what came out, matrix by matrix."""
+    parts = [
+        f"# {escape(report['source'])}, pruned with {code(report['method'])}",
+        table(("", ""), totals(report)),
+        "## How it was made",
+        table(("", ""), circumstances(report)),
+    ]
+    if report["notes"]:
+        parts += ["## Notes", "\n".join(f"- {escape(note)}" for note in report["notes"])]
+    if report["blocks"]:
+        parts += [
+            "## Blocks",
+            "Output error: the norm of what pruning changed in a block's output, over that output's norm.",
+            table(
+                ("block", "seconds", "output error"),
+                [
+                    (code(block["name"]), figure(block["seconds"]), amounts.share(block["relative_error"]))
+                    for block in report["blocks"]
+                ],
+            ),
+        ]
+    parts += [
+        "## Matrices",
+        table(
+            ("matrix", "shape", "format", "density", "recovered", "bytes"),
+            [
+                (
+                    code(name),
+                    amounts.shape(matrix["shape"]),
+                    matrix["format"],
+                    amounts.share(matrix["density"]),
+                    amounts.share(matrix["recovered"]),
+                    f"{matrix['bytes']:,}",
+                )
+                for name, matrix in report["linears"].items()
+            ],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def figure(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.2f}"
+
+
+def totals(report: Report) -> list[tuple[str, str]]:
+    """What came out, as rows of name and figure."""
+    total = report["totals"]
+    rows = [
+        ("weights of the model", f"{total['parameters']:,}"),
+        ("of them pruned", f"{total['in_scope']:,} ({amounts.share(total['coverage'], 1)})"),
+        ("density of the pruned matrices", amounts.share(total["density"])),
+        ("bits per pruned weight, index and all", amounts.figure(total["bits_per_weight"])),
+        ("bytes of all weights", f"{total['bytes']:,} ({amounts.size(total['bytes'])})"),
+        ("share of the dense model", amounts.share(total["bytes"] / total["bytes_dense"], 1)),
+    ]
+    if total["recovered"] is not None:
+        rows.insert(3, ("recovered beyond 2:4", amounts.share(total["recovered"], 3)))
+    return rows
+
+
+def circumstances(report: Report) -> list[tuple[str, str]]:
+    """What the figures must be read with."""
+    rows = [
+        ("budwood", escape(report["budwood"])),
+        ("made", escape(report["created"])),
+        ("method", code(report["method"])),
+        ("calibration", described(report["data"])),
+        ("stored as", escape(f"{report['dtype']}, {report['format']}")),
+        ("computed in", escape(report["compute_dtype"])),
+        (
+            "machine",
+            escape(
+                ", ".join(f"{key} {value}" for key, value in report["machine"].items() if value is not None)
+            ),
+        ),
+        (
+            "seconds",
+            escape(", ".join(f"{part} {seconds:.1f}" for part, seconds in report["seconds"].items())),
+        ),
+        ("peak memory", amounts.size(report["peak_memory"])),
+    ]
+    return rows
+
+
+def described(data: Mapping[str, Any] | None) -> str:
+    """The record of a text in one line."""
+    if data is None:
+        return "none needed"
+    return escape(
+        ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in data.items() if value is not None)
+    )
+
+
+def render_card(report: Report, base_model: str | None, license: str | None, architecture: str | None) -> str:
+    """The model card in the hub's manner.
+
+    base_model: a name on the hub, or None where the source was a local folder. license: the base model's,
+    as the hub spells it, or None. architecture: the class that loads it, such as LlamaForCausalLM.
+    """
+    packed = report["format"] != "dense"
+    name = base_model or report["source"]
+    loading = "import budwood  # lets transformers read the packed weights\n" if packed else ""
+    parts = [
+        front_matter(base_model, license),
+        f"# {escape(name)}, pruned with {code(report['method'])}",
+        f"A {escape(architecture or 'language model')} whose matrices were pruned by "
+        f"budwood {escape(report['budwood'])}. Embeddings and head are dense.",
+        "## Load it",
+        f"```sh\npip install {BUDWOOD if packed else 'transformers torch'}\n```",
+        "```python\n"
+        f"{loading}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")\n```',
+        "## What it is",
+        table(("", ""), totals(report)),
+        "## What was measured",
+        measured(report, packed),
+        "## How it was made",
+        table(("", ""), circumstances(report)),
+        "Matrix by matrix: `report.md`; for machines: `report.json`; to make it again: `recipe.json`.",
+        "## Licence",
+        f"That of the base model{f' ({escape(license)})' if license else '; the source folder names none'}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(base_model: str | None, license: str | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=license,
+        tags=["budwood", "pruned", "sparse"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def measured(report: Report, packed: bool) -> str:
+    """What is known of quality and speed, and plainly what is not."""
+    errors = [block["relative_error"] for block in report["blocks"] if block["relative_error"] is not None]
+    counted = amounts.share(report["totals"]["bytes"] / report["totals"]["bytes_dense"], 1)
+    error = f"{amounts.share(min(errors))} to {amounts.share(max(errors))}" if errors else "not measured"
+    speed = (
+        " A packed matrix is unpacked whenever it multiplies: that saves bytes, not time." if packed else ""
+    )
+    return "\n".join(
+        [
+            f"- Output error of a block: {error}.",
+            f"- Bytes, counted: {counted} of the dense model.",
+            "- Perplexity: not measured when this card was written; `budwood evaluate` measures it.",
+            f"- Speed: not measured.{speed}",
+        ]
+    )

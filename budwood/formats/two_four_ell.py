@@ -1,0 +1,102 @@
+"""2:4 and the recovered weights in square blocks, equally many in every row of blocks (WRP, algorithm 2).
+
+This is Blocked-ELL. A block holds zeros where the 2:4 part has the weight already. A row of blocks that
+needs fewer than the others is filled up with the lowest block columns it does not use: every index names a
+real block, and no reader needs a special case.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from budwood.formats.bits import stored
+from budwood.formats.format import Format, Refusal, size
+from budwood.formats.two_four import TwoFour, skeleton_bytes, split
+from budwood.sparsity.outlook import Outlook
+
+LARGEST_SIDE = 128
+
+
+class TwoFourEll(Format):
+    """`two_four`, and `ell_columns` int32 `[out/side, count]` ascending, `ell_values [out, count*side]`."""
+
+    name = "two_four_ell"
+    suffixes = (*TwoFour.suffixes, "ell_columns", "ell_values")
+
+    @staticmethod
+    def pack(weight: Tensor, base: Tensor | None = None) -> dict[str, Tensor]:
+        skeleton, recovered = split(weight, base)
+        found = smallest_block(recovered.view(weight.shape[0], -1, 4).any(2), weight.element_size())
+        if found is None:
+            raise Refusal(
+                f"two_four_ell cannot hold this {size(weight)} matrix: its height does not divide by 4"
+            )
+        return skeleton | pack_blocks(weight, recovered, *found)
+
+    @staticmethod
+    def unpack(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        dense = TwoFour.unpack(tensors, shape)
+        rows, count = tensors["ell_columns"].shape
+        side = shape[0] // rows
+        tiles = dense.view(rows, side, -1, side)
+        index = tensors["ell_columns"].long()[:, None, :, None].expand(rows, side, count, side)
+        values = tensors["ell_values"].view(rows, side, count, side)
+        tiles.scatter_(2, index, torch.where(stored(values), values, tiles.gather(2, index)))
+        return dense
+
+    @staticmethod
+    def nbytes(shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
+        block = outlook.block or ((4, 0) if outlook.recovered == 0 else None)
+        if block is None or shape[0] % block[0] or shape[1] % block[0] or shape[1] % 4:
+            return None
+        return skeleton_bytes(shape, itemsize) + block_bytes(shape[0], block, itemsize)
+
+
+def block_bytes(out: int, block: tuple[int, int], itemsize: int) -> int:
+    """Bytes of `ell_values` and `ell_columns`, `block` being (side, count per block row)."""
+    side, count = block
+    return itemsize * out * count * side + 4 * (out // side) * count
+
+
+def smallest_block(crowded: Tensor, itemsize: int) -> tuple[int, int] | None:
+    """The (side, count per block row) of the fewest bytes; None if 4 x 4 blocks do not divide the matrix.
+
+    `crowded`: bool [out, in/4], the groups that hold a recovered weight. Of equal sizes the larger side.
+    """
+    found = [(side, int(tiles.sum(1).max())) for side, tiles in _tilings(crowded)]
+    return min(
+        found, key=lambda block: (block_bytes(crowded.shape[0], block, itemsize), -block[0]), default=None
+    )
+
+
+def _tilings(crowded: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(side, the tiles of that side with a recovered weight), for the sides 4, 8, ... that divide it."""
+    if crowded.shape[0] % 4:
+        return
+    side, tiles = 4, crowded.view(-1, 4, crowded.shape[1]).any(1)  # [out/4, in/4]
+    yield side, tiles
+    while side < LARGEST_SIDE and tiles.shape[0] % 2 == 0 and tiles.shape[1] % 2 == 0:
+        side, tiles = 2 * side, tiles.view(tiles.shape[0] // 2, 2, -1, 2).any(3).any(1)
+        yield side, tiles
+
+
+def pack_blocks(weight: Tensor, recovered: Tensor, side: int, count: int) -> dict[str, Tensor]:
+    """The blocks that hold recovered weights: [out, in], bool [out, in] -> ell_columns, ell_values.
+
+    Raises `Refusal` if the side does not divide the matrix or a row of blocks needs more than `count`.
+    """
+    out, width = weight.shape
+    if out % side or width % side:
+        raise Refusal(f"blocks of {side} x {side} do not divide this {size(weight)} matrix")
+    tiles = recovered.view(out // side, side, width // side, side)  # [block rows, side, block columns, side]
+    used = tiles.any(3).any(1)  # [block rows, block columns]
+    most = int(used.sum(1).max())
+    if not most <= count <= width // side:
+        raise Refusal(f"{count} blocks of {side} x {side} per block row were asked for, {most} are needed")
+    chosen = (
+        (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].sort(1).values
+    )  # [block rows, count]
+    index = chosen[:, None, :, None].expand(-1, side, -1, side)
+    values = weight.masked_fill(~recovered, 0).reshape(tiles.shape).gather(2, index)
+    return {"ell_columns": chosen.int(), "ell_values": values.reshape(out, count * side)}

@@ -1,0 +1,17 @@
+"""One file per method. A new method is a file and a line here."""
+
+from budwood.methods.expression import parse_method, write_method
+from budwood.methods.magnitude import Magnitude
+from budwood.methods.method import Method
+from budwood.methods.sparsegpt import SparseGPT
+from budwood.methods.wanda import Wanda
+from budwood.methods.wrp import Wrp
+
+METHODS: dict[str, type[Method]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "wrp": Wrp,
+}
+
+__all__ = ["METHODS", "Method", "parse_method", "write_method"]

@@ -1,0 +1,49 @@
+"""Wanda: pruning by weights and activations (Sun, Liu, Bair, Kolter, ICLR 2024, arXiv 2306.11695)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from budwood.errors import UsageError
+from budwood.methods import metrics
+from budwood.methods.method import Block, Method, prune
+from budwood.methods.settings import one_of, truth
+from budwood.sparsity.patterns import NM, LowPrunes, Pattern, Scope, Shape, parse_pattern
+from budwood.sparsity.row_mass import RowMass
+
+
+@dataclass(frozen=True)
+class Wanda(Method):
+    """Drop the weights whose size times the norm of their input is smallest. No weight is changed.
+
+    pattern: "2:4" (N kept of M) or "50%" (dropped). scope: a share ranks within every "row", or in the whole
+    "matrix". tie: of equal scores the lower index stays ("low-keeps"), or goes ("low-prunes") as in the
+    published program. variant: rows keep shares of their own, set by their score mass (shares only).
+    """
+
+    pattern: str = "50%"
+    scope: Scope = "row"
+    tie: Literal["low-keeps", "low-prunes"] = "low-keeps"
+    variant: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("scope", self.scope, ("row", "matrix"))
+        one_of("tie", self.tie, ("low-keeps", "low-prunes"))
+        truth("variant", self.variant)
+        if isinstance(parse_pattern(self.pattern), NM) and self.variant:
+            raise UsageError(
+                f"variant=True lets rows differ, which {self.pattern} does not allow; give a share like '50%'"
+            )
+        if self.variant and (self.scope, self.tie) != ("row", "low-keeps"):
+            raise UsageError(
+                "variant=True has its own scope and drops ties together; leave scope and tie out"
+            )
+
+    def pattern_for(self, shape: Shape, name: str) -> Pattern:
+        pattern = parse_pattern(self.pattern, self.scope)
+        if self.variant and not isinstance(pattern, NM):
+            return RowMass(pattern.drop)
+        return LowPrunes(pattern) if self.tie == "low-prunes" else pattern
+
+    def __call__(self, block: Block) -> None:
+        for linear, scores in metrics.wanda(block):
+            prune(linear, scores, self.pattern_for(linear.shape, linear.name))

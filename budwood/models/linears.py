@@ -1,0 +1,131 @@
+"""The matrices of the decoder blocks that may be pruned, always seen as [out, in]."""
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from budwood.errors import UsageError
+from budwood.models.blocks import find_blocks
+from budwood.models.experts import ExpertLinears, is_fused
+
+ROUTER = "router"
+OUTSIDE = "outside the decoder blocks"
+FUSED = "fused experts"
+OTHER = "not a linear"
+
+
+def prunable(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """The linears of the decoder blocks by full name, in order, without routers and what `skip` names.
+
+    skip: regular expressions, searched for in the full name; one that matches nothing is told as a warning.
+    Experts are among them once they are unfused. Works on the meta device. Raises UsageError for a bad expression.
+    """
+    rules = [compiled(text) for text in skip]
+    found = linears_in_blocks(model)
+    routing = routers(model)
+    for rule in rules:
+        if not any(rule.search(name) for name in found):
+            warnings.warn(f"--skip {rule.pattern!r} matches no linear of the decoder blocks", stacklevel=2)
+    return {
+        name: module
+        for name, module in found.items()
+        if name not in routing and not any(rule.search(name) for rule in rules)
+    }
+
+
+def skipped(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, str]:
+    """Every module with a matrix of its own that stays as it is, by full name, and why."""
+    rules = [compiled(text) for text in skip]
+    found = linears_in_blocks(model)
+    routing = routers(model)
+    path, _ = find_blocks(model)
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if all(weight.dim() < 2 for weight in module.parameters(recurse=False)):
+            continue
+        if not name.startswith(f"{path}."):
+            reasons[name] = OUTSIDE
+        elif name in routing:
+            reasons[name] = ROUTER
+        elif name not in found:
+            reasons[name] = FUSED if is_fused(module) else OTHER
+        elif rule := next((rule for rule in rules if rule.search(name)), None):
+            reasons[name] = f"--skip {rule.pattern!r}"
+    return reasons
+
+
+def coverage(model: nn.Module, skip: Sequence[str] = ()) -> float:
+    """Share of all parameters of the model that `prunable` puts in scope."""
+    scope = sum(module.weight.numel() for module in prunable(model, skip).values())
+    return scope / sum(weight.numel() for weight in model.parameters())
+
+
+def read(module: nn.Module, stored: Tensor | None = None) -> Tensor:
+    """The weight of a linear, or `stored` in its place, seen as [out, in]; turning a view back is the same turn."""
+    weight = module.weight if stored is None else stored
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def write(module: nn.Module, weight: Tensor) -> None:
+    """Puts [out, in] into a linear, in the linear's own type and place.
+
+    Raises ValueError where the shapes differ: a weight that is silently broadcast would be another one.
+    """
+    place = read(module).detach()  # [out, in], shares the linear's memory
+    if place.shape != weight.shape:
+        raise ValueError(f"a weight of {tuple(weight.shape)} does not fit a linear of {tuple(place.shape)}")
+    place.copy_(weight)
+
+
+def linears_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    path, blocks = find_blocks(model)
+    return {
+        name: module
+        for name, module in blocks.named_modules(prefix=path)
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Names of the modules that choose among experts.
+
+    A router stands beside the experts and has one output for each of them, or a single one that opens and shuts an
+    expert all tokens share.
+    """
+    path, blocks = find_blocks(model)
+    found: set[str] = set()
+    for name, parent in blocks.named_modules(prefix=path):
+        for experts, count in sizes_of_experts(parent):
+            for inner, module in parent.named_modules(prefix=name):
+                inside = inner == experts or inner.startswith(f"{name}.{experts}.")
+                if not inside and outputs(module) in (1, count):
+                    found.add(inner)
+    return found
+
+
+def sizes_of_experts(parent: nn.Module) -> Iterator[tuple[str, int]]:
+    """Children that hold experts, and how many."""
+    for name, child in parent.named_children():
+        if isinstance(child, ExpertLinears):
+            yield name, child.num_experts
+        elif is_fused(child):
+            yield name, next(len(weight) for weight in child.parameters(recurse=False) if weight.dim() == 3)
+        elif isinstance(child, nn.ModuleList) and len(child) > 1 and not isinstance(parent, ExpertLinears):
+            yield name, len(child)
+
+
+def outputs(module: nn.Module) -> int | None:
+    """Rows of a module's own matrix; None where it has none."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return read(module).shape[0]
+    return next((len(weight) for weight in module.parameters(recurse=False) if weight.dim() == 2), None)
+
+
+def compiled(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UsageError(f"--skip {text!r} is not a regular expression: {error}") from error

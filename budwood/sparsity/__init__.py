@@ -1,0 +1,1 @@
+"""Pure tensor mathematics on one matrix at a time: statistics, scores, patterns, solvers."""

@@ -1,0 +1,164 @@
+"""What may stay of a matrix, given scores: values that turn scores [out, in] into keep, bool [out, in].
+
+A mask says True where a weight stays. N:M means N kept of M neighbouring inputs of one row. Scores that are
+not finite raise `NotFinite`; ties keep the lower index.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from budwood.errors import UsageError
+from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.selection import largest, portion
+
+Scope = Literal["row", "matrix"]  # among which weights ranks are compared
+Shape = tuple[int, int]  # [out, in]
+
+
+class Pattern(Protocol):
+    def keep(self, scores: Tensor) -> Tensor: ...  # [out, in] -> bool [out, in]
+
+    def check(self, shape: Shape, name: str) -> None: ...  # UsageError where it cannot be applied
+
+    def outlook(self, shape: Shape) -> Outlook: ...
+
+
+@dataclass(frozen=True)
+class NM:
+    """The `kept` largest of every aligned group of `group` inputs."""
+
+    kept: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kept <= self.group:
+            raise UsageError(f"{self}: N:M keeps N of M neighbours, so it needs 0 < N <= M")
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}"
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.group
+
+    def keep(self, scores: Tensor) -> Tensor:
+        if scores.shape[1] % self.group:
+            raise ValueError(f"{self} needs the inputs to divide by {self.group}, got {scores.shape[1]}")
+        return largest(scores.unflatten(1, (-1, self.group)), self.kept).flatten(1)  # [out, groups, group]
+
+    def check(self, shape: Shape, name: str) -> None:
+        if shape[1] % self.group:
+            raise UsageError(
+                f"{name}: {self} needs the inputs to divide by {self.group}, got {shape[1]}; "
+                f"{leave_dense(name)}"
+            )
+
+    def outlook(self, shape: Shape) -> Outlook:
+        size = shape[0] * shape[1]
+        return Outlook(size * self.density, recovered=self.beyond_two(size))
+
+    def beyond_two(self, size: int) -> float | None:
+        """Weights beyond two of each group of four, where groups of four hold a fixed number."""
+        return size * max(0.0, self.density - 0.5) if 4 % self.group == 0 else None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Drop exactly floor(drop * n) weights of every row, or of the whole matrix."""
+
+    drop: float
+    per: Scope = "row"
+
+    def __post_init__(self) -> None:
+        _check_share(self.drop, "the share to drop")
+
+    def __str__(self) -> str:
+        return f"{round(100 * self.drop, 10):.12g}%"
+
+    def keep(self, scores: Tensor) -> Tensor:
+        ranked = _ranked(scores, self.per)
+        return largest(ranked, ranked.shape[-1] - portion(self.drop, ranked.shape[-1])).view(scores.shape)
+
+    def check(self, shape: Shape, name: str) -> None: ...
+
+    def outlook(self, shape: Shape) -> Outlook:
+        rows, width = _ranked_shape(shape, self.per)
+        return Outlook(rows * (width - portion(self.drop, width)))
+
+
+@dataclass(frozen=True)
+class Top:
+    """The floor(share * n) largest of every row, or of the whole matrix."""
+
+    share: float
+    per: Scope = "row"
+
+    def __post_init__(self) -> None:
+        _check_share(self.share, "the share to keep")
+
+    def keep(self, scores: Tensor) -> Tensor:
+        ranked = _ranked(scores, self.per)
+        return largest(ranked, portion(self.share, ranked.shape[-1])).view(scores.shape)
+
+    def check(self, shape: Shape, name: str) -> None: ...
+
+    def outlook(self, shape: Shape) -> Outlook:
+        return Outlook(self.count(shape))
+
+    def count(self, shape: Shape) -> int:
+        rows, width = _ranked_shape(shape, self.per)
+        return rows * portion(self.share, width)
+
+    def ranked_among(self, shape: Shape) -> int:
+        """How many weights are compared with one another."""
+        return _ranked_shape(shape, self.per)[1]
+
+
+@dataclass(frozen=True)
+class LowPrunes:
+    """Another pattern with the opposite tie rule, the higher index wins: bit parity with Wanda's program."""
+
+    base: NM | Share
+
+    def __str__(self) -> str:
+        return str(self.base)
+
+    def keep(self, scores: Tensor) -> Tensor:
+        return self.base.keep(scores.flip(0, 1)).flip(0, 1)  # groups are aligned from either end
+
+    def check(self, shape: Shape, name: str) -> None:
+        self.base.check(shape, name)
+
+    def outlook(self, shape: Shape) -> Outlook:
+        return self.base.outlook(shape)
+
+
+def parse_pattern(text: str, per: Scope = "row") -> NM | Share:
+    """Read "2:4" (N kept of M) or "50%" (dropped). `str` of the result gives the text back."""
+    if isinstance(text, str):
+        if found := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip()):
+            return NM(int(found[1]), int(found[2]))
+        if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip()):
+            return Share(float(found[1]) / 100, per)
+    raise UsageError(f"pattern {text!r} is neither N:M, such as '2:4', nor a share to drop, such as '50%'")
+
+
+def leave_dense(name: str) -> str:
+    """Advice that names the linear in every block, as the option --skip reads it."""
+    return "leave it dense with --skip '" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "'"
+
+
+def _ranked(scores: Tensor, per: Scope) -> Tensor:
+    return scores if per == "row" else scores.reshape(-1)
+
+
+def _ranked_shape(shape: Shape, per: Scope) -> tuple[int, int]:
+    return shape if per == "row" else (1, shape[0] * shape[1])
+
+
+def _check_share(share: float, what: str) -> None:
+    if not 0 <= share <= 1:
+        raise UsageError(f"{what} must lie between 0 and 1 (0% and 100%), got {share}")

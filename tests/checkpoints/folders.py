@@ -1,0 +1,107 @@
+"""Writes small packed folders, as a finished run leaves them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from budwood.checkpoints.integrity import INDEX_NAME, index_of, sha256
+from budwood.formats import FORMATS, choose
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny(model_type: str, **sizes: Any) -> PreTrainedModel:
+    """A random model in bfloat16."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **sizes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def prune(weight: Tensor, recovered: float = 0.03) -> Tensor:
+    """2:4 by magnitude, and a share of the others taken back: [out, in] -> [out, in]."""
+    groups = weight.float().abs().reshape(weight.shape[0], -1, 4)
+    keep = groups.argsort(dim=-1).argsort(dim=-1) >= 2
+    keep |= torch.rand(keep.shape, generator=torch.Generator().manual_seed(0)) < recovered
+    return weight.masked_fill(~keep.view(weight.shape), 0)  # a product would leave -0.0, which is stored
+
+
+def in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linears of the blocks by name: routers and the head are none of them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
+    }
+
+
+def pack_model(
+    model: PreTrainedModel, format: str = "auto", recovered: float = 0.03
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Prune the linears of `model` in place and pack them: tensors of the file, entries of the configuration."""
+    entries, tensors = {}, {}
+    with torch.no_grad():
+        for name, module in in_blocks(model).items():
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight  # [out, in]
+            pruned = prune(weight, recovered).contiguous()
+            weight.copy_(pruned)
+            chosen, parts = choose(pruned) if format == "auto" else (format, FORMATS[format].pack(pruned))
+            entries[name] = {"format": chosen, "shape": list(pruned.shape)}
+            tensors |= {f"{name}.{suffix}": part.clone() for suffix, part in parts.items()}
+    tied = set(model.all_tied_weights_keys)
+    packed = {f"{name}.weight" for name in entries}
+    rest = {name: tensor for name, tensor in model.state_dict().items() if name not in tied | packed}
+    return rest | tensors, entries
+
+
+def write(
+    folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor], entries: dict[str, Any], shards: int = 2
+) -> Path:
+    """A finished folder of `shards` files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, weight_map, digests = sorted(tensors), {}, {}
+    for number in range(shards):
+        file = folder / f"sparse-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name].contiguous() for name in names[number::shards]}
+        save_file(part, file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file.name)
+        digests[file.name] = sha256(file)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    (folder / INDEX_NAME).write_text(json.dumps(index_of(weight_map, size, digests)))
+    config = model.config.to_dict() | {
+        "architectures": [type(model).__name__],
+        "dtype": "bfloat16",
+        "quantization_config": {
+            "quant_method": "budwood",
+            "format_version": 1,
+            "recipe": 'magnitude("2:4")',
+            "linears": entries,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_packed(
+    folder: Path, model: PreTrainedModel, format: str = "auto", recovered: float = 0.03, shards: int = 2
+) -> Path:
+    """Prune `model` in place and write it."""
+    return write(folder, model, *pack_model(model, format, recovered), shards)
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(torch.arange(24).view(2, 12) % 64, use_cache=False).logits

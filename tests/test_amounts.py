@@ -1,0 +1,35 @@
+"""Amounts read as people write them."""
+
+import pytest
+
+from budwood import amounts
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (268_900_000, "268.9 MB"),
+        (3.2e12, "3.20 TB"),
+        (None, "-"),
+    ],
+)
+def test_size(count, words):
+    assert amounts.size(count) == words
+
+
+@pytest.mark.parametrize(
+    ("amount", "words"),
+    [(4.21, "4.2 s"), (59.9, "59.9 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (None, "-")],
+)
+def test_seconds(amount, words):
+    assert amounts.seconds(amount) == words
+
+
+def test_share_and_figure():
+    assert amounts.share(0.588) == "58.80 %"
+    assert amounts.share(None) == "-"
+    assert amounts.figure(9.3794) == "9.379"
+    assert amounts.shape([1536, 576]) == "1536 x 576"

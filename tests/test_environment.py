@@ -1,0 +1,40 @@
+"""The machine is described without failing where the system does not tell."""
+
+import json
+
+import pytest
+
+from budwood import environment
+from budwood.environment import machine
+
+
+def test_it_is_plain_data_with_every_version():
+    found = environment.environment()
+    assert json.loads(json.dumps(found)) == found
+    assert found["versions"]["torch"]
+    assert set(found["versions"]) == {*environment.NEEDED, *environment.OPTIONAL}
+    assert found["cores"] >= 1
+
+
+def test_absent_packages_are_none():
+    assert environment.installed("no-such-package-as-this") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"avx2", "avx512f", "avx512_bf16"}, "AVX-512 bf16"),
+        ({"avx2", "avx512f"}, "AVX-512"),
+        ({"avx2"}, "AVX2"),
+        ({"asimd", "bf16"}, "NEON bf16"),
+        (set(), "baseline"),
+    ],
+)
+def test_the_widest_instructions_are_named(flags, words, monkeypatch):
+    monkeypatch.setattr(environment, "processor", lambda: ("a processor", frozenset(flags)))
+    assert machine()["instructions"] == words
+
+
+def test_the_plug_in_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    assert "off" in environment.plug_in() or "not announced" in environment.plug_in()

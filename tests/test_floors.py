@@ -1,0 +1,171 @@
+"""The house has floors: a file imports only from lower ones, or from its own folder."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import budwood
+
+ROOT = Path(budwood.__file__).parent
+FLOORS = {
+    "errors": -1,
+    "amounts": -1,
+    "progress": -1,
+    "packages": 0,
+    "sparsity": 0,
+    "kernels": 0,
+    "formats": 1,
+    "environment": 1,
+    "models": 2,
+    "checkpoints": 3,
+    "calibration": 4,
+    "data": 4,
+    "methods": 6,
+    "evaluation": 6,
+    "pruning": 7,
+    "planning": 7,
+    "plan": 7,
+    "inspection": 7,
+    "cli": 8,
+    "__main__": 9,
+}
+# These run wherever budwood or torch is imported, so they may not pull in anything at their top level.
+LIGHT = ("__init__", "autoload")
+HEAVY = {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "numpy"}
+PLACES = {
+    "transformers": {"models", "checkpoints", "calibration", "evaluation", "autoload"},
+    "safetensors": {"checkpoints"},
+    "lm_eval": {"evaluation"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room(file: Path) -> str:
+    """The folder or top-level file of the package that `file` belongs to."""
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def names(node: ast.AST, file: Path) -> list[str]:
+    """The modules that an import statement names, in full; nothing for other nodes."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    package = ("budwood", *file.relative_to(ROOT).parent.parts)
+    base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+    module = ".".join(part for part in (base, node.module or "") if part)
+    return sorted(
+        {f"{module}.{alias.name}" if is_module(f"{module}.{alias.name}") else module for alias in node.names}
+    )
+
+
+def is_module(name: str) -> bool:
+    """Whether `name` is the package or a folder or file of it."""
+    first, *rest = name.split(".")
+    place = ROOT.joinpath(*rest)
+    return first == "budwood" and (place.is_dir() or place.with_suffix(".py").is_file())
+
+
+def imports(file: Path) -> list[str]:
+    return [name for node in ast.walk(ast.parse(file.read_text())) for name in names(node, file)]
+
+
+def while_importing(nodes: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements that run when a file is imported: no bodies of functions, nothing for type checkers."""
+    running = []
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            running += while_importing(node.orelse)
+            continue
+        running.append(node)
+        for inner in ("body", "orelse", "finalbody"):
+            running += while_importing(getattr(node, inner, []))
+        for handler in getattr(node, "handlers", []):
+            running += while_importing(handler.body)
+    return running
+
+
+def own(file: Path) -> list[str]:
+    """The rooms of the package that `file` imports from, its own included."""
+    return [name.split(".")[1] for name in imports(file) if name.startswith("budwood.")]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_imports_from_lower_floors_only(file):
+    if room(file) in LIGHT:
+        return
+    here = room(file)
+    assert here in FLOORS, f"{here} stands on no floor; give it one in this test"
+    for there in own(file):
+        # Public names (`import budwood` inside a verb) are the package itself.
+        if there == here or (here in ("cli", "__main__") and there not in FLOORS):
+            continue
+        assert there in FLOORS, f"{file} imports {there}, which stands on no floor"
+        assert FLOORS[there] < FLOORS[here], (
+            f"{file} ({here}, {FLOORS[here]}) imports {there} ({FLOORS[there]})"
+        )
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_third_parties_stay_at_their_floor(file):
+    for name in imports(file):
+        party = name.split(".")[0]
+        assert room(file) in PLACES.get(party, {room(file)}), f"{file} imports {party}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_the_command_line_uses_the_public_names(file):
+    if room(file) in ("cli", "__main__", *LIGHT):
+        return
+    for node in ast.walk(ast.parse(file.read_text())):
+        taken = [alias.name for alias in node.names] if "budwood" in names(node, file) else ["__version__"]
+        assert taken == ["__version__"], f"{file} imports {', '.join(taken)} from the package it is part of"
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_the_door_imports_nothing_heavy(name):
+    for node in while_importing(ast.parse((ROOT / f"{name}.py").read_text()).body):
+        for imported in names(node, ROOT / f"{name}.py"):
+            assert imported.split(".")[0] not in HEAVY, f"{name} imports {imported}"
+            assert not imported.startswith("budwood") or imported == "budwood.autoload", (
+                f"{name} imports {imported}"
+            )
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room(file) == "cli"], ids=lambda file: file.stem)
+def test_the_command_line_starts_without_torch(file):
+    for node in while_importing(ast.parse(file.read_text()).body):
+        for imported in names(node, file):
+            assert imported.split(".")[0] not in HEAVY, f"{file} imports {imported} before a verb needs it"
+            if imported.startswith("budwood."):
+                assert imported.split(".")[1] in ("cli", "errors", "amounts", "progress"), (
+                    f"{file} imports {imported} too early"
+                )
+
+
+def test_no_two_files_import_one_another():
+    paths = {".".join(("budwood", *file.relative_to(ROOT).with_suffix("").parts)): file for file in FILES}
+    paths = {name.removesuffix(".__init__"): file for name, file in paths.items()}
+    edges = {
+        name: {
+            imported
+            for node in while_importing(ast.parse(file.read_text()).body)
+            for imported in names(node, file)
+            if imported in paths and imported != name
+        }
+        for name, file in paths.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, road: tuple[str, ...]) -> None:
+        assert name not in road, f"circular: {' -> '.join((*road, name))}"
+        if name not in done:
+            for further in sorted(edges[name]):
+                visit(further, (*road, name))
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, ())
