@@ -28,7 +28,7 @@ METHODS = {
 YARDSTICK = "Wanda 2:4"
 SHOWN = "WRP 2:4"  # the model that writes a sentence
 DATA = "sotu"  # calibrates on 1947-1999 and evaluates on 2000 and later
-SAMPLES, SAMPLE_LENGTH = 16, 512
+SAMPLES, SAMPLE_LENGTH = 8, 512
 WINDOWS, WINDOW_LENGTH = 2, 2048
 PROMPT = "My fellow Americans, the state of our union is"
 
@@ -58,9 +58,7 @@ def measured(folder: Path) -> float:
     """Perplexity, computed in float32 whatever the stored type: the same figure on every machine."""
     import budwood
 
-    found = budwood.evaluate(
-        folder, DATA, seq_length=WINDOW_LENGTH, limit=WINDOWS, dtype="float32", progress=Quieter()
-    )
+    found = budwood.evaluate(folder, DATA, seq_length=WINDOW_LENGTH, limit=WINDOWS, dtype="float32", progress=Quieter())
     return float(found["perplexity"])
 
 
@@ -121,9 +119,7 @@ def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
                 (
                     name,
                     f"{row['perplexity']:.2f}",
-                    amounts.share(
-                        gap_closed(row["perplexity"], dense["perplexity"], rows[YARDSTICK]["perplexity"]), 0
-                    ),
+                    amounts.share(gap_closed(row["perplexity"], dense["perplexity"], rows[YARDSTICK]["perplexity"]), 0),
                     amounts.share(row["recovered"]),
                     amounts.figure(row["bits_per_weight"], 3),
                     amounts.size(row["bytes"]),

@@ -25,9 +25,16 @@ def build(folder: Path, gigabytes: float) -> None:
     block = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDE
     blocks = int((gigabytes * 1e9 / 2 - 2 * VOCABULARY * HIDDEN) / block) + 1
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=blocks,
-        num_attention_heads=20, num_key_value_heads=20, max_position_embeddings=2048, dtype="bfloat16",
-        tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=WIDE,
+        num_hidden_layers=blocks,
+        num_attention_heads=20,
+        num_key_value_heads=20,
+        max_position_embeddings=2048,
+        dtype="bfloat16",
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
     )
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -41,14 +48,20 @@ def build(folder: Path, gigabytes: float) -> None:
         save_file(tensors, folder / name, {"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
 
-    write("model-outside.safetensors", {
-        "model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN), "lm_head.weight": matrix(VOCABULARY, HIDDEN),
-        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-    })
+    write(
+        "model-outside.safetensors",
+        {
+            "model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN),
+            "lm_head.weight": matrix(VOCABULARY, HIDDEN),
+            "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+        },
+    )
     for index in range(blocks):
         path = f"model.layers.{index}"
-        norms = {f"{path}.{n}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)
-                 for n in ("input_layernorm", "post_attention_layernorm")}
+        norms = {
+            f"{path}.{n}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)
+            for n in ("input_layernorm", "post_attention_layernorm")
+        }
         attention = {f"{path}.self_attn.{n}_proj.weight": matrix(HIDDEN, HIDDEN) for n in "qkvo"}
         mlp = {f"{path}.mlp.{n}_proj.weight": matrix(WIDE, HIDDEN) for n in ("gate", "up")}
         down = {f"{path}.mlp.down_proj.weight": matrix(HIDDEN, WIDE)}
@@ -75,14 +88,32 @@ def main() -> None:
     chance = torch.randint(WORDS, (6000,), generator=torch.Generator().manual_seed(1)).tolist()
     text.write_text(" ".join(f"w{i}" for i in chance))
     command = [
-        sys.executable, "-m", "budwood", "prune", str(dense), str(out), "--method", asked.method, "--data", str(text),
-        "--num-samples", "8", "--seq-length", "256", "--overwrite", "--json", "--compute-dtype", asked.compute_dtype,
+        sys.executable,
+        "-m",
+        "budwood",
+        "prune",
+        str(dense),
+        str(out),
+        "--method",
+        asked.method,
+        "--data",
+        str(text),
+        "--num-samples",
+        "8",
+        "--seq-length",
+        "256",
+        "--overwrite",
+        "--json",
+        "--compute-dtype",
+        asked.compute_dtype,
     ]
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     size = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
     peak = report["peak_memory"]
-    print(f"file {size / 1e9:.2f} GB, peak resident {peak / 1e9:.2f} GB: {peak / size:.3f} of the file; "
-          f"{report['compute_dtype']}, {report['seconds']['total']:.0f} s, {os.cpu_count()} cores")
+    print(
+        f"file {size / 1e9:.2f} GB, peak resident {peak / 1e9:.2f} GB: {peak / size:.3f} of the file; "
+        f"{report['compute_dtype']}, {report['seconds']['total']:.0f} s, {os.cpu_count()} cores"
+    )
 
 
 if __name__ == "__main__":

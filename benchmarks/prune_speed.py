@@ -37,8 +37,14 @@ def pruning(model: str, data: str, method: str, samples: int, length: int, compu
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         start = time.perf_counter()
         report = budwood.prune(
-            model, Path(folder) / "out", method, data, num_samples=samples, seq_length=length,
-            sampling="consecutive", compute_dtype=compute,
+            model,
+            Path(folder) / "out",
+            method,
+            data,
+            num_samples=samples,
+            seq_length=length,
+            sampling="consecutive",
+            compute_dtype=compute,
         )
         return time.perf_counter() - start, report["seconds"]["blocks"]
 
@@ -55,7 +61,10 @@ def main() -> None:
     asked = parser.parse_args()
 
     ids = calibration_windows(
-        asked.data, load_tokenizer(asked.model), num_samples=asked.num_samples, seq_length=asked.seq_length,
+        asked.data,
+        load_tokenizer(asked.model),
+        num_samples=asked.num_samples,
+        seq_length=asked.seq_length,
         sampling="consecutive",
     ).ids
     dtype = getattr(torch, "float32" if asked.compute_dtype == "auto" else asked.compute_dtype)
@@ -75,7 +84,9 @@ def main() -> None:
             whole, loop = runs[method][-1]
             print(f"  pass {passes[-1]:.1f} s, {method} {whole:.1f} s (blocks {loop:.1f} s)", flush=True)
     plain = statistics.median(passes)
-    print(f"\n| | seconds | plain passes | blocks alone, plain passes |\n| --- | --- | --- | --- |\n| plain pass | {plain:.1f} | 1 | |")
+    print(
+        f"\n| | seconds | plain passes | blocks alone, plain passes |\n| --- | --- | --- | --- |\n| plain pass | {plain:.1f} | 1 | |"
+    )
     for method, times in runs.items():
         whole = statistics.median(time for time, _ in times)
         loop = statistics.median(time for _, time in times)

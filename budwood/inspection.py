@@ -92,8 +92,8 @@ def matrices(source: Source, skip: tuple[str, ...]) -> Iterator[Stored]:
                 module = anatomy.linears.get(name.removesuffix(".weight"))
                 if module is None or not name.endswith(".weight"):
                     continue
-                # A module that is no nn.Linear (GPT-2's Conv1D) keeps its dense weight the other way round.
-                turned = weight if packed or isinstance(module, nn.Linear) else weight.T.contiguous()
+                # A module that is no nn.Linear (transformers' Conv1D) keeps its weight the other way round.
+                turned = weight if isinstance(module, nn.Linear) else weight.T.contiguous()
                 yield Stored(
                     name.removesuffix(".weight"),
                     turned,
@@ -122,7 +122,8 @@ def described(matrix: Stored, method: Method | None) -> dict[str, Any]:
     size = matrix.weight.numel()
     held = count(matrix.weight)
     promised = method.pattern_for(matrix.shape, matrix.name) if method else None
-    layered = matrix.format.startswith("two_four") or hasattr(promised, "base")
+    promised = promised.base if isinstance(promised, LowPrunes) else promised
+    layered = hasattr(promised, "base") if method else matrix.format.startswith("two_four_")
     recovered = held.recovered / size if layered and held.recovered is not None else None
     pattern, holds = pattern_of(matrix.weight, recovered, promised)
     return {
@@ -144,7 +145,6 @@ def pattern_of(weight: Tensor, recovered: float | None, promised: Pattern | None
 
     Without a promise the words say what is found, and that always holds.
     """
-    promised = promised.base if isinstance(promised, LowPrunes) else promised
     kept = weight != 0
     if isinstance(promised, NM):
         return str(promised), fits(kept, promised)
@@ -185,9 +185,7 @@ def totals(linears: dict[str, dict[str, Any]], source: Source) -> dict[str, Any]
         "matrices": len(linears),
         "in_scope": scope,
         "density": sum(matrix["nonzeros"] for matrix in linears.values()) / max(1, scope),
-        "recovered": sum(linears[name]["recovered"] * sizes[name] for name in known) / scope
-        if known
-        else None,
+        "recovered": sum(linears[name]["recovered"] * sizes[name] for name in known) / scope if known else None,
         "bits_per_weight": 8 * packed / max(1, scope),
         "bytes": stored,
         "bytes_dense": stored - packed + sum(sizes[name] * linears[name]["itemsize"] for name in linears),

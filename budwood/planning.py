@@ -1,6 +1,5 @@
 """What pruning a model would do, from its configuration alone: scope, bytes in every format, memory, time."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,11 +16,10 @@ from budwood.checkpoints.skeleton import read_config
 from budwood.checkpoints.source import open_source
 from budwood.checkpoints.weights import storage_dtype
 from budwood.errors import UsageError
-from budwood.formats import FORMATS, predict
+from budwood.formats import FORMATS, known_layout, predict
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
 from budwood.models.linears import skipped
-from budwood.pruning import known_format
 
 BASE_MEMORY = 500_000_000  # bytes of Python, torch and transformers before anything is read
 PASSES = 1.75  # forward passes over the blocks: statistics without the last linear, then the pruned block
@@ -46,7 +44,7 @@ def plan(
     Raises UsageError as `prune` would, and where a named format cannot hold a matrix.
     """
     method = parse_method(method) if isinstance(method, str) else method
-    layout = known_format(format)
+    layout = known_layout(format)
     config, shards = _look(source, trust_remote_code)
     anatomy = Anatomy(config, skip=skip, trust_remote_code=trust_remote_code)
     method.check(anatomy.shapes)
@@ -186,5 +184,3 @@ def _notes(rest: int, total: int, method: Method) -> list[str]:
     if not method.calibrated:
         notes.append("no text is needed and nothing runs forward")
     return notes
-
-

@@ -1,6 +1,5 @@
 """The main job: text in, blocks through a method, a folder that is really smaller out."""
 
-import difflib
 import json
 import re
 import resource
@@ -19,15 +18,16 @@ from budwood.calibration.arithmetic import dtype_named, faster_dtype, name_of
 from budwood.calibration.stream import DEFAULT_LIMIT, Block, Model
 from budwood.checkpoints.anatomy import Anatomy
 from budwood.checkpoints.source import Source, open_source
-from budwood.checkpoints.tokenizer import load_tokenizer
 from budwood.checkpoints.weights import storage_dtype
-from budwood.checkpoints.writer import Writer, claim, write_json, write_text
-from budwood.data.windows import Windows, calibration_windows
+from budwood.checkpoints.writer import Writer, claim
+from budwood.data.sources import Data
+from budwood.data.tokens import Bos, tokenizer_for
+from budwood.data.windows import Sampling, Windows, calibration_windows
 from budwood.environment import installed, machine
 from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import bos_note, context, streamed_losses, with_bos
 from budwood.evaluation.report import render_card, render_report
-from budwood.formats import FORMATS
+from budwood.formats import known_layout
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
 from budwood.progress import Progress, Silent
@@ -37,13 +37,13 @@ def prune(
     source: str | Path,
     target: str | Path,
     method: str | Method,
-    data: Any = None,
+    data: Data | None = None,
     *,
     num_samples: int = 128,
     seq_length: int = 2048,
-    sampling: str = "random",
+    sampling: Sampling = "random",
     seed: int = 0,
-    bos: str = "auto",
+    bos: Bos = "auto",
     format: str = "auto",
     dtype: str | None = None,
     compute_dtype: str = "auto",
@@ -66,7 +66,7 @@ def prune(
     started = time.perf_counter()
     progress = progress or Silent()
     method = parse_method(method) if isinstance(method, str) else method
-    layout, limit, place = known_format(format), parse_bytes(activation_memory), known_device(device)
+    layout, limit, place = known_layout(format), parse_bytes(activation_memory), known_device(device)
     opened, folder = open_source(source, trust_remote_code), Path(target).expanduser()
     if folder.resolve() == opened.folder.resolve():
         raise UsageError(f"{target} is the model to prune itself; give another folder")
@@ -101,8 +101,8 @@ def prune(
     say(sentence)
     recipe["computed_in"] = name_of(compute)
     model = Model(opened, storage=storage, compute=compute, device=place, skip=tuple(skip), activation_limit=limit)
-    if windows and not found:
-        say(_first_look(model, windows, opened))
+    if windows and data is not None and not found:
+        say(_first_look(model, windows, tokenizer_for(opened.folder, data)))
 
     writer = Writer(folder, recipe, len(model), layout)
     run = Run(model, method, windows, writer, progress)
@@ -190,9 +190,7 @@ class Run:
         blocks = []
         for index, (packed, said) in enumerate(self._said()):
             name = f"{self.model.path}.{index}"
-            blocks.append(
-                {"name": name, "seconds": self.seconds.get(index), "relative_error": said["relative_error"]}
-            )
+            blocks.append({"name": name, "seconds": self.seconds.get(index), "relative_error": said["relative_error"]})
             for linear, entry in said["linears"].items():
                 rows, columns = entry["shape"]
                 linears[linear] = {
@@ -241,7 +239,14 @@ class Run:
 
 
 def _windows(
-    method: Method, source: Source, data: Any, num_samples: int, seq_length: int, sampling: str, seed: int, bos: str
+    method: Method,
+    source: Source,
+    data: Data | None,
+    num_samples: int,
+    seq_length: int,
+    sampling: Sampling,
+    seed: int,
+    bos: Bos,
 ) -> Windows | None:
     if not method.calibrated:
         return None
@@ -249,7 +254,7 @@ def _windows(
         raise UsageError(f"{method} chooses by activations and needs text: give --data FILE, or a name such as sotu")
     return calibration_windows(
         data,
-        load_tokenizer(source.folder),
+        tokenizer_for(source.folder, data),
         num_samples=num_samples,
         seq_length=min(seq_length, context(source.config)),
         sampling=sampling,
@@ -272,24 +277,16 @@ def _compute(
     return faster_dtype(device, min(width, 2048))
 
 
-def _first_look(model: Model, windows: Windows, source: Source) -> str | None:
+def _first_look(model: Model, windows: Windows, tokenizer: Any) -> str | None:
     """Runs the start of the first window through the dense model; RunError when that is broken before pruning."""
-    pair = with_bos(windows.ids[:1], load_tokenizer(source.folder))
+    pair = with_bos(windows.ids[:1], tokenizer)
     losses = streamed_losses(model, windows.ids[:1, :512] if pair is None else pair)
     if not all(map(torch.isfinite, torch.tensor(losses))):
         raise RunError(
-            f"the loss of the dense model {source.name} is no number in {name_of(model.compute)}; its checkpoint is "
+            f"the loss of the dense model {model.source.name} is no number in {name_of(model.compute)}; its checkpoint is "
             "broken, or it needs --compute-dtype float32"
         )
     return bos_note(*losses) if pair is not None else None
-
-
-def known_format(name: str) -> str:
-    if name != "auto" and name not in FORMATS:
-        close = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UsageError(f"no such format {name!r}; {hint}there are auto, {', '.join(FORMATS)}")
-    return name
 
 
 def known_device(name: str | None) -> torch.device:

@@ -25,13 +25,19 @@ MIXED = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GROUPED),
     "opt": ("opt", {**PLAIN, "ffn_dim": 64, "word_embed_proj_dim": HIDDEN}),
-    "gpt2": ("gpt2", {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": BLOCKS, "n_head": 4, "n_positions": TOKENS}),
+    "gpt2": (
+        "gpt2",
+        {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": BLOCKS, "n_head": 4, "n_positions": TOKENS},
+    ),
     "gpt_neox": ("gpt_neox", PLAIN),
     "mistral": ("mistral", {**GROUPED, "sliding_window": 8}),
     "qwen2": ("qwen2", {**GROUPED, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", GROUPED),
     "gemma2": ("gemma2", {**GROUPED, "sliding_window": 8, "layer_types": MIXED, "query_pre_attn_scalar": 16}),
-    "gemma3": ("gemma3_text", {**GROUPED, "sliding_window": 8, "layer_types": MIXED, "query_pre_attn_scalar": 16}),
+    "gemma3": (
+        "gemma3_text",
+        {**GROUPED, "sliding_window": 8, "layer_types": MIXED, "query_pre_attn_scalar": 16},
+    ),
     "phi": ("phi", PLAIN),
     "phi3": ("phi3", {**PLAIN, "num_key_value_heads": 2}),
     "falcon": ("falcon", {**PLAIN, "ffn_hidden_size": 64}),
@@ -103,7 +109,7 @@ def save_model(
     dtype: torch.dtype = torch.float32,
     change: Callable[[PreTrainedModel], object] | None = None,
 ) -> PreTrainedModel:
-    """Saves model and tokenizer; `original_format` gives the names files are published with, else the modules'.
+    """Saves model and tokenizer; `original_format` gives the names of published files, else the modules'.
 
     change: something to do to the model before it is saved.
     """

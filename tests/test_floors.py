@@ -25,7 +25,6 @@ FLOORS = {
     "evaluation": 6,
     "pruning": 7,
     "planning": 7,
-    "plan": 7,
     "inspection": 7,
     "cli": 8,
     "__main__": 9,
@@ -55,9 +54,7 @@ def names(node: ast.AST, file: Path) -> list[str]:
     package = ("budwood", *file.relative_to(ROOT).parent.parts)
     base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
     module = ".".join(part for part in (base, node.module or "") if part)
-    return sorted(
-        {f"{module}.{alias.name}" if is_module(f"{module}.{alias.name}") else module for alias in node.names}
-    )
+    return sorted({f"{module}.{alias.name}" if is_module(f"{module}.{alias.name}") else module for alias in node.names})
 
 
 def is_module(name: str) -> bool:
@@ -104,9 +101,7 @@ def test_a_file_imports_from_lower_floors_only(file):
         if there == here or (here in ("cli", "__main__") and there not in FLOORS):
             continue
         assert there in FLOORS, f"{file} imports {there}, which stands on no floor"
-        assert FLOORS[there] < FLOORS[here], (
-            f"{file} ({here}, {FLOORS[here]}) imports {there} ({FLOORS[there]})"
-        )
+        assert FLOORS[there] < FLOORS[here], f"{file} ({here}, {FLOORS[here]}) imports {there} ({FLOORS[there]})"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -130,9 +125,7 @@ def test_the_door_imports_nothing_heavy(name):
     for node in while_importing(ast.parse((ROOT / f"{name}.py").read_text()).body):
         for imported in names(node, ROOT / f"{name}.py"):
             assert imported.split(".")[0] not in HEAVY, f"{name} imports {imported}"
-            assert not imported.startswith("budwood") or imported == "budwood.autoload", (
-                f"{name} imports {imported}"
-            )
+            assert not imported.startswith("budwood") or imported == "budwood.autoload", f"{name} imports {imported}"
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if room(file) == "cli"], ids=lambda file: file.stem)

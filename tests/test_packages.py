@@ -1,4 +1,4 @@
-"""What a package carries is found without importing it; where it is missing, the command to get it is given."""
+"""What a package carries is found without importing it; where it is missing, the command is given."""
 
 import pytest
 

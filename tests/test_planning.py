@@ -26,6 +26,7 @@ TABLE_7 = {
     "13B": (10, "15", "16"),
     "30B": (14, "35", "37"),
 }
+# At the published density of alpha 0.25, 1.5408 %.
 LLAMA_2 = {  # hidden, MLP, blocks, heads, key-value heads; parameters; GiB dense, WRP at 1.54 %, 2:4 alone
     "7B": ((4096, 11008, 32, 32, 32), 6_738_415_616, (12.551, 7.837, 7.274)),
     "13B": ((5120, 13824, 40, 40, 40), 13_015_864_320, (24.244, 15.005, 13.905)),
@@ -40,8 +41,14 @@ def opt_config(tmp_path_factory):
     def write(size):
         hidden, blocks = OPT[size]
         config = OPTConfig(
-            vocab_size=50272, hidden_size=hidden, num_hidden_layers=blocks, ffn_dim=4 * hidden,
-            num_attention_heads=32, max_position_embeddings=2048, word_embed_proj_dim=hidden, dtype="float16",
+            vocab_size=50272,
+            hidden_size=hidden,
+            num_hidden_layers=blocks,
+            ffn_dim=4 * hidden,
+            num_attention_heads=32,
+            max_position_embeddings=2048,
+            word_embed_proj_dim=hidden,
+            dtype="float16",
         )
         file = tmp_path_factory.mktemp(f"opt-{size}") / "config.json"
         file.write_text(json.dumps(config.to_dict()))
@@ -61,7 +68,11 @@ def test_table_3(opt_config, size):
     file = opt_config(size)
     wrp = plan(file, "wrp(density=0.015)", format="two_four_csr")
     two_four = plan(file, 'wanda("2:4")', format="two_four")
-    assert (printed(wrp["bytes_dense"]), printed(two_four["bytes_after"]), printed(wrp["bytes_after"])) == TABLE_3[size]
+    assert (
+        printed(wrp["bytes_dense"]),
+        printed(two_four["bytes_after"]),
+        printed(wrp["bytes_after"]),
+    ) == TABLE_3[size]
 
 
 @pytest.mark.parametrize("size", OPT)
@@ -78,15 +89,21 @@ def test_llama_2_sizes(tmp_path, size):
 
     (hidden, wide, blocks, heads, shared), parameters, (dense, wrp, two_four) = LLAMA_2[size]
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=blocks,
-        num_attention_heads=heads, num_key_value_heads=shared, dtype="float16", tie_word_embeddings=False,
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        dtype="float16",
+        tie_word_embeddings=False,
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    planned = plan(tmp_path / "config.json", "wrp(density=0.0154)", format="two_four_csr")
+    planned = plan(tmp_path / "config.json", "wrp(density=0.015408)", format="two_four_csr")
     assert planned["parameters"] == parameters
     alone = plan(tmp_path / "config.json", 'wanda("2:4")', format="two_four")
     sizes = (planned["bytes_dense"], planned["bytes_after"], alone["bytes_after"])
-    assert [round(nbytes / GIB, 3) for nbytes in sizes] == pytest.approx([dense, wrp, two_four], abs=0.0015)
+    assert [round(nbytes / GIB, 3) for nbytes in sizes] == pytest.approx([dense, wrp, two_four], abs=0.0006)
 
 
 def test_a_format_that_cannot_hold_the_method_is_refused(opt_config):

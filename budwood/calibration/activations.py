@@ -17,7 +17,12 @@ class Activations:
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, batch: int, limit: int, folder: Path | None = None
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        batch: int,
+        limit: int,
+        folder: Path | None = None,
     ):
         self.shape, self.batch = shape, batch
         if math.prod(shape) * dtype.itemsize <= limit:

@@ -32,8 +32,10 @@ class Linear:
         self.name, self.module = name, module
         self.stored = stored  # [out, in]
         self.recovered: int | None = None  # positions taken back, where a method counts them
-        if not torch.isfinite(stored).all():
-            raise RunError(f"{name} holds NaN or infinite weights; mend the checkpoint, or skip it with --skip '{name}'")
+        if not all_finite(stored):
+            raise RunError(
+                f"{name} holds NaN or infinite weights; mend the checkpoint, or skip it with --skip '{name}'"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,7 +49,7 @@ class Linear:
     @weight.setter
     def weight(self, value: Tensor) -> None:
         self.stored = value.to(self.stored.dtype)
-        if not torch.isfinite(self.stored).all():
+        if not all_finite(self.stored):
             raise RunError(f"{self.name}: the new weights do not fit {self.stored.dtype}; choose another --dtype")
         write(self.module, self.stored)
 
@@ -104,16 +106,21 @@ class Block:
                 if batch == 0 and self._dense is not None:
                     self.relative_error = relative_error(outputs, self._dense)
                     self._dense = None
+                if not all_finite(outputs):
+                    raise RunError(
+                        f"the outputs of {self.name} hold NaN or infinite values; try --compute-dtype float32"
+                    )
                 self.activations.write(batch, outputs)
-        if not torch.isfinite(self.activations.hidden).all():
-            raise RunError(f"the outputs of {self.name} hold NaN or infinite values; try --compute-dtype float32")
 
     def state(self) -> dict[str, Tensor]:
         """All tensors of the block in storage type and module orientation, by full name."""
-        changed = {
-            f"{linear.name}.weight": read(linear.module, linear.stored) for linear in self.linears.values()
-        }
+        changed = {f"{linear.name}.weight": read(linear.module, linear.stored) for linear in self.linears.values()}
         return self.stored | changed
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity; both ends of the range tell, in one pass and without a mask as large as the tensor."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all()) if tensor.numel() else True
 
 
 def relative_error(outputs: Tensor, dense: Tensor) -> float:
@@ -142,9 +149,7 @@ class Model:
     ):
         self.source, self.compute, self.device = source, compute, torch.device(device)
         self.activation_limit, self.scratch = activation_limit, scratch
-        self.anatomy = Anatomy(
-            source.config, compute=compute, skip=skip, trust_remote_code=source.trust_remote_code
-        )
+        self.anatomy = Anatomy(source.config, compute=compute, skip=skip, trust_remote_code=source.trust_remote_code)
         self.module, self.path, self.modules = self.anatomy.module, self.anatomy.path, self.anatomy.modules
         self.linears = self.anatomy.linears
         self.weights = source.weights(self.anatomy)
@@ -209,21 +214,17 @@ class Model:
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Embeddings, final norm and head are there inside, and on meta again afterwards."""
-        meta = {
-            name: (owner, attribute, owner._parameters[attribute])
-            for name, owner, attribute in self._parameters_outside()
-        }
+        meta = self._parameters_outside()
         try:
             for name in self.names_outside():
                 self._assign(self.module, self.weights.read([name]), "")
             self.module.tie_weights()
-            missing = [name for name, owner, attribute in self._parameters_outside()
-                       if owner._parameters[attribute].is_meta]
+            missing = [name for name, _, _, parameter in self._parameters_outside() if parameter.is_meta]
             if missing:
                 raise RunError(f"{self.source.name} lacks {', '.join(missing[:4])}; fetch the checkpoint again")
             yield
         finally:
-            for owner, attribute, parameter in meta.values():
+            for _, owner, attribute, parameter in meta:
                 owner._parameters[attribute] = parameter
 
     def names_outside(self) -> list[str]:
@@ -237,9 +238,9 @@ class Model:
         """In storage type where it is a floating one."""
         return tensor.to(self.storage) if tensor.is_floating_point() else tensor
 
-    def _parameters_outside(self) -> list[tuple[str, nn.Module, str]]:
+    def _parameters_outside(self) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
         return [
-            (f"{path}.{attribute}".lstrip("."), owner, attribute)
+            (f"{path}.{attribute}".lstrip("."), owner, attribute, parameter)
             for path, owner in self.module.named_modules()
             for attribute, parameter in owner._parameters.items()
             if parameter is not None and not f"{path}.".startswith(f"{self.path}.")
@@ -255,8 +256,10 @@ class Model:
         tensors = self.weights.read(self.weights.names(prefix))
         known = {prefix + name for name in self.modules[index].state_dict()}
         if missing := sorted(known - set(tensors)):
-            raise RunError(f"{self.source.name} lacks {', '.join(missing[:4])} of {len(missing)} tensors of {prefix[:-1]}; "
-                           "save it again with transformers (save_pretrained) and give that folder")
+            raise RunError(
+                f"{self.source.name} lacks {', '.join(missing[:4])} of {len(missing)} tensors of {prefix[:-1]}; "
+                "save it again with transformers (save_pretrained) and give that folder"
+            )
         return {name: self.stored(tensor) for name, tensor in tensors.items() if name in known}, None
 
     @contextmanager
@@ -281,7 +284,9 @@ class Model:
         try:
             module.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as error:
-            raise RunError(f"{self.source.name} does not fit its config.json: {str(error).splitlines()[-1].strip()}") from error
+            raise RunError(
+                f"{self.source.name} does not fit its config.json: {str(error).splitlines()[-1].strip()}"
+            ) from error
 
     def _write_block(self, block: Block, writer: Writer) -> None:
         weights = {linear.name: linear.stored for linear in block.linears.values()}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from budwood.checkpoints.skeleton import build
@@ -37,9 +38,15 @@ class Anatomy:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """[out, in] of every matrix in scope, by full name."""
-        return {name: tuple(read(module).shape) for name, module in self.linears.items()}
+        return {name: shape_of(module) for name, module in self.linears.items()}
 
     @property
     def in_scope(self) -> int:
         """Weights in the matrices in scope."""
         return sum(rows * columns for rows, columns in self.shapes.values())
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """[out, in]"""
+    rows, columns = read(linear).shape
+    return rows, columns

@@ -63,9 +63,7 @@ def export_dense(folder: str | Path, target: str | Path, overwrite: bool = False
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        pieces = list(
-            pieces_of(Shards.of_folder(source), packed.linears, build(read_config(source), torch.float32))
-        )
+        pieces = list(pieces_of(Shards.of_folder(source), packed.linears, build(read_config(source), torch.float32)))
         write_shards(beside, pieces)
         copy_companions(source, beside)
         for pattern in RECORDS:
@@ -91,15 +89,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def pieces_of(
-    shards: Shards, linears: Mapping[str, dict[str, Any]], model: PreTrainedModel
-) -> Iterator[Piece]:
+def pieces_of(shards: Shards, linears: Mapping[str, dict[str, Any]], model: PreTrainedModel) -> Iterator[Piece]:
     """All tensors in the names and shapes of the modules. `model` is a skeleton; it gets unfused."""
     fused = unfuse_experts(model, linears)
     members: dict[str, list[str]] = {path: [] for path in fused}  # by experts, the names of their tensors
-    parts = {
-        f"{name}.{part}" for name, entry in linears.items() for part in FORMATS[entry["format"]].suffixes
-    }
+    parts = {f"{name}.{part}" for name, entry in linears.items() for part in FORMATS[entry["format"]].suffixes}
     stands_for = {f"{name}.weight" for name in linears} - parts  # the tripwire of `save_pretrained`
     alone = []
     for name in shards.names():

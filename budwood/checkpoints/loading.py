@@ -1,7 +1,7 @@
 """Opens a finished folder, packed or dense, as an ordinary transformers model."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -36,14 +36,11 @@ def load(
         kwargs["device_map"] = {"": torch.device(device)}
     source = str(path) if path.is_dir() else str(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            source, dtype=dtype, output_loading_info=True, **kwargs
-        )
+        opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
     except OSError as error:
         raise UsageError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model, report = opened
     missing = sorted(report["missing_keys"])
     if missing:
-        raise RunError(
-            f"{folder} lacks {len(missing)} weights of its model, {missing[0]} among them; fetch it again"
-        )
-    return model
+        raise RunError(f"{folder} lacks {len(missing)} weights of its model, {missing[0]} among them; fetch it again")
+    return cast(PreTrainedModel, model)

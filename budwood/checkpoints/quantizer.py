@@ -74,9 +74,7 @@ class PackedConfig(QuantizationConfigMixin):
                     f"(it knows {', '.join(FORMATS)}); install a newer budwood"
                 )
             shape = entry.get("shape")
-            if not (
-                isinstance(shape, list | tuple) and len(shape) == 2 and all(type(n) is int for n in shape)
-            ):
+            if not (isinstance(shape, list | tuple) and len(shape) == 2 and all(type(n) is int for n in shape)):
                 raise RunError(f"config.json gives {name} the shape {shape!r}; it should be [out, in]")
 
 
@@ -108,7 +106,6 @@ class PackedQuantizer(HfQuantizer):
         self,
         model: "PreTrainedModel",
         checkpoint_files: list[str] | None = None,
-        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         from budwood.checkpoints.substitution import local_names, unfuse_experts
@@ -131,13 +128,13 @@ class PackedQuantizer(HfQuantizer):
         self.substitution.experts = unfuse_experts(model, names.values())
         for name, local in names.items():
             if linears[name]["format"] != "dense":
-                self._put(model, name, local, dtype)
+                self._put(model, name, local)
         tripwire = self.substitution.missing_weight
         if tripwire is not None:
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{re.escape(tripwire)}$"}
 
-    def _put(self, model: "PreTrainedModel", name: str, local: str, dtype: torch.dtype | None) -> None:
+    def _put(self, model: "PreTrainedModel", name: str, local: str) -> None:
         """One empty packed linear, of the sizes that the header of its shard gives."""
         from budwood.checkpoints.substitution import put
         from budwood.formats import FORMATS
@@ -153,11 +150,13 @@ class PackedQuantizer(HfQuantizer):
         check_layout(name, format, shape, {suffix: (p.dtype, p.shape) for suffix, p in found.items()})
         if f"{local}.weight" in model.all_tied_weights_keys:
             raise RunError(f"{name} is packed in the checkpoint but tied to another weight in the model")
-        headers = {
-            suffix: (place.shape, (dtype or place.dtype) if place.dtype.is_floating_point else place.dtype)
+        plain = model.get_submodule(local)
+        dtype = plain.get_parameter("weight").dtype
+        headers = {  # values in the type the model is loaded in, positions in their own
+            suffix: (place.shape, dtype if place.dtype.is_floating_point else place.dtype)
             for suffix, place in found.items()
         }
-        has_bias = getattr(model.get_submodule(local), "bias", None) is not None
+        has_bias = getattr(plain, "bias", None) is not None
         if has_bias and f"{name}.bias" not in self.places:
             raise RunError(f"the checkpoint lacks {name}.bias; fetch or write it again")
         packed = SparseLinear(format, shape, headers, has_bias, device="meta")
@@ -166,9 +165,7 @@ class PackedQuantizer(HfQuantizer):
         self.substitution.linears[local] = put(model, local, packed)
         self.places |= {f"{local}.{suffix}": place for suffix, place in found.items()}
 
-    def _process_model_after_weight_loading(
-        self, model: "PreTrainedModel", **kwargs: Any
-    ) -> "PreTrainedModel":
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from budwood.formats.linear import SparseLinear
 
         for name, module in model.named_modules():
@@ -203,17 +200,13 @@ class PackedQuantizer(HfQuantizer):
         """With adapters, as peft puts them; the packed weights themselves stay."""
         return True
 
-    def dequantize(
-        self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None
-    ) -> "PreTrainedModel":
+    def dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
         """The plain model of the same weights; without `dtype` they keep theirs, after any `.to()`."""
         model = self._dequantize(model, dtype)
         self.remove_quantization_config(model)
         return model
 
-    def _dequantize(
-        self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None
-    ) -> "PreTrainedModel":
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
         from budwood.checkpoints.substitution import restore
 
         restore(model, self.substitution, getattr(torch, dtype) if isinstance(dtype, str) else dtype)

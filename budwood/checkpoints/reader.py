@@ -107,7 +107,7 @@ def read_tensor(place: Place) -> Tensor:
     tensor = torch.empty(place.shape, dtype=place.dtype)
     if place.nbytes == 0:
         return tensor
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     with open(place.file, "rb", buffering=0) as stream:
         stream.seek(place.start)
         filled = 0
@@ -152,4 +152,3 @@ def sample(place: Place, length: int = 4096) -> bytes:
     with open(place.file, "rb") as stream:
         stream.seek(place.start)
         return stream.read(min(length, place.nbytes))
-

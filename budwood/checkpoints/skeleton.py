@@ -42,6 +42,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool 
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # parameters made on meta one by one have lost each other
     return model.eval()
 
 

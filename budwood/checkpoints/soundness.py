@@ -21,10 +21,12 @@ ONES = (BYTES[:, None] >> torch.arange(8, device="cpu") & 1).sum(1)  # [256], se
 
 
 def check_layout(name: str, format: str, shape: tuple[int, int], found: Layout) -> None:
-    """Raises RunError when a tensor is missing or has another type or size than `format` needs for `shape`."""
-    for suffix, (dtype, sizes) in expected_layout(format, shape, found).items():
+    """Raises RunError when a tensor is missing, or has not the type and size that `format` needs."""
+    expected = expected_layout(format, shape, found)
+    for suffix in expected:
         if suffix not in found:
             raise RunError(f"the checkpoint lacks {name}.{suffix}; fetch or write it again")
+    for suffix, (dtype, sizes) in expected.items():
         found_dtype, found_sizes = found[suffix]
         right_type = found_dtype == dtype if dtype is not None else found_dtype.is_floating_point
         if not right_type or found_sizes != sizes:

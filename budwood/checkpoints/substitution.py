@@ -77,9 +77,7 @@ def put(model: PreTrainedModel, name: str, packed: SparseLinear) -> nn.Module:
     """Put `packed` where a linear of its shape stands, and return that one; raises RunError if none does."""
     plain = model.get_submodule(name)
     if not isinstance(plain, nn.Linear | Conv1D):
-        raise RunError(
-            f"{name} is packed in the checkpoint but a {type(plain).__name__} in the model, no linear"
-        )
+        raise RunError(f"{name} is packed in the checkpoint but a {type(plain).__name__} in the model, no linear")
     out, width = plain.weight.T.shape if isinstance(plain, Conv1D) else plain.weight.shape
     if packed.shape != (out, width):
         raise RunError(f"{name} is {packed.shape} in the checkpoint and {(out, width)} in the model")
@@ -89,19 +87,18 @@ def put(model: PreTrainedModel, name: str, packed: SparseLinear) -> nn.Module:
 
 def restore(model: PreTrainedModel, before: Substitution, dtype: torch.dtype | None = None) -> None:
     """Undo a substitution, weights unpacked in `dtype` or their own; raises UsageError if offloaded."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
-            if any(tensor.is_meta for tensor in module.packed().values()):
-                raise UsageError(f"{name} is offloaded; load the model without offload to unpack its weights")
-            dense = module.dequantize()
-            plain = before.linears.get(name)
-            model.set_submodule(name, transposed(dense, plain) if isinstance(plain, Conv1D) else dense)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    for name, module in packed.items():
+        if any(tensor.is_meta for tensor in module.packed().values()):
+            raise UsageError(f"{name} is offloaded; load the model without offload to unpack its weights")
+    for name, module in packed.items():
+        dense = module.dequantize().to(dtype)  # these alone: tables of the model keep their own type
+        plain = before.linears.get(name)
+        model.set_submodule(name, transposed(dense, plain) if isinstance(plain, Conv1D) else dense)
     for path, fused in before.experts.items():
-        plain = model.get_submodule(path)
-        assert isinstance(plain, ExpertLinears)
-        model.set_submodule(path, fused_again(plain, fused))
-    if dtype is not None:
-        nn.Module.to(model, dtype)  # the model's own refuses while it counts as quantized
+        linears = model.get_submodule(path)
+        assert isinstance(linears, ExpertLinears)
+        model.set_submodule(path, fused_again(linears, fused))
 
 
 def transposed(dense: nn.Linear, plain: Conv1D) -> Conv1D:

@@ -76,7 +76,7 @@ class Weights:
             return {name: self.shards.read(origin.sources[-1][0])}
         converter = deepcopy(origin.converter)
         for source, pattern in origin.sources:
-            converter.add_tensor(name, source, pattern, self.shards.read(source))
+            converter.add_tensor(name, source, pattern, self.shards.read(source))  # type: ignore[arg-type]
         converted = converter.convert(name)
         return {full: value[0] if isinstance(value, list) else value for full, value in converted.items()}
 

@@ -11,15 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from budwood.checkpoints.integrity import index_of, sha256
 from budwood.checkpoints.reader import Shards, read_header
+from budwood.checkpoints.shard import write_shard
 from budwood.checkpoints.weights import assemble
 from budwood.errors import RunError, UsageError
 
-OURS = ("sparse*.safetensors*", "model*.safetensors*", "config.json", "recipe.json", "report.*", "README.md", "*.tmp")
+OURS = (
+    "sparse*.safetensors*",
+    "model*.safetensors*",
+    "config.json",
+    "recipe.json",
+    "report.*",
+    "README.md",
+    "*.tmp",
+)
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 NOT_COMPANIONS = ("config.json", "recipe.json", "report.json", "adapter_config.json")
 IDENTITY = ("budwood", "method", "source", "data", "dtype", "compute_dtype", "format", "skip")
@@ -51,11 +59,10 @@ class Writer:
         self, index: int, tensors: dict[str, Tensor], packed: dict[str, dict[str, Any]], notes: dict[str, Any]
     ) -> None:
         """One shard. packed: format and shape of the matrices stored as several tensors; notes: JSON-plain."""
-        metadata = {"format": "pt", "budwood": json.dumps({"packed": packed, "notes": notes}, sort_keys=True)}
+        metadata = {"format": "pt", "budwood": json.dumps({"packed": packed, "notes": notes})}
         beside = self.shard(index).with_suffix(".tmp")
         try:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, beside, metadata)
-            _flush(beside)
+            write_shard(beside, tensors, metadata)
         except BaseException as error:
             beside.unlink(missing_ok=True)
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -102,8 +109,8 @@ class Writer:
             places, _ = read_header(file)
             weight_map |= dict.fromkeys(places, file.name)
             digests[file.name] = sha256(file)
-        index = index_of(weight_map, self.total_bytes(), digests)
-        write_json(self.target / f"{self.stem}.safetensors.index.json", index)
+        listing = index_of(weight_map, self.total_bytes(), digests)
+        write_json(self.target / f"{self.stem}.safetensors.index.json", listing)
         copy_companions(source, self.target)
         for name, text in documents.items():
             write_text(self.target / name, text)

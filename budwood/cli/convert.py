@@ -10,9 +10,7 @@ from budwood.cli.terminal import answer, console, working
 
 
 def convert(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE.gguf", help="The file to read; quantised weights are expanded.")
-    ],
+    file: Annotated[str, typer.Argument(metavar="FILE.gguf", help="The file to read; quantised weights are expanded.")],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write.")],
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of the written weights.")
@@ -20,7 +18,7 @@ def convert(
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Turn a GGUF file into an ordinary folder of safetensors with tokenizer.
+    """Turn a GGUF file into a folder of safetensors.
 
     \b
     Examples:

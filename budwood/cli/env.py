@@ -9,7 +9,7 @@ from budwood.cli.terminal import answer, console, pairs, working
 
 
 def env(json: options.Json = False) -> None:
-    """Show versions, processor, memory, the plug-in and the kernels in use.
+    """Show machine, versions, plug-in and kernels.
 
     \b
     Examples:

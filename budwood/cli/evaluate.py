@@ -15,20 +15,14 @@ def evaluate(
     model: options.Model,
     data: Annotated[
         str,
-        typer.Option(
-            metavar="D", help="Text to measure on: a file, a folder, token ids, or a name; as for prune."
-        ),
+        typer.Option(metavar="D", help="Text to measure on: a file, a folder, token ids, or a name; as for prune."),
     ],
     variant: Annotated[
         Literal["plain", "gptq", "c4-random"],
-        typer.Option(
-            help="The text as one string, rows joined by two newlines, or random windows of C4 documents."
-        ),
+        typer.Option(help="The text as one string, rows joined by two newlines, or random windows of C4 documents."),
     ] = "plain",
     seq_length: options.SeqLength = 2048,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="WINDOWS", help="Measure only the first windows.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="WINDOWS", help="Measure only the first windows.")] = None,
     bos: options.Bos = "auto",
     seed: options.Seed = 0,
     stream: Annotated[

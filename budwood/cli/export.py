@@ -18,7 +18,9 @@ def export(
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Write the pruned MODEL as an ordinary folder that needs no budwood; as large as before pruning.
+    """Write the pruned MODEL as an ordinary dense folder.
+
+    It needs no budwood to load, and is as large as before pruning.
 
     \b
     Examples:

@@ -42,12 +42,8 @@ class Streamer:
 
 def generate(
     model: options.Model,
-    prompt: Annotated[
-        str, typer.Option(metavar="TEXT", help="What the model goes on with, or answers with --chat.")
-    ],
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="TOKENS", help="At most so many tokens.")
-    ] = 64,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the model goes on with, or answers with --chat.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="At most so many tokens.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token each time; higher is more varied.")
     ] = 0.0,
@@ -59,7 +55,7 @@ def generate(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Write what MODEL says after a prompt, word by word.
+    """Let MODEL go on with a text, or answer with --chat.
 
     \b
     Examples:
@@ -95,9 +91,7 @@ def generate(
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
             streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **sampling,
         )
     said = {

@@ -20,9 +20,10 @@ def inspect(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Show per matrix: shape, format, density, recovered share, bytes, pattern; check files and patterns.
+    """Show what a folder of weights holds, matrix by matrix.
 
-    Ends with status 1 when a matrix breaks the pattern that it promises.
+    Shape, format, density, recovered share, bytes and pattern, read from the files; checksums are compared. Ends
+    with status 1 when a matrix breaks the pattern that it promises.
 
     \b
     Examples:

@@ -14,12 +14,10 @@ from budwood.errors import UsageError
 
 
 def methods(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show this method's options and text.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this method's options and text.")] = None,
     json: options.Json = False,
 ) -> None:
-    """List the pruning methods, or show the options, defaults and text of one.
+    """List the pruning methods, or show the options of one.
 
     \b
     Examples:

@@ -4,35 +4,25 @@ from typing import Annotated, Literal
 
 import typer
 
-Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A folder of safetensors, or a name on the hub.")
-]
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, dense or pruned, or a name on the hub.")
-]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder of safetensors, or a name on the hub.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, dense or pruned, or a name on the hub.")]
 MethodText = Annotated[
     str,
-    typer.Option(
-        "--method", "-m", metavar="EXPR", help="The method, such as 'wrp(alpha=0.25)' or 'wanda(\"2:4\")'."
-    ),
+    typer.Option("--method", "-m", metavar="EXPR", help="The method, such as 'wrp(alpha=0.25)' or 'wanda(\"2:4\")'."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the target folder holds.")]
 Bos = Annotated[
     Literal["auto", "every", "none"],
-    typer.Option(
-        help="Beginning-of-text token: as the tokenizer does for the whole text, before every window, none."
-    ),
+    typer.Option(help="Beginning-of-text token: as the tokenizer does for the whole text, before every window, none."),
 ]
 SeqLength = Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Tokens of one window.")]
 NumSamples = Annotated[int, typer.Option(min=1, metavar="WINDOWS", help="Windows of calibration text.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Skip = Annotated[
     list[str] | None,
-    typer.Option(
-        "--skip", metavar="REGEX", help="Leave matrices alone whose full name matches; may be repeated."
-    ),
+    typer.Option("--skip", metavar="REGEX", help="Leave matrices alone whose full name matches; may be repeated."),
 ]
 FormatName = Annotated[
     str,
@@ -43,7 +33,5 @@ FormatName = Annotated[
         "two_four_compact or two_four_ell.",
     ),
 ]
-Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; by default what is there.")
-]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; by default what is there.")]
 DtypeName = Literal["float32", "bfloat16", "float16"]

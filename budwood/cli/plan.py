@@ -22,9 +22,10 @@ def plan(
     seq_length: options.SeqLength = 2048,
     json: options.Json = False,
 ) -> None:
-    """Say beforehand what pruning SOURCE gives: matrices in scope, bytes, memory, time. Reads no weights.
+    """Say beforehand what pruning SOURCE would give.
 
-    SOURCE may also be a lone config.json.
+    Matrices in scope, bytes in every format, memory and time, from config and headers: no weights are read. SOURCE
+    may also be a lone config.json.
 
     \b
     Examples:
@@ -93,8 +94,6 @@ def show(outlook: Mapping[str, Any]) -> None:
         f"{amounts.size(outlook['bytes_after'])} after "
         f"({amounts.share(outlook['bytes_after'] / outlook['bytes_dense'], 1)})"
     )
-    out.print(
-        f"to expect: {amounts.size(outlook['memory_peak'])} of memory, {amounts.seconds(outlook['seconds'])}"
-    )
+    out.print(f"to expect: {amounts.size(outlook['memory_peak'])} of memory, {amounts.seconds(outlook['seconds'])}")
     for note in outlook["notes"]:
         out.print(f"note: {note}")

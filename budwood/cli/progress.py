@@ -32,9 +32,7 @@ class Lines:
         self.said = now
         left = (now - self.began) / done * (self.total - done)
         rest = (
-            f", {amounts.seconds(left)} left"
-            if done < self.total
-            else f", {amounts.seconds(now - self.began)} in all"
+            f", {amounts.seconds(left)} left" if done < self.total else f", {amounts.seconds(now - self.began)} in all"
         )
         self.note(f"{self.what}: {done} of {self.total}{erred(relative_error)}{rest}")
 

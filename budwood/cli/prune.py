@@ -51,7 +51,7 @@ def prune(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Prune SOURCE block by block and write a complete model folder TARGET.
+    """Prune SOURCE block by block into the model folder TARGET.
 
     A run that was cut off goes on where it stopped when the same command is given again.
 
@@ -105,9 +105,7 @@ def show(report: Mapping[str, Any], target: str) -> None:
         ("time", amounts.seconds(report["seconds"]["total"])),
     ]
     if errors:
-        rows.insert(
-            4, ("output error of a block", f"{amounts.share(min(errors))} to {amounts.share(max(errors))}")
-        )
+        rows.insert(4, ("output error of a block", f"{amounts.share(min(errors))} to {amounts.share(max(errors))}"))
     out.print(pairs(rows))
     for note in report["notes"]:
         out.print(f"note: {note}")

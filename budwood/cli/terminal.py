@@ -31,6 +31,7 @@ def working() -> Iterator[None]:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
@@ -74,7 +75,5 @@ def pairs(rows: Sequence[tuple[str, object]]) -> Table:
 
 def filled(made: Table, rows: Sequence[Sequence[object]]) -> Table:
     for row in rows:
-        made.add_row(
-            *(Text("-" if cell is None else str(cell)) for cell in row)
-        )  # Text: names are not markup
+        made.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))  # Text: names are not markup
     return made

@@ -45,18 +45,14 @@ def evaluation_windows(
     source = read(data, "evaluation", enough)
     if not isinstance(source, Texts):
         if variant != "plain":
-            raise UsageError(
-                f"{source.name} holds token ids, which have no documents or rows; use the variant plain"
-            )
+            raise UsageError(f"{source.name} holds token ids, which have no documents or rows; use the variant plain")
         tokens, documents = known_ids(source, tokenizer), len(source.ids)
         ids = cut(tokens, seq_length, before, source.name)[:limit]
         available = tokens.numel()
     elif variant == "c4-random":
         documents = len(source.documents)
         count = min(limit or RANDOM_WINDOWS, RANDOM_WINDOWS)
-        ids, available = random_windows(
-            source, tokenizer, seq_length, before, bos, count, random.Random(seed)
-        )
+        ids, available = random_windows(source, tokenizer, seq_length, before, bos, count, random.Random(seed))
     else:
         text = source.joined() if variant == "plain" else "\n\n".join(source.rows())
         tokens, documents = tokenise(text, tokenizer, bos)[None], len(source.documents)

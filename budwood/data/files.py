@@ -32,9 +32,7 @@ def read_texts(path: Path, name: str) -> Texts:
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{name} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{name} is not UTF-8 text: byte {error.start} does not fit; convert it first"
-        ) from error
+        raise UsageError(f"{name} is not UTF-8 text: byte {error.start} does not fit; convert it first") from error
     if not any(document.strip() for document in texts.documents):
         raise UsageError(f"{name} holds no text")
     return texts
@@ -73,9 +71,7 @@ def parquet(path: Path, name: str) -> Texts:
         raise UsageError(f"{name}: reading parquet needs pyarrow; run: pip install pyarrow") from error
     try:
         schema = tables.read_schema(path)
-        strings = (
-            field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)
-        )
+        strings = (field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type))
         field = text_field(strings, name)
         documents = tables.read_table(path, columns=[field]).column(field).to_pylist()
     except ArrowException as error:
@@ -104,9 +100,7 @@ def read_ids(path: Path, name: str) -> TokenIds:
         return token_ids(name, torch.from_numpy(array.astype(numpy.int64)))
     shards = Shards([path])
     names = shards.names()
-    chosen = next(
-        (key for key in ("ids", "input_ids") if key in names), names[0] if len(names) == 1 else None
-    )
+    chosen = next((key for key in ("ids", "input_ids") if key in names), names[0] if len(names) == 1 else None)
     if chosen is None:
         raise UsageError(f"{name} holds {len(names)} tensors; call the one with the token ids `ids`")
     return token_ids(name, shards.read(chosen))

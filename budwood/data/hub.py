@@ -11,9 +11,7 @@ from budwood.data.rows import texts_of
 from budwood.data.texts import Purpose, Texts
 from budwood.errors import UsageError
 
-LOCAL = (
-    "local data work without it: a file (.txt, .raw, .jsonl, .jsonl.gz, .parquet), a folder of texts, or sotu"
-)
+LOCAL = "local data work without it: a file (.txt, .raw, .jsonl, .jsonl.gz, .parquet), a folder of texts, or sotu"
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,4 @@ def require_network(name: str) -> None:
     except OSError as error:
         if isinstance(getattr(error, "reason", error), ssl.SSLError):
             return  # reached; certificates are the library's own affair
-        raise UsageError(
-            f"{name} comes from {ENDPOINT}, which cannot be reached from here; {LOCAL}"
-        ) from error
+        raise UsageError(f"{name} comes from {ENDPOINT}, which cannot be reached from here; {LOCAL}") from error

@@ -15,9 +15,7 @@ def texts_of(rows: Iterable[tuple[str, dict[str, Any]]], field: str | None = Non
         if field is None:
             field = text_field((key for key, value in row.items() if isinstance(value, str)), where)
         if not isinstance(row.get(field), str):
-            raise UsageError(
-                f"{where}: no text in the field {field!r}; the fields are {', '.join(row) or 'none'}"
-            )
+            raise UsageError(f"{where}: no text in the field {field!r}; the fields are {', '.join(row) or 'none'}")
         yield row[field]
 
 

@@ -13,6 +13,7 @@ from budwood.data.texts import Purpose, Texts, TokenIds
 from budwood.errors import UsageError
 
 Data = str | Path | Sequence[str] | Tensor
+ID_SUFFIXES = (".npy", ".safetensors")
 NAMES = ("sotu", "wikitext2", "c4", "hf:REPO[:CONFIG]:SPLIT[:FIELD]")
 
 
@@ -44,12 +45,15 @@ def read(data: Data, purpose: Purpose, characters: float | None = None) -> Texts
     return read_path(Path(name), name)
 
 
+def are_token_ids(data: Data) -> bool:
+    """Whether the data need no tokenizer."""
+    return isinstance(data, Tensor) or (isinstance(data, str | Path) and Path(data).suffix in ID_SUFFIXES)
+
+
 def read_path(path: Path, name: str) -> Texts | TokenIds:
     """A file by its suffix, or a folder: its text files in order of name."""
     if path.is_dir():
-        files = [
-            file for file in sorted(path.iterdir()) if suffix_of(file) in TEXT_READERS and file.is_file()
-        ]
+        files = [file for file in sorted(path.iterdir()) if suffix_of(file) in TEXT_READERS and file.is_file()]
         if not files:
             raise UsageError(f"{name} holds no text file; the kinds read are {', '.join(TEXT_READERS)}")
         parts = [read_texts(file, str(file)) for file in files]
@@ -59,17 +63,14 @@ def read_path(path: Path, name: str) -> Texts | TokenIds:
     if not path.is_file():
         near = difflib.get_close_matches(name, ["sotu", "wikitext2", "c4"], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(
-            f"no file, folder or data set is called {name!r}; {hint}Names are: {', '.join(NAMES)}"
-        )
+        raise UsageError(f"no file, folder or data set is called {name!r}; {hint}Names are: {', '.join(NAMES)}")
     if suffix in TEXT_READERS:
         return read_texts(path, name)
-    if suffix in (".npy", ".safetensors"):
+    if suffix in ID_SUFFIXES:
         return read_ids(path, name)
     if suffix in PICKLES:
         raise UsageError(
-            f"{name} is a pickle, which can run code when it is opened; "
-            "save the token ids as .npy or .safetensors"
+            f"{name} is a pickle, which can run code when it is opened; save the token ids as .npy or .safetensors"
         )
     raise UsageError(
         f"{name}: no reader for {suffix or 'a file without suffix'}; texts are {', '.join(TEXT_READERS)}, "

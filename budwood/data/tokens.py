@@ -1,10 +1,13 @@
 """From data to rows of token ids, and where the start token (BOS) goes."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from budwood.checkpoints.tokenizer import load_tokenizer
+from budwood.data.sources import Data, are_token_ids
 from budwood.data.texts import TokenIds
 from budwood.errors import UsageError
 
@@ -13,12 +16,20 @@ from budwood.errors import UsageError
 Bos = Literal["auto", "every", "none"]
 
 
+def tokenizer_for(folder: Path, data: Data) -> Any:
+    """The tokenizer of a model; None where there is none and the data are token ids. Raises UsageError."""
+    try:
+        return load_tokenizer(folder)
+    except UsageError:
+        if are_token_ids(data):
+            return None
+        raise
+
+
 def tokenise(text: str, tokenizer: Any, bos: Bos) -> Tensor:
     """The ids of the text as one string, int64 [tokens]. Raises UsageError without a tokenizer."""
     if tokenizer is None:
-        raise UsageError(
-            "the model has no tokenizer, so text cannot be read; give token ids (.npy, .safetensors)"
-        )
+        raise UsageError("the model has no tokenizer, so text cannot be read; give token ids (.npy, .safetensors)")
     encoded = tokenizer(
         text,
         add_special_tokens=bos == "auto",

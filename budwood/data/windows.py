@@ -17,9 +17,7 @@ from budwood.errors import UsageError
 logger = logging.getLogger(__name__)
 
 Sampling = Literal["random", "consecutive"]
-CHARACTERS_PER_TOKEN = (
-    8  # twice what prose has, so that a streamed corpus also leaves something to choose from
-)
+CHARACTERS_PER_TOKEN = 8  # twice what prose has, so that a streamed corpus also leaves something to choose from
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from budwood.calibration.arithmetic import dtype_named, name_of
 from budwood.calibration.stream import Model
-from budwood.data.evaluation import evaluation_windows
 from budwood.checkpoints.loading import load
 from budwood.checkpoints.source import Source, open_source
-from budwood.checkpoints.tokenizer import load_tokenizer
+from budwood.data.evaluation import Variant, evaluation_windows
+from budwood.data.sources import Data
+from budwood.data.tokens import Bos, tokenizer_for
 from budwood.errors import RunError
 from budwood.progress import Progress, Silent
 
@@ -24,12 +25,12 @@ BOS_TOKENS = 512  # of the first window are enough to see it
 
 def evaluate(
     model: str,
-    data: Any,
+    data: Data,
     *,
-    variant: str = "plain",
+    variant: Variant = "plain",
     seq_length: int = 2048,
     limit: int | None = None,
-    bos: str = "auto",
+    bos: Bos = "auto",
     seed: int = 0,
     stream: bool = False,
     dtype: str = "auto",
@@ -46,7 +47,7 @@ def evaluate(
     progress = progress or Silent()
     start = time.perf_counter()
     source = open_source(model, trust_remote_code)
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = tokenizer_for(source.folder, data)
     seq_length = min(seq_length, context(source.config))
     windows = evaluation_windows(
         data, tokenizer, variant=variant, seq_length=seq_length, limit=limit, bos=bos, seed=seed
@@ -84,7 +85,7 @@ def window_loss(logits: Tensor, ids: Tensor) -> float:
 
 def with_bos(window: Tensor, tokenizer: Any) -> Tensor | None:
     """A pair [2, tokens]: the start of the window as it is, and with a BOS before it; None where it begins with one."""
-    token = tokenizer.bos_token_id
+    token = getattr(tokenizer, "bos_token_id", None)
     if token is None or window[0, 0] == token:
         return None
     plain = window[:, : min(BOS_TOKENS, window.shape[1])]
@@ -134,7 +135,12 @@ Measured = tuple[list[float], str | None]
 
 
 def _resident(
-    source: Source, ids: Tensor, pair: Tensor | None, compute: torch.dtype, device: torch.device, progress: Progress
+    source: Source,
+    ids: Tensor,
+    pair: Tensor | None,
+    compute: torch.dtype,
+    device: torch.device,
+    progress: Progress,
 ) -> Measured:
     model = load(source.folder, dtype=compute, device=str(device), trust_remote_code=source.trust_remote_code)
 
@@ -160,7 +166,12 @@ def _each(loss: Callable[[Tensor], float], ids: Tensor, progress: Progress) -> l
 
 
 def _streamed(
-    source: Source, ids: Tensor, pair: Tensor | None, compute: torch.dtype, device: torch.device, progress: Progress
+    source: Source,
+    ids: Tensor,
+    pair: Tensor | None,
+    compute: torch.dtype,
+    device: torch.device,
+    progress: Progress,
 ) -> Measured:
     model = Model(source, compute=compute, device=device)
     note = bos_note(*streamed_losses(model, pair)) if pair is not None else None

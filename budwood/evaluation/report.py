@@ -6,12 +6,14 @@ Names, recipes and notes come from users and foreign models, so nothing of them 
 import html
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from budwood import amounts
 
 Report = Mapping[str, Any]
 BUDWOOD = "./budwood  # the source folder of budwood"
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
 
@@ -107,9 +109,7 @@ def circumstances(report: Report) -> list[tuple[str, str]]:
         ("computed in", escape(report["compute_dtype"])),
         (
             "machine",
-            escape(
-                ", ".join(f"{key} {value}" for key, value in report["machine"].items() if value is not None)
-            ),
+            escape(", ".join(f"{key} {value}" for key, value in report["machine"].items() if value is not None)),
         ),
         (
             "seconds",
@@ -124,9 +124,7 @@ def described(data: Mapping[str, Any] | None) -> str:
     """The record of a text in one line."""
     if data is None:
         return "none needed"
-    return escape(
-        ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in data.items() if value is not None)
-    )
+    return escape(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in data.items() if value is not None))
 
 
 def render_card(report: Report, base_model: str | None, license: str | None, architecture: str | None) -> str:
@@ -136,7 +134,8 @@ def render_card(report: Report, base_model: str | None, license: str | None, arc
     as the hub spells it, or None. architecture: the class that loads it, such as LlamaForCausalLM.
     """
     packed = report["format"] != "dense"
-    name = base_model or report["source"]
+    base_model = base_model if base_model and HUB_NAME.fullmatch(base_model) else None
+    name = base_model or PurePath(report["source"]).name
     loading = "import budwood  # lets transformers read the packed weights\n" if packed else ""
     parts = [
         front_matter(base_model, license),
@@ -180,9 +179,7 @@ def measured(report: Report, packed: bool) -> str:
     errors = [block["relative_error"] for block in report["blocks"] if block["relative_error"] is not None]
     counted = amounts.share(report["totals"]["bytes"] / report["totals"]["bytes_dense"], 1)
     error = f"{amounts.share(min(errors))} to {amounts.share(max(errors))}" if errors else "not measured"
-    speed = (
-        " A packed matrix is unpacked whenever it multiplies: that saves bytes, not time." if packed else ""
-    )
+    speed = " A packed matrix is unpacked whenever it multiplies: that saves bytes, not time." if packed else ""
     return "\n".join(
         [
             f"- Output error of a block: {error}.",

@@ -1,6 +1,7 @@
 """How one sparse matrix is stored, without loss: a format looks at the zeros and never decides about them."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def pack_as(name: str, weight: Tensor, base: Tensor | None = None) -> dict[str, 
     try:
         return named(name).pack(weight, base)
     except Refusal as refusal:
-        raise UsageError(f"{refusal}; choose --format auto, or another of {', '.join(FORMATS)}") from refusal
+        raise UsageError(str(refusal)) from refusal
 
 
 def predict(shape: tuple[int, int], outlook: Outlook, itemsize: int, format: str = "auto") -> tuple[str, int]:
@@ -53,10 +54,17 @@ def predict(shape: tuple[int, int], outlook: Outlook, itemsize: int, format: str
 
 
 def named(name: str) -> type[Format]:
-    """The format of that name; raises `UsageError` with the list."""
+    """The format of that name; raises `UsageError` with the list and the nearest."""
     if name not in FORMATS:
-        raise UsageError(f"there is no format '{name}'; choose one of {', '.join(FORMATS)}")
+        nearest = get_close_matches(name, FORMATS, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UsageError(f"there is no format '{name}'; choose one of {', '.join(FORMATS)}{hint}")
     return FORMATS[name]
+
+
+def known_layout(name: str) -> str:
+    """`name` itself where it is a format's or "auto", the smallest for each matrix; raises `UsageError` if not."""
+    return name if name == "auto" else named(name).name
 
 
 def smallest(
@@ -79,10 +87,7 @@ def count(weight: Tensor) -> Outlook:
     if width % 4:
         return Outlook(nonzeros=sum(int(stored(weight[rows]).sum()) for rows in slabs(weight.shape)))
     groups = torch.cat(
-        [
-            stored(weight[rows]).reshape(-1, width // 4, 4).sum(2, dtype=torch.uint8)
-            for rows in slabs(weight.shape)
-        ]
+        [stored(weight[rows]).reshape(-1, width // 4, 4).sum(2, dtype=torch.uint8) for rows in slabs(weight.shape)]
     )  # [out, in/4], stored weights in each
     return Outlook(
         nonzeros=int(groups.sum()),

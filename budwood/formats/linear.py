@@ -36,9 +36,7 @@ class SparseLinear(nn.Linear):
         """An empty layer for tensors of these shapes and dtypes, as the header of a file names them."""
         nn.Module.__init__(self)
         if set(tensors) != set(_suffixes(format)):
-            raise ValueError(
-                f"{format} has the tensors {', '.join(_suffixes(format))}; got {', '.join(tensors)}"
-            )
+            raise ValueError(f"{format} has the tensors {', '.join(_suffixes(format))}; got {', '.join(tensors)}")
         self.format = format
         self.shape = (shape[0], shape[1])
         self.out_features, self.in_features = self.shape
@@ -104,9 +102,7 @@ class SparseLinear(nn.Linear):
         text = f"{super().extra_repr()}, format={self.format}"
         if self._values().is_meta:
             return text
-        kept = sum(
-            int(stored(values).sum()) for values in self.packed().values() if values.is_floating_point()
-        )
+        kept = sum(int(stored(values).sum()) for values in self.packed().values() if values.is_floating_point())
         return f"{text}, density={kept / (self.in_features * self.out_features):.4f}"
 
     def _values(self) -> Tensor:
@@ -127,14 +123,15 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        packed = ctx.saved_tensors  # read once: under gradient checkpointing a second time is an error
         to_input = to_bias = None
         if ctx.needs_input_grad[0]:
             # Under autocast the product ran in a lower precision than the weight is kept in.
-            weight = _unpack(ctx.format, ctx.shape, ctx.saved_tensors).to(gradient.dtype)
+            weight = _unpack(ctx.format, ctx.shape, packed).to(gradient.dtype)
             to_input = gradient @ weight  # [..., out] @ [out, in]
         if ctx.needs_input_grad[1]:
-            to_bias = gradient.flatten(0, -2).sum(0)
-        return to_input, to_bias, None, None, *(None for _ in ctx.saved_tensors)
+            to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        return to_input, to_bias, None, None, *(None for _ in packed)
 
 
 def _unpack(format: str, shape: tuple[int, int], packed: Sequence[Tensor]) -> Tensor:

@@ -28,12 +28,8 @@ def _covered(nibble: int) -> int:
 
 
 # A byte holds two groups, the lower one in the low nibble: of mask bits as of places.
-_PLACES = torch.tensor(
-    [_nibble(byte & 15) | _nibble(byte >> 4) << 4 for byte in range(256)], dtype=torch.uint8
-)
-_COVERED = torch.tensor(
-    [_covered(byte & 15) | _covered(byte >> 4) << 4 for byte in range(256)], dtype=torch.uint8
-)
+_PLACES = torch.tensor([_nibble(byte & 15) | _nibble(byte >> 4) << 4 for byte in range(256)], dtype=torch.uint8)
+_COVERED = torch.tensor([_covered(byte & 15) | _covered(byte >> 4) << 4 for byte in range(256)], dtype=torch.uint8)
 
 
 class TwoFour(Format):
@@ -47,7 +43,7 @@ class TwoFour(Format):
         tensors, recovered = split(weight, base)
         beyond = int(recovered.sum())
         if beyond:
-            where = "beyond two of their group of four" if base is None else "outside the 2:4 mask"
+            where = "beyond two of a group of four" if base is None else "outside the 2:4 mask"
             raise Refusal(f"two_four cannot hold this {size(weight)} matrix: {beyond} weights are {where}")
         return tensors
 

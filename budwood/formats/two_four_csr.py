@@ -37,6 +37,4 @@ class TwoFourCsr(Format):
     def nbytes(shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
         if shape[1] % 4 or outlook.recovered is None:
             return None
-        return (
-            skeleton_bytes(shape, itemsize) + 4 * (shape[0] + 1) + (4 + itemsize) * round(outlook.recovered)
-        )
+        return skeleton_bytes(shape, itemsize) + 4 * (shape[0] + 1) + (4 + itemsize) * round(outlook.recovered)

@@ -29,9 +29,7 @@ class TwoFourEll(Format):
         skeleton, recovered = split(weight, base)
         found = smallest_block(recovered.view(weight.shape[0], -1, 4).any(2), weight.element_size())
         if found is None:
-            raise Refusal(
-                f"two_four_ell cannot hold this {size(weight)} matrix: its height does not divide by 4"
-            )
+            raise Refusal(f"two_four_ell cannot hold this {size(weight)} matrix: its height does not divide by 4")
         return skeleton | pack_blocks(weight, recovered, *found)
 
     @staticmethod
@@ -65,9 +63,7 @@ def smallest_block(crowded: Tensor, itemsize: int) -> tuple[int, int] | None:
     `crowded`: bool [out, in/4], the groups that hold a recovered weight. Of equal sizes the larger side.
     """
     found = [(side, int(tiles.sum(1).max())) for side, tiles in _tilings(crowded)]
-    return min(
-        found, key=lambda block: (block_bytes(crowded.shape[0], block, itemsize), -block[0]), default=None
-    )
+    return min(found, key=lambda block: (block_bytes(crowded.shape[0], block, itemsize), -block[0]), default=None)
 
 
 def _tilings(crowded: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -94,9 +90,7 @@ def pack_blocks(weight: Tensor, recovered: Tensor, side: int, count: int) -> dic
     most = int(used.sum(1).max())
     if not most <= count <= width // side:
         raise Refusal(f"{count} blocks of {side} x {side} per block row were asked for, {most} are needed")
-    chosen = (
-        (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].sort(1).values
-    )  # [block rows, count]
+    chosen = (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].sort(1).values  # [block rows, count]
     index = chosen[:, None, :, None].expand(-1, side, -1, side)
     values = weight.masked_fill(~recovered, 0).reshape(tiles.shape).gather(2, index)
     return {"ell_columns": chosen.int(), "ell_values": values.reshape(out, count * side)}

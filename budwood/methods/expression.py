@@ -26,16 +26,19 @@ def parse_method(text: str) -> Method:
 
 
 def write_method(method: Method) -> str:
-    """Canonical text: the fields that differ from their defaults, the first one bare if text or a method."""
+    """Canonical text: the fields that differ from their defaults, or the first one where none does.
+
+    The first is written bare if it is text or a method.
+    """
     from budwood.methods import METHODS
 
     name = next(name for name, kind in METHODS.items() if kind is type(method))
+    fields = [field for field in dataclasses.fields(method) if field.init]  # type: ignore[arg-type]
+    told = [field for field in fields if getattr(method, field.name) != _default(field)] or fields[:1]
     arguments = []
-    for place, field in enumerate(dataclasses.fields(method)):  # type: ignore[arg-type]
+    for field in told:
         value = getattr(method, field.name)
-        if not field.init or value == _default(field):
-            continue
-        bare = place == 0 and isinstance(value, str | Method)
+        bare = field is fields[0] and isinstance(value, str | Method)
         arguments.append(_write(value) if bare else f"{field.name}={_write(value)}")
     return f"{name}({', '.join(arguments)})"
 

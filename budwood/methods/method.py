@@ -37,9 +37,7 @@ class Block(Protocol):
     @property
     def linears(self) -> Mapping[str, Any]: ...  # Linear by name inside the block
 
-    def collect(
-        self, statistic: Callable[[int], S]
-    ) -> dict[str, S]: ...  # one pass, by name inside the block
+    def collect(self, statistic: Callable[[int], S]) -> dict[str, S]: ...  # one pass, by name inside the block
 
 
 class Method:
@@ -93,6 +91,4 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except NotFinite as error:
-        raise RunError(
-            f"{name}: {error}; check the weights and the calibration for NaN and overflow"
-        ) from error
+        raise RunError(f"{name}: {error}; check the weights and the calibration for NaN and overflow") from error

@@ -52,9 +52,7 @@ class SparseGPT(Method):
         if self.mask is not None and (self.pattern, self.parity) != (PATTERN, False):
             raise UsageError("mask already says what stays; leave pattern and parity out")
         if self.parity and nm:
-            raise UsageError(
-                f"parity=True is about counting a share; {self.pattern} counts the same either way"
-            )
+            raise UsageError(f"parity=True is about counting a share; {self.pattern} counts the same either way")
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         pattern = parse_pattern(self.pattern, per="matrix")
@@ -88,7 +86,8 @@ class SparseGPT(Method):
             linears = [block.linears[name] for name in names]
             gram = grams[names[0]]
             pattern = self.pattern_for(linears[0].shape, linears[0].name)
-            if heard(linears[0], gram):
+            reached = [heard(linear, gram) for linear in linears]  # each is checked and named
+            if all(reached):
                 keep = torch.cat([given[name] for name in names]) if given else pattern
                 self.sweep(linears, gram, keep)
             else:
@@ -107,11 +106,7 @@ class SparseGPT(Method):
             rows = linear.shape[0]
             for group in groups:
                 stacked = sum(block.linears[other].shape[0] for other in group)
-                if (
-                    grams[group[0]] is grams[name]
-                    and (stacked + rows) * linear.shape[1] <= TOGETHER
-                    and self.by_row
-                ):
+                if grams[group[0]] is grams[name] and (stacked + rows) * linear.shape[1] <= TOGETHER and self.by_row:
                     group.append(name)
                     break
             else:
@@ -138,7 +133,7 @@ class SparseGPT(Method):
 
 def chosen_by(mask: Callable[[Any], None], block: Block) -> dict[str, Tensor]:
     """What `mask` keeps of each linear, bool [out, in]; the weights are put back."""
-    dense = {name: linear.weight for name, linear in block.linears.items()}
+    dense = {name: linear.weight.clone() for name, linear in block.linears.items()}
     mask(block)
     keep = {name: linear.weight != 0 for name, linear in block.linears.items()}
     for name, linear in block.linears.items():

@@ -34,9 +34,7 @@ class Wanda(Method):
                 f"variant=True lets rows differ, which {self.pattern} does not allow; give a share like '50%'"
             )
         if self.variant and (self.scope, self.tie) != ("row", "low-keeps"):
-            raise UsageError(
-                "variant=True has its own scope and drops ties together; leave scope and tie out"
-            )
+            raise UsageError("variant=True has its own scope and drops ties together; leave scope and tie out")
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         pattern = parse_pattern(self.pattern, self.scope)

@@ -92,9 +92,7 @@ class Wrp(Method):
     def base(self) -> NM:
         base = parse_pattern(self.pattern)
         if not isinstance(base, NM):
-            raise UsageError(
-                f"wrp recovers what N:M dropped, so its pattern must be like '2:4', got {self.pattern!r}"
-            )
+            raise UsageError(f"wrp recovers what N:M dropped, so its pattern must be like '2:4', got {self.pattern!r}")
         return base
 
     def check(self, linears: Mapping[str, Shape]) -> None:

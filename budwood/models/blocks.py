@@ -1,23 +1,23 @@
 """Where the decoder blocks of a model are, found by what its modules are."""
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from budwood.errors import UsageError
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Full name and list of the decoder blocks; works on the meta device.
 
-    The blocks are the one list whose members are all `GradientCheckpointingLayer`, the class that transformers gives
-    to whatever can be run again as a whole; else the longest list of one class that the model says may not be split.
-    Raises UsageError for anything but a decoder language model, and when the lists do not tell.
+    The blocks are the one list whose members are all `GradientCheckpointingLayer`, the class that
+    transformers gives to whatever can be run again as a whole; else the longest list of one class that the
+    model says may not be split. Raises UsageError for anything but a decoder language model, and when the
+    lists do not tell.
     """
     refuse_other_than_decoders(model)
     lists = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 0
     }
     marked = {
         path: blocks
@@ -32,25 +32,25 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if len(found) == 1 and not marked:
         return found[0]
     raise UsageError(
-        f"{type(model).__name__}: cannot tell which list holds the decoder blocks; expected exactly one list of layers, "
-        f"found {describe(candidates or lists)}; budwood prunes models with one stack of blocks"
+        f"{type(model).__name__}: cannot tell which list holds the decoder blocks; expected one list of "
+        f"layers, found {describe(candidates or lists)}; budwood prunes models with one stack of blocks"
     )
 
 
-def is_unsplittable(model: nn.Module, blocks: nn.ModuleList) -> bool:
+def is_unsplittable(model: PreTrainedModel, blocks: nn.ModuleList) -> bool:
     """Whether the members are of one class, and the model names it among those that stay on one device."""
     classes = {type(block).__name__ for block in blocks}
     return len(classes) == 1 and classes <= set(getattr(model, "_no_split_modules", None) or ())
 
 
-def refuse_other_than_decoders(model: nn.Module) -> None:
-    """Raises UsageError for encoders, encoder-decoders, models that see or hear, and models without a head."""
+def refuse_other_than_decoders(model: PreTrainedModel) -> None:
+    """Raises UsageError for encoders, encoder-decoders, models that see or hear, and those without a head."""
     name, config = type(model).__name__, getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         reason = "is an encoder-decoder"
     elif config is not None and config.get_text_config(decoder=True) is not config:
         reason = "takes more than text"
-    elif not hasattr(model, "can_generate") or not model.can_generate() or model.get_output_embeddings() is None:
+    elif not model.can_generate() or model.get_output_embeddings() is None:
         reason = "cannot continue a text"
     elif is_bidirectional(model):
         reason = "is an encoder"
@@ -59,7 +59,7 @@ def refuse_other_than_decoders(model: nn.Module) -> None:
     raise UsageError(f"{name} {reason}; budwood prunes decoder language models (AutoModelForCausalLM) only")
 
 
-def is_bidirectional(model: nn.Module) -> bool:
+def is_bidirectional(model: PreTrainedModel) -> bool:
     """Whether every module that says if it looks ahead says that it does."""
     answers = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
     return bool(answers) and not any(answers)

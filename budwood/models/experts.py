@@ -1,16 +1,19 @@
 """Fused experts as plain linears: what hooks can hear and methods can prune.
 
 transformers keeps the experts of a block in three-dimensional parameters, `gate_up_proj` and `down_proj`
-[experts, out, in] (or [experts, in, out]), which no hook sees. Here they are taken apart into one linear per expert,
-each in the orientation it is stored in, so that splitting is a look at a slice and fusing again is a stack.
+[experts, out, in] (or [experts, in, out]), which no hook sees. Here they are taken apart into one linear per
+expert, each in the orientation it is stored in, so that splitting is a look at a slice and fusing again is a
+stack.
 """
 
 import re
 from collections.abc import Mapping
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from budwood.models.blocks import find_blocks
@@ -36,38 +39,36 @@ class Transposed(Conv1D):
 class ExpertLinears(nn.Module):
     """Experts one by one: `gate_up.<e>` (`up.<e>` where there is no gate) and `down.<e>`.
 
-    Takes the place of a fused experts module and computes the same. An expert is called with the tokens routed to it
-    and with no others; one without tokens is not called.
+    Takes the place of a fused experts module and computes the same. An expert is called with the tokens
+    routed to it and with no others; one without tokens is not called.
     """
 
     def __init__(self, fused: nn.Module):
         super().__init__()
-        first = "gate_up" if fused.has_gate else "up"
-        self.num_experts = fused.get_parameter(f"{first}_proj").shape[0]
-        self.first = first
-        self.add_module(first, linears_of(fused, first))
+        self.num_experts = len(fused.get_parameter("down_proj"))
+        self.first = "gate_up" if fused.has_gate else "up"
+        self.add_module(self.first, linears_of(fused, self.first))
         self.down = linears_of(fused, "down")
         for name, child in fused.named_children():
             self.add_module(name, child)
-        # The activation between the two linears is the fused module's own; it needs everything but the weights.
+        # The activation between the linears is the fused module's own; it needs everything but the weights.
         self.rule = (weightless(fused),)  # in a tuple, lest it becomes a child
 
     def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """hidden [tokens, hidden]; chosen [tokens, k], the experts of each token; shares [tokens, k] -> [tokens, hidden]."""
-        parts: Tensor | None = None
-        for expert in chosen.unique().tolist():
-            token, place = torch.where(chosen == expert)
-            part = self.outputs(expert, hidden[token]) * shares[token, place, None]
-            if parts is None:
-                parts = part.new_zeros(*chosen.shape, part.shape[-1])  # [tokens, k, hidden]
-            parts[token, place] = part
-        assert parts is not None
-        return parts.sum(dim=1).to(hidden.dtype)
+        """hidden [tokens, hidden], the chosen experts and their shares [tokens, k] -> [tokens, hidden]."""
+        # Rows in the order of transformers' grouped product: how a row is rounded depends on its place.
+        experts, order = torch.sort(chosen.reshape(-1))  # [tokens * k]
+        rows, shares = hidden[order // chosen.shape[-1]], shares.reshape(-1)[order, None]
+        counts = torch.bincount(experts, minlength=self.num_experts).tolist()
+        outputs = torch.cat([self.outputs(expert, part) for expert, part in enumerate(rows.split(counts)) if len(part)])
+        weighted = outputs * shares  # [tokens * k, hidden]
+        weighted = torch.empty_like(weighted).index_copy(0, order, weighted)
+        return weighted.view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
 
     def outputs(self, expert: int, hidden: Tensor) -> Tensor:
         """What one expert makes of its tokens, [tokens, hidden] -> [tokens, hidden]."""
         (rule,) = self.rule
-        inner = self.get_submodule(self.first)[expert](hidden)
+        inner = self.get_submodule(f"{self.first}.{expert}")(hidden)
         inner = rule._apply_gate(inner) if rule.has_gate else rule.act_fn(inner)
         outer = self.down[expert](inner)
         return rule.post_expert_norm(outer) if getattr(rule, "has_post_expert_norm", False) else outer
@@ -79,7 +80,7 @@ def is_fused(module: nn.Module) -> bool:
     return "down_proj" in names and bool(names & {"gate_up_proj", "up_proj"}) and hasattr(module, "is_transposed")
 
 
-def unfuse(model: nn.Module) -> list[str]:
+def unfuse(model: PreTrainedModel) -> list[str]:
     """Replaces every fused experts module inside the blocks; the names of those replaced.
 
     Works on real weights, which are shared and not copied, and on the meta device.
@@ -92,12 +93,12 @@ def unfuse(model: nn.Module) -> list[str]:
 
 
 def unfuse_module(fused: nn.Module) -> ExpertLinears:
-    """The same experts as plain linears whose weights are views of the fused ones; `fused` is left as it is."""
+    """The same experts as plain linears whose weights are views; `fused` itself is left as it is."""
     return ExpertLinears(fused).train(fused.training)
 
 
 def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One tensor of a checkpoint in module names -> tensors of the unfused module, views; others stay as they are.
+    """One tensor of a checkpoint in module names -> tensors of the unfused module (views); others stay.
 
     `...experts.gate_up_proj` [experts, ...] becomes `...experts.gate_up.<e>.weight`, its `_bias` `.<e>.bias`.
     """
@@ -109,7 +110,7 @@ def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def fused_state(experts: ExpertLinears, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state of the fused module from that of the plain linears (the module's own unless `state` is given)."""
+    """The state of the fused module, from that of the plain linears: the module's own, or the one given."""
     state = experts.state_dict() if state is None else state
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     others: dict[str, Tensor] = {}
@@ -148,7 +149,7 @@ def parameter(view: Tensor) -> nn.Parameter:
     return nn.Parameter(view.detach(), requires_grad=view.requires_grad)
 
 
-def weightless(module: nn.Module) -> nn.Module:
+def weightless(module: nn.Module) -> Any:
     """A shallow copy without parameters: the same settings, the same children."""
     shell = copy(module)
     shell._parameters = {}

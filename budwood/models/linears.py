@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from budwood.errors import UsageError
@@ -17,11 +18,12 @@ FUSED = "fused experts"
 OTHER = "not a linear"
 
 
-def prunable(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
+def prunable(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
     """The linears of the decoder blocks by full name, in order, without routers and what `skip` names.
 
     skip: regular expressions, searched for in the full name; one that matches nothing is told as a warning.
-    Experts are among them once they are unfused. Works on the meta device. Raises UsageError for a bad expression.
+    Experts are among them once they are unfused. Works on the meta device. Raises UsageError for a bad
+    expression.
     """
     rules = [compiled(text) for text in skip]
     found = linears_in_blocks(model)
@@ -36,7 +38,7 @@ def prunable(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]
     }
 
 
-def skipped(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, str]:
+def skipped(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, str]:
     """Every module with a matrix of its own that stays as it is, by full name, and why."""
     rules = [compiled(text) for text in skip]
     found = linears_in_blocks(model)
@@ -57,15 +59,16 @@ def skipped(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, str]:
     return reasons
 
 
-def coverage(model: nn.Module, skip: Sequence[str] = ()) -> float:
+def coverage(model: PreTrainedModel, skip: Sequence[str] = ()) -> float:
     """Share of all parameters of the model that `prunable` puts in scope."""
-    scope = sum(module.weight.numel() for module in prunable(model, skip).values())
-    return scope / sum(weight.numel() for weight in model.parameters())
+    scope = sum(read(module).numel() for module in prunable(model, skip).values())
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())  # on meta these are parameters of their own
+    return scope / sum(weight.numel() for name, weight in model.named_parameters() if name not in tied)
 
 
 def read(module: nn.Module, stored: Tensor | None = None) -> Tensor:
-    """The weight of a linear, or `stored` in its place, seen as [out, in]; turning a view back is the same turn."""
-    weight = module.weight if stored is None else stored
+    """The weight of a linear, or `stored` in its place, seen as [out, in]; reading twice turns it back."""
+    weight = module.get_parameter("weight") if stored is None else stored
     return weight.T if isinstance(module, Conv1D) else weight
 
 
@@ -80,27 +83,25 @@ def write(module: nn.Module, weight: Tensor) -> None:
     place.copy_(weight)
 
 
-def linears_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def linears_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     path, blocks = find_blocks(model)
     return {
-        name: module
-        for name, module in blocks.named_modules(prefix=path)
-        if isinstance(module, nn.Linear | Conv1D)
+        name: module for name, module in blocks.named_modules(prefix=path) if isinstance(module, nn.Linear | Conv1D)
     }
 
 
-def routers(model: nn.Module) -> set[str]:
+def routers(model: PreTrainedModel) -> set[str]:
     """Names of the modules that choose among experts.
 
-    A router stands beside the experts and has one output for each of them, or a single one that opens and shuts an
-    expert all tokens share.
+    A router stands beside the experts and has one output for each of them, or a single one that opens and
+    shuts an expert all tokens share.
     """
     path, blocks = find_blocks(model)
     found: set[str] = set()
     for name, parent in blocks.named_modules(prefix=path):
         for experts, count in sizes_of_experts(parent):
             for inner, module in parent.named_modules(prefix=name):
-                inside = inner == experts or inner.startswith(f"{name}.{experts}.")
+                inside = f"{inner}.".startswith(f"{name}.{experts}.")
                 if not inside and outputs(module) in (1, count):
                     found.add(inner)
     return found
@@ -113,8 +114,15 @@ def sizes_of_experts(parent: nn.Module) -> Iterator[tuple[str, int]]:
             yield name, child.num_experts
         elif is_fused(child):
             yield name, next(len(weight) for weight in child.parameters(recurse=False) if weight.dim() == 3)
-        elif isinstance(child, nn.ModuleList) and len(child) > 1 and not isinstance(parent, ExpertLinears):
+        elif isinstance(child, nn.ModuleList) and not isinstance(parent, ExpertLinears) and holds_linears(child):
             yield name, len(child)
+
+
+def holds_linears(modules: nn.ModuleList) -> bool:
+    """Whether every one of several modules is a network of linears, as experts in a list are."""
+    return len(modules) > 1 and all(
+        any(isinstance(inner, nn.Linear | Conv1D) for inner in module.modules()) for module in modules
+    )
 
 
 def outputs(module: nn.Module) -> int | None:

@@ -1,13 +1,13 @@
 """Driving the decoder blocks of a model one by one, exactly as the model itself would call them.
 
 Blocks are called with different arguments (masks of sliding and full attention, rotary tables, some of them
-positional). So the model's own forward runs once with every block replaced by a stub that notes its arguments and
-hands on what it was given. Embeddings, final norm and head are never called by name: the model's forward does it,
-with the stubs feeding it the hidden states it should see.
+positional). So the model's own forward runs once with every block replaced by a stub that notes its arguments
+and hands on what it was given. Embeddings, final norm and head are never called by name: the model's forward
+does it, with the stubs feeding it the hidden states it should see.
 
-Whether blocks return a tensor or a tuple is learnt from what the model does with a stub's answer, so no block needs
-weights for it: the form is right when the next block receives the very tensor that was handed on. (Running a block on
-the meta device instead fails where the routing of experts depends on values.)
+Whether blocks return a tensor or a tuple is learnt from what the model does with a stub's answer, so no block
+needs weights for it: the form is right when the next block receives the very tensor that was handed on.
+(Running a block on the meta device instead fails where the routing of experts depends on values.)
 """
 
 import inspect
@@ -33,7 +33,7 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls one block. The hidden states stand first, or under the name of the first parameter."""
+    """How the model calls one block: the hidden states come first, or by the name of the first parameter."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -89,11 +89,13 @@ class Rehearsal:
 
 @torch.no_grad()
 def rehearse(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> Rehearsal:
-    """Learns how the blocks are called for input_ids [batch, tokens]; the blocks may be on meta, the rest is real.
+    """Learns how the blocks are called for input_ids [batch, tokens]; blocks may be on meta, the rest is
+    real.
 
-    Raises UsageError for models whose blocks cannot be driven one by one: where something happens between them, or
-    where their arguments depend on the tokens and not on the shape alone.
+    Raises UsageError for models whose blocks cannot be driven one by one: where something happens between
+    them, or where their arguments depend on the tokens and not on the shape alone.
     """
+    _calls(model, blocks, input_ids, FORMS[0], until=0)  # what fails before the first block is no question of forms
     form = next((form for form in FORMS if _fits(model, blocks, input_ids, form)), None)
     if form is None:
         raise UsageError(
@@ -149,7 +151,7 @@ def _calls(
 
 @contextmanager
 def _stubs(blocks: nn.ModuleList, answer: Callable[[int, Call], Any]) -> Iterator[None]:
-    """Inside, each block returns `answer(index, call)` and computes nothing; afterwards they are as they were."""
+    """Inside, each block returns `answer(index, call)` and computes nothing; outside they are as before."""
     before = [block.__dict__.get("forward") for block in blocks]
 
     def stub(index: int, first: str) -> Callable[..., Any]:

@@ -52,8 +52,7 @@ class NM:
     def check(self, shape: Shape, name: str) -> None:
         if shape[1] % self.group:
             raise UsageError(
-                f"{name}: {self} needs the inputs to divide by {self.group}, got {shape[1]}; "
-                f"{leave_dense(name)}"
+                f"{name}: {self} needs the inputs to divide by {self.group}, got {shape[1]}; {leave_dense(name)}"
             )
 
     def outlook(self, shape: Shape) -> Outlook:

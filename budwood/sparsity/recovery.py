@@ -36,9 +36,7 @@ class Either:
         density = expected_density(self.extra.share, width, kept, group)
         beyond_two = None
         if group == 4:  # a group ends with max(kept, crucial) weights
-            beyond_two = size * (
-                max(kept - 2, 0) / 4 + expected_density(self.extra.share, width, max(kept, 2), 4)
-            )
+            beyond_two = size * (max(kept - 2, 0) / 4 + expected_density(self.extra.share, width, max(kept, 2), 4))
         return Outlook(size * (self.base.density + density), recovered=beyond_two)
 
 
@@ -54,9 +52,7 @@ class Recovered:
 
     def keep(self, scores: Tensor) -> Tensor:
         kept = self.base.keep(scores)
-        lost = scores.masked_fill(
-            kept, -1
-        )  # below every score, so that a dropped weight of score 0 comes first
+        lost = scores.masked_fill(kept, -1)  # below every score, so that a dropped weight of score 0 comes first
         return kept.logical_or_(self.extra.keep(lost))
 
     def check(self, shape: Shape, name: str) -> None:

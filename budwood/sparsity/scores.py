@@ -12,7 +12,7 @@ def magnitude(weight: Tensor) -> Tensor:
 
 def wanda(weight: Tensor, norms: Tensor) -> Tensor:
     """Size of the weight times the norm of its input (arXiv 2306.11695, equation 1)."""
-    return weight.float().abs() * norms.float()  # [out, in] * [in]
+    return weight.float().abs() * norms.float().to(weight.device)  # [out, in] * [in]
 
 
 def obs(weight: Tensor, factor: Factor) -> Tensor:
@@ -22,4 +22,5 @@ def obs(weight: Tensor, factor: Factor) -> Tensor:
     that calibration never excited score 0.
     """
     spread = factor.upper.square().sum(dim=0)  # [in], the diagonal of the inverse
-    return (weight.double().square() / spread).masked_fill(factor.dead, 0)  # [out, in]
+    scores = weight.to(spread).square() / spread  # [out, in]
+    return scores.masked_fill(factor.dead, 0).to(weight.device)

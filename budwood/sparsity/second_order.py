@@ -82,7 +82,7 @@ def sparsegpt(weight: Tensor, factor: Factor, choice: Pattern | Tensor, block: i
     they then are; any other pattern is applied to `block` columns at a time, all rows together.
     """
     upper, diagonal = factor.upper, factor.upper.diagonal()
-    columns = weight.T.to(torch.float64, copy=True, memory_format=torch.contiguous_format)  # [in, out]
+    columns = weight.T.to(upper, copy=True, memory_format=torch.contiguous_format)  # [in, out]
     columns[factor.dead] = 0
     errors = torch.zeros_like(columns)
     column, error = columns.unbind(0), errors.unbind(0)

@@ -53,9 +53,7 @@ class Gram:
 
     def __init__(self, width: int) -> None:
         self.count = 0  # tokens
-        self.total = torch.zeros(
-            width, width, dtype=torch.float64
-        )  # [in, in], valid on and above the diagonal
+        self.total = torch.zeros(width, width, dtype=torch.float64)  # [in, in], valid on and above the diagonal
         self._factors: dict[float, Factor] = {}
 
     def add(self, x: Tensor) -> None:  # [tokens, in]
@@ -77,9 +75,9 @@ class Gram:
         return self.total.triu() + self.total.triu(1).T
 
     def factor(self, damp: float) -> Factor:
-        """The damped inverse factor, computed once per damping."""
+        """The damped inverse factor, computed once per damping, on the CPU as are the sweeps that use it."""
         if damp not in self._factors:
-            self._factors[damp] = factorise(self.total, damp)
+            self._factors[damp] = factorise(self.total.cpu(), damp)
         return self._factors[damp]
 
     def check(self, name: str) -> None:

@@ -1,34 +1,20 @@
 """Writes small packed folders, as a finished run leaves them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from families import build, token_ids
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from budwood.checkpoints.integrity import INDEX_NAME, index_of, sha256
 from budwood.formats import FORMATS, choose
-
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def tiny(model_type: str, **sizes: Any) -> PreTrainedModel:
-    """A random model in bfloat16."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **sizes})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+from budwood.models.experts import unfuse
 
 
 def prune(weight: Tensor, recovered: float = 0.03) -> Tensor:
@@ -51,7 +37,7 @@ def in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 def pack_model(
     model: PreTrainedModel, format: str = "auto", recovered: float = 0.03
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Prune the linears of `model` in place and pack them: tensors of the file, entries of the configuration."""
+    """Prune the linears in place and pack them: tensors of the file, entries of the configuration."""
     entries, tensors = {}, {}
     with torch.no_grad():
         for name, module in in_blocks(model).items():
@@ -96,12 +82,36 @@ def write(
 
 
 def write_packed(
-    folder: Path, model: PreTrainedModel, format: str = "auto", recovered: float = 0.03, shards: int = 2
-) -> Path:
-    """Prune `model` in place and write it."""
-    return write(folder, model, *pack_model(model, format, recovered), shards)
+    folder: Path, name: str = "llama", format: str = "auto", recovered: float = 0.03, shards: int = 2
+) -> tuple[Path, PreTrainedModel]:
+    """A packed folder of a family, experts one by one, and the same pruned model in memory, bfloat16."""
+    model = build(name, dtype=torch.bfloat16)
+    unfuse(model)
+    return write(folder, model, *pack_model(model, format, recovered), shards), model
 
 
 def logits(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
-        return model(torch.arange(24).view(2, 12) % 64, use_cache=False).logits
+        return model(token_ids(), use_cache=False).logits
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change entries of the quantization config of a written folder."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
+    """Change a tensor of a written folder, or drop it (None), with a digest that fits."""
+    index = json.loads((folder / INDEX_NAME).read_text())
+    file = folder / index["weight_map"][name]
+    tensors = load_file(file)
+    changed = change(tensors.pop(name))
+    if changed is None:
+        del index["weight_map"][name]
+    else:
+        tensors[name] = changed
+    save_file(tensors, file, {"format": "pt"})
+    index["metadata"]["sha256"][file.name] = sha256(file)
+    (folder / INDEX_NAME).write_text(json.dumps(index))

@@ -106,9 +106,7 @@ def test_the_folder_holds_the_weights_of_the_file(tmp_path, model, kind, dtype, 
     assert found.dtype == expected
     assert found.generation_config.eos_token_id == 0
     for name, weight in found.state_dict().items():
-        if (
-            weight.ndim > 1 or kind == F32
-        ):  # rows and columns stay where blocks of 32 along a row were rounded
+        if weight.ndim > 1 or kind == F32:  # rows and columns stay where blocks of 32 along a row were rounded
             assert torch.equal(weight, rounded(model.state_dict()[name], kind).to(expected)), name
     assert sorted(path.name for path in target.parent.iterdir()) == ["m"]
 

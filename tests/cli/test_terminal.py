@@ -27,9 +27,7 @@ def test_a_narrow_terminal_folds_names_and_cuts_nothing(capsys, monkeypatch):
     console().print(table(("matrix", "bytes"), [(name, "1,234,567")]))
     out = capsys.readouterr().out
     assert all(len(line) <= 40 for line in out.splitlines())
-    assert name in "".join(line.split()[0] for line in out.splitlines() if line.strip()).replace(
-        "1,234,567", ""
-    )
+    assert name in "".join(line.split()[0] for line in out.splitlines() if line.strip()).replace("1,234,567", "")
 
 
 def test_names_are_not_markup(capsys):

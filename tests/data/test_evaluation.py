@@ -35,8 +35,7 @@ def test_gptq_joins_rows_by_two_newlines(wiki, tokenizer):
 
 def test_documents_are_rows_and_plain_joins_them_alike(tokenizer):
     plain, gptq = (
-        evaluation_windows(["a\nb", "c"], tokenizer, variant=variant, seq_length=6)
-        for variant in ("plain", "gptq")
+        evaluation_windows(["a\nb", "c"], tokenizer, variant=variant, seq_length=6) for variant in ("plain", "gptq")
     )
     assert text_of(plain, tokenizer) == text_of(gptq, tokenizer) == "a\nb\n\nc"
 

@@ -66,9 +66,7 @@ def test_wikitext2_is_the_file_its_rows_were_cut_from(asked, purpose, split):
 def test_names_of_the_hub_are_parsed_or_refused(name, rows):
     if rows is not None:
         assert HubRows.parse(name) == rows
-    elif (
-        "[" not in name
-    ):  # a slice holds a colon of its own: its end is taken for a field, which no row will have
+    else:
         with pytest.raises(UsageError, match="hf:REPO"):
             HubRows.parse(name)
 

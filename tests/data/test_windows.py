@@ -79,8 +79,7 @@ def test_the_start_token_goes_where_it_is_asked_for(opening_tokenizer):
 
 def test_auto_leaves_a_tokenizer_without_special_tokens_alone(tokenizer):
     auto, none = (
-        calibration_windows([TEXT], tokenizer, seq_length=6, num_samples=4, bos=bos)
-        for bos in ("auto", "none")
+        calibration_windows([TEXT], tokenizer, seq_length=6, num_samples=4, bos=bos) for bos in ("auto", "none")
     )
     assert torch.equal(auto.ids, none.ids)
 

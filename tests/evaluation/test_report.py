@@ -72,9 +72,7 @@ def test_the_figures_stand_in_the_report():
 
 
 def test_rows_of_a_table_have_as_many_cells_as_its_head():
-    for block in re.findall(
-        r"(?:^\|.*\|\n)+", render_report(report(source=HOSTILE, notes=[HOSTILE])), re.MULTILINE
-    ):
+    for block in re.findall(r"(?:^\|.*\|\n)+", render_report(report(source=HOSTILE, notes=[HOSTILE])), re.MULTILINE):
         counts = {len(re.split(r"(?<!\\)\|", line)) for line in block.strip().splitlines()}
         assert len(counts) == 1
 
@@ -126,6 +124,12 @@ def test_the_card_says_what_was_not_measured():
     assert "Perplexity: not measured" in card
     assert "Output error of a block: not measured" in card
     assert "base_model" not in card
+
+
+def test_a_local_path_is_no_base_model_and_stays_private():
+    card = render_card(report(source="/home/someone/base"), "/home/someone/base", None, None)
+    assert "base_model" not in card
+    assert "someone" not in card
 
 
 def test_only_packed_folders_need_budwood_to_load():

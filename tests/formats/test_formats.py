@@ -89,9 +89,9 @@ def test_signed_zeros_infinities_and_nans_keep_their_bits(name):
 
 @pytest.mark.parametrize("name", sorted(set(FORMATS) - {"two_four"}))
 def test_crowded_groups_keep_signed_zeros_and_nans(name):
-    odd = torch.tensor([-0.0, -0.0, 0, -0.0, float("nan"), 1, float("nan"), -0.0]).repeat(4, 2)
+    odd = torch.tensor([0, -0.0, -0.0, -0.0, float("nan"), 1, float("nan"), -0.0]).repeat(4, 2)
     check(name, odd)
-    assert count(odd).recovered == 4 * 2 * 3
+    assert count(odd).recovered == 4 * 2 * (1 + 2)
 
 
 @pytest.mark.parametrize("name", sorted(set(FORMATS) - {"two_four"}))
@@ -120,7 +120,7 @@ def test_every_format_converts_into_every_other(start):
 
 
 def test_two_four_refuses_a_third_weight_in_a_group():
-    with pytest.raises(Refusal, match="1 x 4 matrix: 1 weights are beyond two of their group"):
+    with pytest.raises(Refusal, match="1 x 4 matrix: 1 weights are beyond two of a group"):
         FORMATS["two_four"].pack(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
 
 
@@ -190,7 +190,7 @@ def test_only_the_formats_asked_for_are_chosen_from():
 
 
 def test_a_named_format_that_does_not_fit_is_a_usage_error():
-    with pytest.raises(UsageError, match="two_four cannot hold this 2 x 8 matrix: 8 weights"):
+    with pytest.raises(UsageError, match="two_four cannot hold this 2 x 8 matrix: 8 weights are"):
         pack_as("two_four", torch.ones(2, 8))
     with pytest.raises(UsageError, match="no format 'csr'; choose one of dense, two_four"):
         pack_as("csr", torch.ones(2, 8))

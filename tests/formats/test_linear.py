@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_formats import scattered, skeleton
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from budwood.errors import UsageError
 from budwood.formats import FORMATS
@@ -14,9 +15,7 @@ from budwood.formats.linear import SparseLinear
 SPARSE = sorted(set(FORMATS) - {"dense"})
 
 
-def layers(
-    format: str, dtype: torch.dtype = torch.float32, bias: bool = True
-) -> tuple[SparseLinear, nn.Linear]:
+def layers(format: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[SparseLinear, nn.Linear]:
     """A packed layer 16 <- 64 and the dense one with the same weight."""
     weight = skeleton(16, 64, 0.0 if format == "two_four" else 0.1, dtype)
     dense = nn.Linear(64, 16, bias, dtype=dtype)
@@ -88,12 +87,13 @@ def test_activations_of_another_dtype_fail_as_they_do_in_a_linear():
             layer(torch.randn(3, 64, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64)])
 @pytest.mark.parametrize("format", SPARSE)
-def test_gradients_reach_the_input_and_the_bias(format):
+def test_gradients_reach_the_input_and_the_bias(format, shape):
     sparse, dense = layers(format)
     gradients = []
     for layer in (sparse, dense):
-        x = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 64).requires_grad_()
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
         layer.bias.grad = None
         layer(x).square().sum().backward()
         gradients.append((x.grad, layer.bias.grad))
@@ -109,6 +109,13 @@ def test_gradients_under_autocast():
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert x.grad.dtype == sparse.bias.grad.dtype == torch.float32
+
+
+def test_gradients_under_checkpointing():
+    sparse, _ = layers("two_four_compact")
+    x = torch.randn(3, 64, requires_grad=True)
+    checkpoint(sparse, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, sparse.unpack().sum(0).expand(3, 64))  # float32 sums of 16 terms
 
 
 def test_training_does_not_keep_the_dense_weight():

@@ -23,7 +23,7 @@ class Linear:
 
 
 class Block:
-    """weights: [out, in] by name; inputs: for every name a list of batches [tokens, in]. Equal lists are shared."""
+    """Weights [out, in] by name, and as many lists of batches [tokens, in]; names may share a list."""
 
     def __init__(self, weights, inputs, name="model.layers.7"):
         self.name = name

@@ -81,9 +81,7 @@ def test_the_worked_masks_in_every_dtype(dtype, text, expected):
     linear = block.linears["fc"]
     assert kept(linear) == expected
     assert linear.stored.dtype == dtype
-    assert torch.equal(
-        linear.stored[linear.stored != 0], WEIGHT.to(dtype)[linear.stored != 0]
-    )  # values are copies
+    assert torch.equal(linear.stored[linear.stored != 0], WEIGHT.to(dtype)[linear.stored != 0])  # values are copies
     if text.startswith("wrp"):
         assert linear.recovered == sum(map(len, expected)) - 8
 
@@ -97,17 +95,12 @@ def test_the_outlook_is_what_remains(text, dtype):
     for linear in block.linears.values():
         outlook, size = method.outlook(linear.shape), linear.stored.numel()
         count = int((linear.stored != 0).sum())
-        # Exact where the method fixes a number; a law of chance, a search or ties otherwise. Weights that are 0
-        # already or round to 0 may be missing.
-        assert count == pytest.approx(
-            outlook.nonzeros, abs=0.05 * size if "wrp" in text or "variant" in text else 2
-        )
+        # Exact where the method fixes a number, else a law of chance or a search. A weight may round to 0.
+        assert count == pytest.approx(outlook.nonzeros, abs=0.05 * size if "wrp" in text or "variant" in text else 2)
         assert linear.stored.isfinite().all()
         if text.startswith("wrp") and "4:8" not in text:
             assert linear.recovered == count - size // 2
-    assert block.passes == (
-        0 if text.startswith("magnitude") or "magnitude" in text else 2 if "mask" in text else 1
-    )
+    assert block.passes == (0 if text.startswith("magnitude") or "magnitude" in text else 2 if "mask" in text else 1)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +163,7 @@ def test_a_mask_from_another_method_is_kept_and_repaired():
         assert torch.equal(linear.stored != 0, chosen.linears[name].stored != 0)
         assert linear.recovered == chosen.linears[name].recovered
         x, original = torch.cat(dense.inputs[name]), dense.linears[name].stored
-        error = lambda weight: float((x @ (weight - original).T).norm())
+        error = lambda weight, x=x, original=original: float((x @ (weight - original).T).norm())
         assert error(linear.stored) < error(chosen.linears[name].stored)
 
 
@@ -179,9 +172,7 @@ def test_a_mask_from_another_method_is_kept_and_repaired():
 )
 def test_an_expert_without_tokens_is_pruned_by_magnitude(text, caplog):
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    block = Block(
-        {"experts.3": weight, "experts.4": weight}, {"experts.3": [], "experts.4": [torch.randn(30, 16)]}
-    )
+    block = Block({"experts.3": weight, "experts.4": weight}, {"experts.3": [], "experts.4": [torch.randn(30, 16)]})
     by_magnitude = Block({"experts.3": weight}, {"experts.3": []})
     with caplog.at_level(logging.WARNING):
         parse_method(text)(block)
@@ -240,8 +231,7 @@ def test_alphas_by_name():
     for name, alpha in {"down": "0.5", "q": "0", "k": "0", "v": "0.25", "o": "0.25"}.items():
         assert torch.equal(block.linears[name].stored, reference[alpha].linears[name].stored)
     assert (
-        method.outlook((64, 64), "model.layers.0.down").nonzeros
-        > method.outlook((64, 64), "model.layers.0.q").nonzeros
+        method.outlook((64, 64), "model.layers.0.down").nonzeros > method.outlook((64, 64), "model.layers.0.q").nonzeros
     )
     with pytest.raises(UsageError, match="'down' is found in no linear's name"):
         method.check({"model.layers.0.q": (8, 8)})

@@ -38,9 +38,7 @@ def test_small_widths_recover_less(width, density):
 )
 def test_large_widths_reach_the_closed_form(kept, group, density):
     assert expected_density(0.25, 2**20, kept, group) == pytest.approx(density, rel=5e-3)
-    closed = sum(
-        (j - kept) * math.comb(group, j) * 0.25**j * 0.75 ** (group - j) for j in range(kept + 1, group + 1)
-    )
+    closed = sum((j - kept) * math.comb(group, j) * 0.25**j * 0.75 ** (group - j) for j in range(kept + 1, group + 1))
     assert expected_density(0.25, 2**20, kept, group) == pytest.approx(closed / group, rel=1e-4)
 
 
@@ -52,16 +50,12 @@ def test_how_groups_crowd(alpha, percent):
     assert [100 * p for p in group_law(alpha, 4096, 4)] == pytest.approx(percent, abs=0.0051)
 
 
-@pytest.mark.parametrize(
-    ("alpha", "tolerance"), [(0.25, 0.04), (0.1, 0.15)]
-)  # 5 standard deviations of the mean
+@pytest.mark.parametrize(("alpha", "tolerance"), [(0.25, 0.04), (0.1, 0.15)])  # 5 standard deviations of the mean
 def test_the_law_holds_on_random_metrics(alpha, tolerance):
     metric = torch.randn(256, 4096, generator=torch.Generator().manual_seed(1)).exp()
     recovered = int(Either(NM(2, 4), Top(alpha)).keep(metric).sum()) - metric.numel() // 2
     assert recovered / metric.numel() == pytest.approx(expected_density(alpha, 4096), rel=tolerance)
-    assert Either(NM(2, 4), Top(alpha)).outlook((256, 4096)).recovered == pytest.approx(
-        recovered, rel=tolerance
-    )
+    assert Either(NM(2, 4), Top(alpha)).outlook((256, 4096)).recovered == pytest.approx(recovered, rel=tolerance)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
@@ -83,8 +77,6 @@ def test_histogram_counts_groups():
     assert x4_histogram(mask, group=2).tolist() == [3, 2, 3]
     metric = torch.rand(64, 4096, generator=torch.Generator().manual_seed(3))
     share = x4_histogram(Share(0.5).keep(metric)) / (64 * 1024)
-    assert share.tolist() == pytest.approx(
-        [0.0624, 0.25, 0.3752, 0.25, 0.0624], abs=0.006
-    )  # 3 sd of 65536 draws
+    assert share.tolist() == pytest.approx([0.0624, 0.25, 0.3752, 0.25, 0.0624], abs=0.006)  # 3 sd of 65536 draws
     with pytest.raises(ValueError, match="do not fill"):
         x4_histogram(mask[:, :6])

@@ -70,9 +70,7 @@ def test_shares_drop_exactly_the_count_and_the_smallest(rows, width, drop, level
 @given(rows=st.integers(1, 6), groups=st.integers(1, 6), group=st.integers(1, 20), data=st.data())
 def test_every_group_keeps_exactly_n(rows, groups, group, data):
     pattern = NM(data.draw(st.integers(1, group)), group)
-    metric = torch.randint(
-        0, 9, (rows, groups * group), generator=torch.Generator().manual_seed(group)
-    ).float()
+    metric = torch.randint(0, 9, (rows, groups * group), generator=torch.Generator().manual_seed(group)).float()
     keep = pattern.keep(metric)
     assert (keep.unflatten(1, (groups, group)).sum(dim=-1) == pattern.kept).all()
     assert pattern.outlook(tuple(metric.shape)).nonzeros == pytest.approx(int(keep.sum()))
@@ -102,9 +100,7 @@ def test_unit_norms_make_wanda_magnitude():
 
 def test_permuted_columns_permute_an_unstructured_mask():
     order = torch.tensor([3, 0, 7, 2, 6, 1, 5, 4])
-    assert torch.equal(
-        Share(0.5).keep(scores.wanda(WEIGHT[:, order], NORMS[order])), Share(0.5).keep(WANDA)[:, order]
-    )
+    assert torch.equal(Share(0.5).keep(scores.wanda(WEIGHT[:, order], NORMS[order])), Share(0.5).keep(WANDA)[:, order])
 
 
 def test_a_dead_channel_goes_first_in_every_row():

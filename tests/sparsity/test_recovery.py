@@ -136,9 +136,7 @@ def test_padded_blocks_recover_only_what_exists():
 
 
 def test_ragged_blocks_are_refused_with_the_side_that_would_do():
-    with pytest.raises(
-        UsageError, match=r"q_proj: blocks of 64 .* got 288 x 288; use block=32, pad=True, or leave"
-    ):
+    with pytest.raises(UsageError, match=r"q_proj: blocks of 64 .* got 288 x 288; use block=32, pad=True, or leave"):
         Recovered(NM(2, 4), TopBlocks(64, count=1)).check((288, 288), "q_proj")
     with pytest.raises(UsageError, match="5 blocks per block row were asked for, but 16 inputs hold only 4"):
         TopBlocks(4, count=5).check((8, 16), "q_proj")

@@ -110,9 +110,7 @@ def test_the_factor_inverts_the_damped_matrix(width, seed):
     torch.testing.assert_close(scores.obs(weight, factor), weight.double().square() / spread)
 
 
-@pytest.mark.parametrize(
-    "pattern", [NM(2, 4), NM(4, 8), NM(3, 5), HALF, Share(0.3), Either(NM(2, 4), Top(0.4))]
-)
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(3, 5), HALF, Share(0.3), Either(NM(2, 4), Top(0.4))])
 def test_result_errors_and_loss_agree(pattern):
     _, gram, weight = correlated(400, 40)
     factor = gram.factor(0.01)
@@ -138,9 +136,7 @@ def column_by_column(weight, upper, kept, group):
     return weight
 
 
-@pytest.mark.parametrize(
-    ("kept", "group", "width"), [(2, 4, 64), (4, 8, 40), (2, 6, 42), (1, 1, 7), (2, 4, 292)]
-)
+@pytest.mark.parametrize(("kept", "group", "width"), [(2, 4, 64), (4, 8, 40), (2, 6, 42), (1, 1, 7), (2, 4, 292)])
 def test_it_is_the_published_loop_whatever_the_block(kept, group, width):
     _, gram, weight = correlated(600, width)
     factor = gram.factor(0.01)

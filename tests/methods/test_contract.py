@@ -1,0 +1,194 @@
+"""What every method owes: checked for all that are registered, each in several settings, on a tiny random model."""
+
+import json
+
+import pytest
+import torch
+from families import save_model
+from transformers import AutoModelForCausalLM
+
+from budwood.calibration.stream import Model
+from budwood.checkpoints.source import open_source
+from budwood.methods import METHODS, parse_method
+from budwood.planning import plan
+from budwood.pruning import prune
+from budwood.sparsity.statistics import Gram, SquaredNorm
+
+SETTINGS = {
+    "magnitude": ['magnitude("2:4")', 'magnitude("50%")'],
+    "wanda": ['wanda("2:4")', 'wanda("50%")', 'wanda("4:8")', 'wanda("30%", scope="matrix")'],
+    "sparsegpt": ['sparsegpt("2:4")', 'sparsegpt("50%", block=16)', 'sparsegpt("50%", parity=True)'],
+    "wrp": [
+        "wrp(alpha=0.5)",
+        "wrp(density=0.05)",
+        "wrp(block=16, k=1)",
+        "wrp(block=8, density=0.25)",
+        'wrp(alpha=0.5, metric="magnitude")',
+        'wrp(alpha=0.5, metric="obs")',
+        'wrp(density=0.05, scope="matrix")',
+    ],
+}
+EXPRESSIONS = [pytest.param(expression, id=expression) for settings in SETTINGS.values() for expression in settings]
+CALIBRATION = {"num_samples": 6, "seq_length": 24, "compute_dtype": "float32"}
+
+
+def test_every_method_is_tested():
+    assert set(SETTINGS) == set(METHODS)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save_model("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text():
+    return ["".join(chr(97 + (i * i + i // 7) % 26) for i in range(600))]
+
+
+def linears_of(folder):
+    """The pruned matrices [out, in] as transformers loads them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    names = json.loads((folder / "report.json").read_text())["linears"]
+    return {name: model.get_submodule(name).weight.detach() for name in names}
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_density_is_reached_and_the_rest_is_whole(llama, text, tmp_path, expression):
+    report = prune(llama, tmp_path / "out", expression, text, **CALIBRATION)
+    method = parse_method(expression)
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    for name, weight in linears_of(tmp_path / "out").items():
+        assert torch.isfinite(weight).all()
+        expected = method.outlook(tuple(weight.shape), name).nonzeros / weight.numel()
+        tolerance = 0.02 if "alpha" in expression or "parity" in expression else 1e-9
+        assert report["linears"][name]["density"] == pytest.approx(expected, abs=tolerance)
+        assert int(torch.count_nonzero(weight)) == report["linears"][name]["nonzeros"]
+        if "sparsegpt" not in expression:  # no weight that stays is changed
+            kept = weight != 0
+            assert torch.equal(weight[kept], dense.get_submodule(name).weight[kept])
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    others = {name for name in dense.state_dict() if name.rpartition(".")[0] not in report["linears"]}
+    for name in others:
+        assert torch.equal(pruned.state_dict()[name], dense.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_planned_bytes_are_written_bytes(llama, text, tmp_path, expression):
+    report = prune(llama, tmp_path / "out", expression, text, **CALIBRATION)
+    planned = plan(llama, expression)
+    exact = "alpha" not in expression and "parity" not in expression
+    assert planned["bytes_after"] == pytest.approx(report["totals"]["bytes"], rel=1e-12 if exact else 0.02)
+    assert planned["in_scope"] == report["totals"]["in_scope"]
+    assert planned["parameters"] == report["totals"]["parameters"]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_interrupted_and_resumed_is_byte_identical(llama, text, tmp_path, expression):
+    prune(llama, tmp_path / "whole", expression, text, **CALIBRATION)
+    prune(llama, tmp_path / "cut", expression, text, **CALIBRATION)
+    shards = sorted((tmp_path / "cut").glob("*.safetensors"))
+    for shard in [shards[0], *shards[2:]]:  # as if it had been killed in the second block
+        shard.unlink()
+    for name in ("config.json", "report.json"):
+        (tmp_path / "cut" / name).unlink()
+    report = prune(llama, tmp_path / "cut", expression, text, **CALIBRATION)
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "whole" / shard.name).read_bytes(), shard.name
+    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert report["linears"] == whole["linears"]
+    assert report["totals"] == whole["totals"]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_streamed_equals_resident(llama, text, tmp_path, expression):
+    """The method on a model that is wholly in memory, blocks called by the model's own forward."""
+    report = prune(llama, tmp_path / "out", expression, text, format="dense", **CALIBRATION)
+    streamed = linears_of(tmp_path / "out")
+    method = parse_method(expression)
+    ids = calibration_ids(llama, text, report)
+    resident = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    for index, layer in enumerate(resident.model.layers):
+        method(Resident(resident, layer, f"model.layers.{index}", ids))
+    for name, weight in streamed.items():
+        assert torch.equal(weight, resident.get_submodule(name).weight), name
+
+
+def calibration_ids(folder, text, report):
+    from budwood.checkpoints.tokenizer import load_tokenizer
+    from budwood.data.windows import calibration_windows, digest
+
+    if report["data"] is None:
+        return None
+    ids = calibration_windows(text, load_tokenizer(folder), num_samples=6, seq_length=24).ids
+    assert digest(ids) == report["data"]["sha256"]
+    return ids
+
+
+class Resident:
+    """A block of a model in memory, with the protocol of the streamed one."""
+
+    def __init__(self, model, layer, name, ids):
+        self.model, self.layer, self.ids = model, layer, ids
+        self.linears = {
+            path: ResidentLinear(f"{name}.{path}", module)
+            for path, module in layer.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+
+    def collect(self, statistic):
+        found = {name: statistic(linear.shape[1]) for name, linear in self.linears.items()}
+        hooks = [
+            linear.module.register_forward_pre_hook(
+                lambda module, args, name=name: found[name].add(args[0].reshape(-1, args[0].shape[-1]))
+            )
+            for name, linear in self.linears.items()
+        ]
+        with torch.no_grad():
+            self.model(self.ids)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+
+class ResidentLinear:
+    def __init__(self, name, module):
+        self.name, self.module, self.recovered = name, module, None
+        self.shape = tuple(module.weight.shape)
+
+    @property
+    def weight(self):
+        return self.module.weight.detach().clone()
+
+    @weight.setter
+    def weight(self, value):
+        self.module.weight.data.copy_(value)
+
+
+def test_shared_inputs_share_a_statistic_and_the_last_linear_need_not_run(llama, text):
+    model = Model(open_source(llama))
+    ids = torch.randint(3, 100, (70, 64), generator=torch.Generator().manual_seed(0))
+    calls = []
+    for block in model.blocks(ids):
+        down = block.linears["mlp.down_proj"].module
+        hook = down.register_forward_hook(lambda *_: calls.append(1))
+        norms = block.collect(SquaredNorm)
+        hook.remove()
+        assert norms["self_attn.q_proj"] is norms["self_attn.k_proj"] is norms["self_attn.v_proj"]
+        assert norms["mlp.gate_proj"] is norms["mlp.up_proj"] is not norms["self_attn.q_proj"]
+        assert len({id(norm) for norm in norms.values()}) == 4
+        assert {norm.count for norm in norms.values()} == {70 * 64}
+        gram = block.collect(Gram)["self_attn.o_proj"]
+        assert gram.matrix().diagonal().tolist() == pytest.approx(norms["self_attn.o_proj"].total.tolist(), rel=1e-5)
+        break
+    assert len(calls) == 1  # in the first batch only
+
+
+@pytest.mark.parametrize("better", ['wanda("2:4")', 'sparsegpt("2:4")', "wrp(alpha=0.5)"])
+def test_output_error_is_not_above_that_of_magnitude(llama, text, tmp_path, better):
+    """The first block's, where both start from the same inputs; magnitude sees no text, so WRP's metric stands in."""
+    worse = prune(llama, tmp_path / "worse", 'wrp(alpha=0.0, metric="wanda")', text, **CALIBRATION)
+    found = prune(llama, tmp_path / "better", better, text, **CALIBRATION)
+    assert found["blocks"][0]["relative_error"] <= worse["blocks"][0]["relative_error"] * (1 + 1e-6)

@@ -1,0 +1,119 @@
+"""Which matrices are in scope, and that all of them are seen as [out, in]."""
+
+import warnings
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from families import EXPERTS, HIDDEN, build, config
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from budwood.errors import UsageError
+from budwood.models.blocks import find_blocks
+from budwood.models.experts import unfuse
+from budwood.models.linears import coverage, prunable, read, skipped, write
+
+
+def on_meta(family):
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config(family))
+
+
+def test_each_matrix_maps_its_inputs_to_its_outputs(family):
+    for name, module in prunable(build(family)).items():
+        out, width = read(module).shape
+        assert module(torch.zeros(1, width)).shape == (1, out), name
+
+
+def test_every_matrix_of_the_blocks_is_in_scope_or_listed(family):
+    model = build(family)
+    unfuse(model)
+    path, blocks = find_blocks(model)
+    matrices = {
+        name
+        for name, module in blocks.named_modules(prefix=path)
+        if any(weight.dim() > 1 for weight in module.parameters(recurse=False))
+    }
+    scope, left = prunable(model), skipped(model)
+    assert matrices == set(scope) | {name for name in left if name.startswith(f"{path}.")}
+    assert not set(scope) & set(left)
+    assert set(left.values()) <= {"router", "outside the decoder blocks"}
+
+
+def test_the_meta_device_knows_as_much(family):
+    real, meta = build(family), on_meta(family)
+    unfuse(real)
+    unfuse(meta)
+    assert list(prunable(real)) == list(prunable(meta))
+    assert skipped(real) == skipped(meta)
+    assert coverage(real) == coverage(meta)
+
+
+def test_only_experts_taken_apart_are_in_scope(moe_family):
+    model = build(moe_family)
+    before, listed = coverage(model), set(skipped(model).values())
+    unfuse(model)
+    assert coverage(model) > before
+    assert "fused experts" in listed
+    assert "fused experts" not in skipped(model).values()
+
+
+class Mixture(nn.Module):
+    """Experts in a list, as models had them before they were fused, with routers that are plain linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS)
+        self.shared_gate = nn.Linear(HIDDEN, 1)
+        self.shared = nn.Linear(HIDDEN, HIDDEN)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)) for _ in range(EXPERTS))
+
+
+def test_plain_linears_that_route_are_left_alone(tiny_model):
+    tiny_model.model.layers[1].mlp = Mixture()
+    mlp = "model.layers.1.mlp"
+    routers = {name for name, reason in skipped(tiny_model).items() if reason == "router"}
+    assert routers == {f"{mlp}.gate", f"{mlp}.shared_gate"}
+    assert {f"{mlp}.shared", f"{mlp}.experts.3.0"} <= set(prunable(tiny_model))
+
+
+def test_skip_takes_out_and_says_why(tiny_model):
+    skip = (r"layers\.0\.", "down_proj$")
+    scope = prunable(tiny_model, skip)
+    assert set(prunable(tiny_model)) - set(scope) == {
+        name for name in prunable(tiny_model) if ".0." in name or name.endswith("down_proj")
+    }
+    assert skipped(tiny_model, skip)["model.layers.2.mlp.down_proj"] == "--skip 'down_proj$'"
+    assert coverage(tiny_model, skip) < coverage(tiny_model)
+
+
+def test_an_expression_for_nothing_is_told(tiny_model):
+    with pytest.warns(UserWarning, match="nowhere"):
+        prunable(tiny_model, ["nowhere"])
+
+
+def test_an_expression_for_something_is_not_told(tiny_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prunable(tiny_model, ["q_proj"])
+
+
+def test_a_broken_expression_is_refused(tiny_model):
+    with pytest.raises(UsageError, match=r"'\(' is not a regular expression"):
+        prunable(tiny_model, ["("])
+
+
+@pytest.mark.parametrize("module", [nn.Linear(8, 4), Conv1D(4, 8)], ids=["linear", "transposed"])
+def test_what_is_written_is_read(module):
+    weight = torch.randn(4, 8)
+    write(module, weight)
+    assert torch.equal(read(module), weight)
+    assert torch.equal(read(module, read(module)), module.weight)
+    assert torch.allclose(module(torch.eye(8)) - module.bias, weight.T, atol=1e-6)  # one addition is rounded
+
+
+def test_a_weight_of_another_shape_is_not_broadcast():
+    with pytest.raises(ValueError, match="does not fit"):
+        write(nn.Linear(8, 4), torch.zeros(1, 8))
