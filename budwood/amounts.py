@@ -1,6 +1,9 @@
 """Amounts in words: bytes, shares, seconds, shapes and counts as a person reads them."""
 
+import re
 from collections.abc import Sequence
+
+from budwood.errors import UsageError
 
 
 def size(count: float | None) -> str:
@@ -36,3 +39,11 @@ def shape(sizes: Sequence[int]) -> str:
 def figure(value: float | None, digits: int = 4) -> str:
     """A number with `digits` significant digits."""
     return "-" if value is None else f"{value:.{digits}g}"
+
+
+def parse_bytes(amount: int | str) -> int:
+    """4294967296, "4GB", "500 MB", "0": bytes, with units of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", str(amount), re.IGNORECASE)
+    if not match:
+        raise UsageError(f"{amount!r} is no amount of memory; write for example 4GB")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))

@@ -87,6 +87,16 @@ def memory() -> int | None:
         return None
 
 
+def peak_memory() -> int | None:
+    """Largest resident size of this process so far, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def plug_in() -> str:
     """Whether plain `from_pretrained` knows pruned folders in a Python that never imported budwood."""
     if not any(entry.name == "budwood" for entry in entry_points(group="torch.backends")):

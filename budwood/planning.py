@@ -91,7 +91,7 @@ def _storage(dtype: str | None, config: Any, shards: Shards | None) -> torch.dty
     if dtype not in (None, "auto"):
         return dtype_named(dtype)
     if shards is not None:
-        return storage_dtype(shards, shards.names())
+        return storage_dtype(shards)
     named = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return TYPES.get(named, torch.float32)
 

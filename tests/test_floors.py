@@ -9,7 +9,7 @@ import budwood
 
 ROOT = Path(budwood.__file__).parent
 FLOORS = {
-    "errors": -1,
+    "errors": -2,
     "amounts": -1,
     "progress": -1,
     "packages": 0,
@@ -23,6 +23,7 @@ FLOORS = {
     "data": 4,
     "methods": 6,
     "evaluation": 6,
+    "bookkeeping": 6,
     "pruning": 7,
     "planning": 7,
     "inspection": 7,

@@ -13,11 +13,12 @@ from families import FAMILIES, MOE, build, save_model, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from budwood.amounts import parse_bytes
 from budwood.checkpoints.loading import load
 from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import evaluate
 from budwood.formats import FORMATS
-from budwood.pruning import parse_bytes, prune
+from budwood.pruning import prune
 
 CALIBRATION = {"num_samples": 4, "seq_length": 24, "compute_dtype": "float32"}
 IDS = token_ids(1, 400) % 90 + 3

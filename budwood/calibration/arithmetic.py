@@ -20,6 +20,16 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def known_device(name: str | None) -> torch.device:
+    """The device of that name, the CPU by default; UsageError where it cannot be used."""
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def faster_dtype(device: torch.device, width: int, rows: int = 512, rounds: int = 5) -> tuple[torch.dtype, str]:
     """float32 or bfloat16, whichever multiplies [rows, width] x [width, width] sooner here, and a sentence about it.
 

@@ -53,6 +53,19 @@ class Source:
         """The tensors under the names of the modules."""
         return Weights(self.shards, anatomy, self.packed)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the user named a folder, not a repository of the hub."""
+        return Path(self.name).expanduser() == self.folder
+
+    @property
+    def license(self) -> str | None:
+        """What the model's own card says."""
+        card = self.folder / "README.md"
+        text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
+        found = re.search(r"^license:\s*(\S+)\s*$", text, re.MULTILINE)
+        return found[1] if found else None
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the configuration, every header and the first bytes of every tensor."""

@@ -99,11 +99,10 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
-def storage_dtype(shards: Shards, names: list[str]) -> torch.dtype:
+def storage_dtype(shards: Shards) -> torch.dtype:
     """The floating type most of the weights are stored in."""
     bytes_by_type: dict[torch.dtype, int] = {}
-    for name in names:
-        place = shards.places[name]
+    for place in shards.places.values():
         if place.dtype.is_floating_point:
             bytes_by_type[place.dtype] = bytes_by_type.get(place.dtype, 0) + place.nbytes
     return max(bytes_by_type, key=lambda dtype: bytes_by_type[dtype], default=torch.float32)

@@ -7,7 +7,7 @@ folder is for, `config.json` last, so that a folder that was interrupted can be 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Writer:
     """Writes the shards of one run into `target`, and reads back those that are finished.
 
     target: the folder; created here. recipe: JSON-plain, says what the run is (IDENTITY keys decide whether a folder
-    belongs to it). blocks: number of decoder blocks. layout: a format's name, or "auto"; a dense folder carries the usual names.
+    belongs to it). blocks: number of decoder blocks. layout: a format's name, or "auto"; a
+    dense folder carries the usual file names.
     """
 
     def __init__(self, target: Path, recipe: dict[str, Any], blocks: int, layout: str):
@@ -100,7 +101,13 @@ class Writer:
         files = [self.shard(index) for index in range(-1, self.blocks)]
         return sum(place.nbytes for file in files if file.is_file() for place in read_header(file)[0].values())
 
-    def finish(self, config: dict[str, Any], source: Path, documents: Mapping[str, str]) -> None:
+    def write_outside(self, names: Iterable[str], read: Callable[[str], dict[str, Tensor]]) -> None:
+        """The shard of everything that is in no block, once."""
+        if not self.finished(-1):
+            tensors = {full: tensor for name in names for full, tensor in read(name).items()}
+            self.write(-1, tensors, {}, {})
+
+    def finish(self, source: Path, method: str, documents: Mapping[str, str]) -> None:
         """Index, companions of the source (tokenizer, templates), documents by file name, and last the config."""
         weight_map: dict[str, str] = {}
         digests: dict[str, str] = {}
@@ -114,7 +121,23 @@ class Writer:
         copy_companions(source, self.target)
         for name, text in documents.items():
             write_text(self.target / name, text)
-        write_json(self.target / "config.json", config)
+        write_json(self.target / "config.json", self._config(source, method))
+
+    def _config(self, source: Path, method: str) -> dict[str, Any]:
+        """The source's config.json, with the type and the packing of what was written."""
+        config = json.loads((source / "config.json").read_text("utf-8"))
+        config.pop("quantization_config", None)
+        config.pop("torch_dtype", None)
+        config["dtype"] = self.recipe["dtype"]
+        if self.layout != "dense":
+            packed = [entry for index in range(self.blocks) for entry in self.about(index)[0].items()]
+            config["quantization_config"] = {
+                "quant_method": "budwood",
+                "format_version": 1,
+                "recipe": method,
+                "linears": dict(packed),
+            }
+        return config
 
 
 def claim(target: Path, recipe: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from budwood.errors import UsageError
 from budwood.methods import metrics
 from budwood.methods.method import Block, Method, prune
-from budwood.methods.settings import one_of
-from budwood.sparsity.patterns import Pattern, Scope, Shape, parse_pattern
+from budwood.methods.settings import one_of, truth
+from budwood.sparsity.official import OfficialNM, OfficialShare
+from budwood.sparsity.patterns import NM, Pattern, Scope, Shape, parse_pattern
 
 
 @dataclass(frozen=True)
@@ -14,20 +16,27 @@ class Magnitude(Method):
     """Drop the smallest weights. Needs no calibration text.
 
     pattern: "2:4" (N kept of M) or "50%" (dropped). scope: among which weights a share ranks, the whole
-    "matrix" as in the published baselines, or every "row".
+    "matrix" as in the published baselines, or every "row". parity: ties and counts as in the published programs.
     """
 
     pattern: str = "50%"
     scope: Scope = "matrix"
+    parity: bool = False
 
     calibrated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, ("row", "matrix"))
+        truth("parity", self.parity)
         parse_pattern(self.pattern)
+        if self.parity and self.scope != "matrix":
+            raise UsageError("parity=True ranks a share over the whole matrix, as published; leave scope out")
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
-        return parse_pattern(self.pattern, self.scope)
+        pattern = parse_pattern(self.pattern, self.scope)
+        if not self.parity:
+            return pattern
+        return OfficialNM(pattern) if isinstance(pattern, NM) else OfficialShare(pattern.drop)
 
     def __call__(self, block: Block) -> None:
         for linear, scores in metrics.magnitude(block):

@@ -61,7 +61,7 @@ def test_every_name_alone_has_defaults(name):
         ("wrp(alfa=0.3)", "there is no option alfa; there are alpha, .*; did you mean alpha"),
         ("wrp(alpha=0.2, alpha=0.3)", "no method|given twice"),
         ("wrp(0.2, alpha=0.3)", "alpha is given twice"),
-        ('magnitude("2:4", "row", 3)', "takes at most 2 options: pattern, scope"),
+        ('magnitude("2:4", "row", False, 3)', "takes at most 3 options: pattern, scope, parity"),
         ("wrp(**{'alpha': 0.3})", r"'\*\*' cannot be used"),
         ("__import__('os').system('true')", "neither a number"),
         ("wrp(alpha=__import__('os'))", "no method __import__"),
