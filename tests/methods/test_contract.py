@@ -29,7 +29,7 @@ SETTINGS = {
     ],
 }
 EXPRESSIONS = [pytest.param(expression, id=expression) for settings in SETTINGS.values() for expression in settings]
-# Settings whose count follows from the scores, or comes in steps of a rank for all rows at once: wide steps at 32 inputs.
+# Settings whose count follows from the scores, or comes in steps of a rank for all rows at once: wide at 32 inputs.
 ROUGH = ("alpha", "parity", "density=0.05)")
 CALIBRATION = {"num_samples": 6, "seq_length": 24, "compute_dtype": "float32"}
 
