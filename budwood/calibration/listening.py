@@ -15,7 +15,7 @@ class Statistic(Protocol):
     count: int
 
     def add(self, x: Tensor) -> None:
-        """x: [tokens, in]."""
+        """x: [..., tokens, in], as the linear is called."""
 
 
 S = TypeVar("S", bound=Statistic)
@@ -85,4 +85,4 @@ class Listener:
         self._inputs[id(x)] = (x, x._version, name)  # holding x keeps its id from being given to another
         if name not in self.found:
             self.found[name] = self.statistic(self.widths[name])
-        self.found[name].add(x.reshape(-1, self.widths[name]))
+        self.found[name].add(x)

@@ -9,38 +9,47 @@ from torch import Tensor
 from budwood.errors import RunError
 from budwood.sparsity.second_order import Factor, factorise
 
-PIECE = 256  # tokens squared at once: the product stays in the processor's cache, so the input is read once
 PANEL = 384  # columns of the second moments per product: about 0.55 of a full product at usual widths
 
 
 class SquaredNorm:
-    """Squared length of every input feature over all tokens; Wanda and WRP score with its root.
+    """Squared length of every input feature, the mean over sequences; Wanda and WRP score with its root.
 
-    Products are float32, summed in float32 over at most 256 tokens, accumulated in float64. A value that
-    is not finite makes `total` not finite.
+    Summed sequence by sequence in float32, in the order of the published programs, whatever the batches. Weights that
+    were once quantised have many equal sizes, so features of nearly equal norm meet in near-ties, a few of which fall
+    the other way with any other rounding; the blocks after them differ more and more (on a small model, 14 of
+    106 million positions changed in block 4 move the perplexity by 1.6 %). So the same sums are worth having.
+    A value that is not finite makes `mean` not finite.
     """
 
     def __init__(self, width: int) -> None:
         self.count = 0  # tokens
-        self.total = torch.zeros(width, dtype=torch.float64)  # [in]
+        self.sequences = 0
+        self.mean = torch.zeros(width)  # [in] float32
 
-    def add(self, x: Tensor) -> None:  # [tokens, in]
-        self.total = self.total.to(x.device)
-        self.count += x.shape[0]
-        for piece in x.split(PIECE):
-            piece = piece.float()
-            self.total += (piece * piece).sum(dim=0)
+    def add(self, x: Tensor) -> None:  # [..., tokens, in]; two dimensions are one sequence
+        self.mean = self.mean.to(x.device)
+        for sequence in x[None] if x.dim() == 2 else x.flatten(0, -3):
+            self.count += sequence.shape[0]
+            self.mean *= self.sequences / (self.sequences + 1)
+            self.sequences += 1
+            self.mean += torch.linalg.vector_norm(sequence.float(), dim=0) ** 2 / self.sequences
+
+    @property
+    def total(self) -> Tensor:
+        """Sum over all tokens, float64 [in]."""
+        return self.mean.double() * self.sequences
 
     def sums(self) -> list[Tensor]:
         return [self.total]
 
     def norms(self) -> Tensor:
-        """Root of the mean square per token, float32 [in]. The constant in front changes no mask."""
-        return (self.total / max(self.count, 1)).sqrt().float()
+        """Root of the mean over sequences, float32 [in]. The constant in front changes no mask."""
+        return self.mean.sqrt()
 
     def check(self, name: str) -> None:
         """Raise RunError when calibration gave the linear `name` a value that is not finite."""
-        _check(self.total, name)
+        _check(self.mean, name)
 
 
 class Gram:
@@ -56,11 +65,11 @@ class Gram:
         self.total = torch.zeros(width, width, dtype=torch.float64)  # [in, in], valid on and above the diagonal
         self._factors: dict[float, Factor] = {}
 
-    def add(self, x: Tensor) -> None:  # [tokens, in]
+    def add(self, x: Tensor) -> None:  # [..., tokens, in]
         self.total = self.total.to(x.device)
+        x = x.reshape(-1, x.shape[-1]).float()
         self.count += x.shape[0]
         self._factors.clear()
-        x = x.float()
         with _full_float32():
             for start in range(0, x.shape[1], PANEL):
                 stop = min(start + PANEL, x.shape[1])

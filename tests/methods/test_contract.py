@@ -143,9 +143,7 @@ class Resident:
     def collect(self, statistic):
         found = {name: statistic(linear.shape[1]) for name, linear in self.linears.items()}
         hooks = [
-            linear.module.register_forward_pre_hook(
-                lambda module, args, name=name: found[name].add(args[0].reshape(-1, args[0].shape[-1]))
-            )
+            linear.module.register_forward_pre_hook(lambda module, args, name=name: found[name].add(args[0]))
             for name, linear in self.linears.items()
         ]
         with torch.no_grad():
