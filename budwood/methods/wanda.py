@@ -1,6 +1,6 @@
 """Wanda: pruning by weights and activations (Sun, Liu, Bair, Kolter, ICLR 2024, arXiv 2306.11695)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from budwood.errors import UsageError
@@ -16,18 +16,19 @@ class Wanda(Method):
     """Drop the weights whose size times the norm of their input is smallest. No weight is changed.
 
     pattern: "2:4" (N kept of M) or "50%" (dropped). scope: a share ranks within every "row", or in the whole
-    "matrix". tie: of equal scores the lower index stays ("low-keeps"), or goes ("low-prunes") as in the
-    published program. variant: rows keep shares of their own, set by their score mass (shares only).
+    "matrix". tie: of equal scores the lower index stays ("low-keeps") or goes ("low-prunes"); "published" does as
+    the published program, where the lower index goes from a share and torch's unstable top-k decides N:M.
+    variant: rows keep shares of their own, set by their score mass (shares only).
     """
 
     pattern: str = "50%"
     scope: Scope = "row"
-    tie: Literal["low-keeps", "low-prunes"] = "low-keeps"
+    tie: Literal["low-keeps", "low-prunes", "published"] = "low-keeps"
     variant: bool = False
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, ("row", "matrix"))
-        one_of("tie", self.tie, ("low-keeps", "low-prunes"))
+        one_of("tie", self.tie, ("low-keeps", "low-prunes", "published"))
         truth("variant", self.variant)
         if isinstance(parse_pattern(self.pattern), NM) and self.variant:
             raise UsageError(
@@ -40,7 +41,9 @@ class Wanda(Method):
         pattern = parse_pattern(self.pattern, self.scope)
         if self.variant and not isinstance(pattern, NM):
             return RowMass(pattern.drop)
-        return LowPrunes(pattern) if self.tie == "low-prunes" else pattern
+        if self.tie == "published" and isinstance(pattern, NM):
+            return replace(pattern, published=True)
+        return pattern if self.tie == "low-keeps" else LowPrunes(pattern)
 
     def __call__(self, block: Block) -> None:
         for linear, scores in metrics.wanda(block):

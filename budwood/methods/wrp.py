@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from budwood.errors import UsageError
@@ -28,7 +28,8 @@ class Wrp(Method):
     block, the share of the width that blocks cover. block: recover whole blocks of this side; k of them per
     block row, or as many as density says; pad completes ragged edges. metric: "wanda", "magnitude" or "obs".
     pattern: any N:M. scope: ranks within the "row" or the "matrix". budget: "rank" recovers what ranks high
-    enough, "row" the same number in every row.
+    enough, "row" the same number in every row. tie: which of equal scores N:M keeps, the lower index ("low-keeps") or
+    as torch's unstable top-k has it in the "published" program.
     """
 
     alpha: float | dict[str, float] = ALPHA
@@ -40,11 +41,13 @@ class Wrp(Method):
     pattern: str = "2:4"
     scope: Scope = "row"
     budget: Literal["rank", "row"] = "rank"
+    tie: Literal["low-keeps", "published"] = "low-keeps"
 
     def __post_init__(self) -> None:
         one_of("metric", self.metric, METRICS)
         one_of("scope", self.scope, ("row", "matrix"))
         one_of("budget", self.budget, ("rank", "row"))
+        one_of("tie", self.tie, ("low-keeps", "published"))
         truth("pad", self.pad)
         self._check_alpha()
         base = self.base
@@ -93,7 +96,7 @@ class Wrp(Method):
         base = parse_pattern(self.pattern)
         if not isinstance(base, NM):
             raise UsageError(f"wrp recovers what N:M dropped, so its pattern must be like '2:4', got {self.pattern!r}")
-        return base
+        return replace(base, published=self.tie == "published")
 
     def check(self, linears: Mapping[str, Shape]) -> None:
         super().check(linears)

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from budwood.errors import UsageError
 from budwood.sparsity.outlook import Outlook
-from budwood.sparsity.patterns import NM, Shape
+from budwood.sparsity.patterns import Shape
 from budwood.sparsity.selection import kth_largest, refuse_not_finite
 
 
@@ -37,26 +36,3 @@ class OfficialShare:
     def outlook(self, shape: Shape) -> Outlook:
         size = shape[0] * shape[1]
         return Outlook(size - self._dropped(size))
-
-
-@dataclass(frozen=True)
-class OfficialNM:
-    """N:M with the ties of the published programs, which drop what torch's unstable top-k names the smallest.
-
-    Weights that were once quantised have many equal magnitudes (in one group of seven, with 4 bits), and which of
-    them go then decides the figure.
-    """
-
-    base: NM
-
-    def keep(self, scores: Tensor) -> Tensor:
-        refuse_not_finite(scores)
-        groups = scores.reshape(-1, self.base.group)
-        dropped = groups.topk(self.base.group - self.base.kept, dim=1, largest=False).indices
-        return torch.ones_like(groups, dtype=torch.bool).scatter_(1, dropped, False).view(scores.shape)
-
-    def check(self, shape: Shape, name: str) -> None:
-        self.base.check(shape, name)
-
-    def outlook(self, shape: Shape) -> Outlook:
-        return self.base.outlook(shape)

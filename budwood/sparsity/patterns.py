@@ -12,7 +12,7 @@ from torch import Tensor
 
 from budwood.errors import UsageError
 from budwood.sparsity.outlook import Outlook
-from budwood.sparsity.selection import largest, portion
+from budwood.sparsity.selection import largest, portion, published_largest
 
 Scope = Literal["row", "matrix"]  # among which weights ranks are compared
 Shape = tuple[int, int]  # [out, in]
@@ -28,10 +28,11 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True)
 class NM:
-    """The `kept` largest of every aligned group of `group` inputs."""
+    """The `kept` largest of every aligned group of `group` inputs. published: ties as in the published programs."""
 
     kept: int
     group: int
+    published: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.kept <= self.group:
@@ -47,7 +48,8 @@ class NM:
     def keep(self, scores: Tensor) -> Tensor:
         if scores.shape[1] % self.group:
             raise ValueError(f"{self} needs the inputs to divide by {self.group}, got {scores.shape[1]}")
-        return largest(scores.unflatten(1, (-1, self.group)), self.kept).flatten(1)  # [out, groups, group]
+        choose = published_largest if self.published else largest
+        return choose(scores.unflatten(1, (-1, self.group)), self.kept).flatten(1)  # [out, groups, group]
 
     def check(self, shape: Shape, name: str) -> None:
         if shape[1] % self.group:

@@ -74,3 +74,12 @@ def kth_largest(scores: Tensor, count: int) -> Tensor:
     exact = scores if scores.dtype == torch.float64 else scores.float()
     found = np.partition(exact.cpu().numpy(), place, axis=-1)[..., place : place + 1]
     return torch.from_numpy(found.copy()).to(scores)
+
+
+def published_largest(scores: Tensor, count: int) -> Tensor:
+    """`largest` along the last axis with the ties of the published programs: they drop what torch's unstable top-k
+    names the smallest. Weights that were once quantised have many equal sizes, and which of them go decides figures.
+    """
+    refuse_not_finite(scores)
+    dropped = scores.topk(scores.shape[-1] - count, dim=-1, largest=False).indices
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, dropped, False)

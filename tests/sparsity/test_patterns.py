@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from budwood.errors import UsageError
 from budwood.sparsity import scores
-from budwood.sparsity.official import OfficialNM, OfficialShare
+from budwood.sparsity.official import OfficialShare
 from budwood.sparsity.patterns import NM, LowPrunes, Share, Top, parse_pattern
 
 WEIGHT = torch.tensor(
@@ -152,9 +152,9 @@ def test_a_width_that_groups_do_not_fill_is_named_with_a_way_out():
 
 def test_the_published_choice_differs_in_ties_only():
     scores = torch.rand(64, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(OfficialNM(NM(2, 4)).keep(scores), NM(2, 4).keep(scores))
+    assert torch.equal(NM(2, 4, published=True).keep(scores), NM(2, 4).keep(scores))
     tied = (scores * 3).round()
-    groups = OfficialNM(NM(2, 4)).keep(tied).view(-1, 4)
+    groups = NM(2, 4, published=True).keep(tied).view(-1, 4)
     assert (groups.sum(1) == 2).all()
     dropped = torch.where(groups, -1.0, tied.view(-1, 4)).amax(1)
     assert (dropped <= torch.where(groups, tied.view(-1, 4), float("inf")).amin(1)).all()
