@@ -113,6 +113,7 @@ def prune(
         notes.say(first_look(model, windows.ids, tokenizer))
 
     writer = Writer(folder, {**recipe, "computed_in": name_of(compute)}, len(model), layout)
+    model.scratch = folder  # hidden states beyond the limit lie on the disk that is written to anyway
     seconds = through_blocks(model, method, windows.ids if windows else None, writer, notes.progress)
     writer.write_outside(model.names_outside(), model.read_outside)
     report = account(model, writer, seconds, notes.said, str(source), str(method))
