@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,10 +55,11 @@ def evaluate(
     )
     place = torch.device(device or "cpu")
     compute = _compute_dtype(dtype, source, place)
-    measure = _streamed if stream else _resident
     ids = windows.ids
-    extra = with_bos(ids[:1], tokenizer)
-    losses, note = measure(source, ids, extra, compute, place, progress)
+    losses_of = (streamed if stream else resident)(source, compute, place)
+    pair = with_bos(ids[:1], tokenizer)
+    note = bos_note(*losses_of(pair, Silent())) if pair is not None else None
+    losses = losses_of(ids, progress)
     if not all(map(math.isfinite, losses)):
         raise RunError(f"{model}: the loss of window {[*map(math.isfinite, losses)].index(False)} is no number")
     mean = math.fsum(losses) / len(losses)
@@ -103,10 +105,17 @@ def bos_note(plain: float, led: float) -> str | None:
     )
 
 
-def streamed_losses(model: Model, ids: Tensor) -> list[float]:
+def streamed_losses(model: Model, ids: Tensor, progress: Progress | None = None) -> list[float]:
     """Loss of every window [windows, tokens], reading one block at a time."""
-    for _ in model.blocks(ids, batch=1):  # as a resident model sees them: the same sums, the same number
-        pass
+    progress = progress or Silent()
+    progress.start(len(model), "blocks")
+    try:
+        before = time.perf_counter()
+        for block in model.blocks(ids, batch=1):  # as a resident model sees them: the same sums, the same number
+            progress.block(block.index, block.name, time.perf_counter() - before)
+            before = time.perf_counter()
+    finally:
+        progress.finish()
     assert model.activations is not None
     losses = []
     with model.outside(), torch.no_grad():
@@ -131,48 +140,29 @@ def _compute_dtype(dtype: str, source: Source, device: torch.device) -> torch.dt
     return getattr(torch, str(getattr(source.config, "dtype", None) or "float32").removeprefix("torch."))
 
 
-Measured = tuple[list[float], str | None]
+Losses = Callable[[Tensor, Progress], list[float]]  # of windows [windows, tokens], one at a time
 
 
-def _resident(
-    source: Source,
-    ids: Tensor,
-    pair: Tensor | None,
-    compute: torch.dtype,
-    device: torch.device,
-    progress: Progress,
-) -> Measured:
+def resident(source: Source, compute: torch.dtype, device: torch.device) -> Losses:
+    """Losses by the model that is wholly in memory."""
     model = load(source.folder, dtype=compute, device=str(device), trust_remote_code=source.trust_remote_code)
 
-    def loss(window: Tensor) -> float:
-        return window_loss(model(window.to(device), use_cache=False).logits, window)
+    def losses_of(ids: Tensor, progress: Progress) -> list[float]:
+        losses = []
+        progress.start(len(ids), "windows")
+        try:
+            for index, window in enumerate(ids.unsqueeze(1)):
+                start = time.perf_counter()
+                with torch.no_grad():
+                    losses.append(window_loss(model(window.to(device), use_cache=False).logits, window))
+                progress.block(index, f"window {index}", time.perf_counter() - start)
+        finally:
+            progress.finish()
+        return losses
 
-    with torch.no_grad():
-        note = bos_note(loss(pair[:1]), loss(pair[1:])) if pair is not None else None
-        return _each(loss, ids, progress), note
-
-
-def _each(loss: Callable[[Tensor], float], ids: Tensor, progress: Progress) -> list[float]:
-    losses = []
-    progress.start(len(ids), "windows")
-    try:
-        for index, window in enumerate(ids.unsqueeze(1)):
-            start = time.perf_counter()
-            losses.append(loss(window))
-            progress.block(index, f"window {index}", time.perf_counter() - start)
-    finally:
-        progress.finish()
-    return losses
+    return losses_of
 
 
-def _streamed(
-    source: Source,
-    ids: Tensor,
-    pair: Tensor | None,
-    compute: torch.dtype,
-    device: torch.device,
-    progress: Progress,
-) -> Measured:
-    model = Model(source, compute=compute, device=device)
-    note = bos_note(*streamed_losses(model, pair)) if pair is not None else None
-    return streamed_losses(model, ids), note
+def streamed(source: Source, compute: torch.dtype, device: torch.device) -> Losses:
+    """Losses with one block in memory at a time."""
+    return partial(streamed_losses, Model(source, compute=compute, device=device))
