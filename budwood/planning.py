@@ -19,7 +19,7 @@ from budwood.errors import UsageError
 from budwood.formats import FORMATS, known_layout, predict
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
-from budwood.models.linears import skipped
+from budwood.models.linears import skipped, unmatched
 
 BASE_MEMORY = 500_000_000  # bytes of Python, torch and transformers before anything is read
 PASSES = 1.75  # forward passes over the blocks: statistics without the last linear, then the pruned block
@@ -74,7 +74,7 @@ def plan(
         "bits_per_weight": chosen["bits_per_weight"],
         "memory_peak": _memory(anatomy, method, storage.itemsize, num_samples * seq_length, config),
         "seconds": _seconds(anatomy, method, num_samples * seq_length),
-        "notes": _notes(rest, chosen["bytes"], method),
+        "notes": unmatched(anatomy.module, skip) + _notes(rest, chosen["bytes"], method),
     }
 
 

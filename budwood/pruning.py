@@ -29,6 +29,7 @@ from budwood.evaluation.report import render_card, render_report
 from budwood.formats import known_layout
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
+from budwood.models.linears import unmatched
 from budwood.progress import Progress, Silent
 
 
@@ -70,6 +71,8 @@ def prune(
     if folder.resolve() == opened.folder.resolve():
         raise UsageError(f"{target} is the model to prune itself; give another folder")
     anatomy = Anatomy(opened.config, skip=skip, trust_remote_code=trust_remote_code)
+    for sentence in unmatched(anatomy.module, skip):
+        notes.say(sentence)
     method.check(anatomy.shapes)
     storage = storage_dtype(opened.shards) if dtype in (None, "auto") else dtype_named(str(dtype))
 

@@ -109,6 +109,11 @@ def test_skipped_linears_stay_dense(llama, tmp_path):
     assert torch.equal(weight, build("llama").model.layers[0].mlp.down_proj.weight)
 
 
+def test_an_expression_that_skips_nothing_is_said(llama, tmp_path):
+    report = prune(llama, tmp_path / "out", 'magnitude("2:4")', skip=["q_porj"])
+    assert any("'q_porj' matches no linear" in note for note in report["notes"])
+
+
 def test_storage_type_is_kept_or_changed(llama, tmp_path):
     report = prune(llama, tmp_path / "half", 'magnitude("2:4")', dtype="bfloat16")
     assert report["dtype"] == "bfloat16"

@@ -28,14 +28,23 @@ def prunable(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, nn.M
     rules = [compiled(text) for text in skip]
     found = linears_in_blocks(model)
     routing = routers(model)
-    for rule in rules:
-        if not any(rule.search(name) for name in found):
-            warnings.warn(f"--skip {rule.pattern!r} matches no linear of the decoder blocks", stacklevel=2)
+    for sentence in unmatched(model, skip):
+        warnings.warn(sentence, stacklevel=2)
     return {
         name: module
         for name, module in found.items()
         if name not in routing and not any(rule.search(name) for rule in rules)
     }
+
+
+def unmatched(model: nn.Module, skip: Sequence[str]) -> list[str]:
+    """A sentence for every expression of `skip` that is found in no linear's name."""
+    found = linears_in_blocks(model)
+    return [
+        f"--skip {text!r} matches no linear of the decoder blocks"
+        for text in skip
+        if not any(compiled(text).search(name) for name in found)
+    ]
 
 
 def skipped(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, str]:
