@@ -37,7 +37,7 @@ def prunable(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, nn.M
     }
 
 
-def unmatched(model: nn.Module, skip: Sequence[str]) -> list[str]:
+def unmatched(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
     """A sentence for every expression of `skip` that is found in no linear's name."""
     found = linears_in_blocks(model)
     return [
