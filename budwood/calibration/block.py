@@ -88,12 +88,12 @@ class Block:
         hidden = self.activations.read(batch, self.model.device)
         return self.model.rehearsal(hidden.shape[0], hidden.shape[1]).run(self.index, self.module, hidden)
 
-    def propagate(self) -> None:
+    def propagate(self, first_batch_only: bool = False) -> None:
         """Makes the next block's inputs; measures the change of the first batch where its dense outputs are known."""
         if self.activations is None:
             return
         with torch.no_grad():
-            for batch in self.activations.indices():
+            for batch in [0] if first_batch_only else self.activations.indices():
                 outputs = self.run(batch)
                 if batch == 0 and self._dense is not None:
                     self.relative_error = relative_error(outputs, self._dense)

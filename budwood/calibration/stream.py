@@ -74,7 +74,8 @@ class Model:
                     block = Block(self, index, stored, self.activations)
                     if notes is None:
                         yield block
-                    block.propagate()
+                    needless = writer is not None and index == len(self) - 1  # nothing reads what the last block makes
+                    block.propagate(first_batch_only=needless)
                     if writer is not None and notes is None:
                         self._write_block(block, writer)
                 del stored, block
