@@ -15,7 +15,7 @@ from budwood.checkpoints.quantizer import PackedConfig, register
 from budwood.checkpoints.reader import Shards
 from budwood.errors import RunError, UsageError
 from budwood.formats import FORMATS
-from budwood.formats.linear import SparseLinear
+from budwood.kernels.linear import SparseLinear
 from budwood.models.experts import ExpertLinears
 
 SPARSE = [name for name in FORMATS if name != "dense"]

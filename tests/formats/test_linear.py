@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from budwood.errors import UsageError
 from budwood.formats import FORMATS
-from budwood.formats.linear import SparseLinear
+from budwood.kernels.linear import SparseLinear
 
 SPARSE = sorted(set(FORMATS) - {"dense"})
 
