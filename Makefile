@@ -48,7 +48,7 @@ demo: setup
 gpu-check: setup
 	test -d $(TRITON_FOLDER)/triton || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON_FOLDER) '$(TRITON)'
 	PYTHONPATH=$(TRITON_FOLDER) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -rs tests/kernels/test_gpu_products.py
-	PYTHONPATH=$(TRITON_FOLDER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/kernels/test_gpu_compiles.py
+	PYTHONPATH=$(TRITON_FOLDER) OMP_NUM_THREADS=1 TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m pytest -rs tests/kernels/test_gpu_compiles.py
 
 clean:
 	rm -rf $(VENV) $(TRITON_FOLDER) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,6 +43,11 @@ def why_not() -> str | None:
     return None
 
 
+def usable(tensor: Tensor) -> bool:
+    """Whether the kernels can read this tensor."""
+    return tensor.is_cuda and why_not() is None
+
+
 def prepare(weight: Tensor, base: Tensor | None = None) -> "Prepared":
     """A pruned `weight [out, in]`, bf16 or fp16, packed on its device for products.
 
@@ -68,7 +73,7 @@ class Prepared:
     def candidates(self, rows: int) -> dict[str, Product]:
         """The ways there are for so many rows, by name; unpacking is always one."""
         ways: dict[str, Product] = {"unpack": self._unpacked}
-        if why_not() is not None or not self.layout.values.is_cuda:
+        if not usable(self.layout.values):
             return ways
         from budwood.kernels import gpu_products
 

@@ -38,7 +38,7 @@ def widened(bits, HALF: tl.constexpr):
         return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "words", "out"])
 def two_four_rows(
     x, values, index, entries, starts, order, bias, y, rows, width, words, out,
     ROWS: tl.constexpr, HALF: tl.constexpr, BIASED: tl.constexpr,
@@ -96,7 +96,7 @@ def two_four_rows(
         tl.store(y + m * out + target, total.to(y.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "groups", "out"])
 def bitmask_rows(
     x, values, mask, starts, bias, y, rows, width, groups, out,
     ROWS: tl.constexpr, HALF: tl.constexpr, BIASED: tl.constexpr, SLAB: tl.constexpr, BYTES: tl.constexpr,
@@ -153,7 +153,7 @@ def bitmask_rows(
         tl.store(y + m * out + target, total.to(y.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "words", "out"])
 def two_four_dot(
     x, values, index, entries, starts, order, bias, y, rows, width, words, out,
     ROWS: tl.constexpr, HALF: tl.constexpr, BIASED: tl.constexpr, WIDE: tl.constexpr,

@@ -34,7 +34,7 @@ def compiled(kernel, capability, constants):
     if constants["HALF"]:
         types["y"] = "*fp16"
     signature = {name: types.get(name, "i32") for name in names}
-    aligned = [name for name in names if signature[name].startswith("*") or name in ("width", "out")]
+    aligned = [name for name in names if signature[name].startswith("*") or name == "width"]
     source = ASTSource(
         kernel,
         signature,

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed; `make gpu-check` 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("these run in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
 
-from budwood.kernels import gpu_products
+from budwood.kernels import gpu, gpu_products
 from budwood.kernels.gpu_layouts import pack_bitmask, pack_two_four
 
 # The same numbers summed in float32 in another order; nothing else may differ.
@@ -89,3 +89,28 @@ def test_x_that_does_not_fit_is_refused(name):
     for x in (torch.randn(2, 60).half(), torch.randn(65, 64).half(), torch.randn(2, 64).bfloat16()):
         with pytest.raises(ValueError, match="this kernel takes"):
             product(name, weight, base, x)
+
+
+@pytest.mark.parametrize(
+    ("rows", "free", "names"),
+    [
+        (1, True, {"unpack", "triton"}),
+        (1, False, {"unpack", "triton"}),
+        (8, False, {"unpack", "triton", "triton dot"}),
+        (64, False, {"unpack", "triton dot", "semi-structured"}),
+        (64, True, {"unpack"}),
+    ],
+)
+def test_the_dispatch_tries_all_that_fit(rows, free, names, monkeypatch):
+    monkeypatch.setattr(gpu, "outcomes", {})
+    monkeypatch.setattr(gpu, "usable", lambda tensor: True)
+    weight, base = pruned(64, 128, 0.05, torch.float16)
+    layer = gpu.prepare(weight, None if free else base)
+    assert set(layer.candidates(rows)) == names
+    x = torch.randn(rows, 128).half()
+    for name, way in layer.candidates(rows).items():
+        if name != "semi-structured":  # torch has it on devices only
+            assert relative(way(x, None), x.double() @ weight.double().T) < 1e-3  # rounded to fp16
+    assert relative(layer.linear(x), x.double() @ weight.double().T) < 1e-3
+    for outcome in gpu.outcomes.values():
+        assert set(outcome.dropped) <= {"semi-structured"}
