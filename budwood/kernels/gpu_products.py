@@ -119,7 +119,7 @@ def bitmask_rows(
     for first in range(0, 8 * groups, BYTES):
         byte = first + tl.arange(0, BYTES)[None, :]
         group = local[:, None] * groups + byte // 8
-        inside = (byte < 8 * groups) & (local[:, None] >= 0)
+        inside = byte < 8 * groups
         word = tl.load(mask + group, mask=inside, other=0)
         pairs = word - ((word >> 1) & 0x5555555555555555)
         nibbles = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
@@ -136,6 +136,7 @@ def bitmask_rows(
         kept = ((spread[:, :, None] >> (bit * 4)) & 1) == 1
         place = place[:, :, None] + ((lower[:, :, None] >> (bit * 4)) & 15)
         weight = widened(tl.load(values + place, mask=kept, other=0), HALF)
+        # Every row of the slab reads x for itself, from L1: one read for all would go through shared memory.
         column = byte[:, :, None] * 8 + bit + local[:, None, None] * 0
         there = column < width
         added = ()
