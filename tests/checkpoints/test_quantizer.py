@@ -37,10 +37,10 @@ def opened(folder, **kwargs) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
+@pytest.fixture(scope="module", params=["two_four_compact", "two_four_compact_int8", "bitmask_int8"])
+def written(tmp_path_factory, request):
     """A packed llama with a tokenizer, and the pruned model itself."""
-    folder, model = write_packed(tmp_path_factory.mktemp("llama"), format="two_four_compact")
+    folder, model = write_packed(tmp_path_factory.mktemp("llama"), format=request.param)
     tokenizer().save_pretrained(folder)
     return folder, model
 
@@ -126,8 +126,10 @@ def test_it_may_be_saved_and_loaded_many_times_in_many_shards(written, tmp_path)
 def test_another_dtype_casts_the_values_and_leaves_the_positions(written):
     single = opened(written[0], dtype=torch.float32)
     linear = single.get_submodule(LINEAR)
-    assert linear.values.dtype == torch.float32
-    assert linear.places.dtype == torch.uint8
+    assert linear.weight.dtype == torch.float32
+    for suffix, tensor in opened(written[0]).get_submodule(LINEAR).packed().items():
+        expected = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        assert getattr(linear, suffix).dtype == expected
     assert torch.equal(linear.unpack(), written[1].get_submodule(LINEAR).weight.float())
     half = opened(written[0]).to(torch.float16)
     assert half.get_submodule(LINEAR).unpack().dtype == torch.float16
