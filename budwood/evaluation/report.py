@@ -71,7 +71,7 @@ def render_report(report: Report) -> str:
                     matrix["format"],
                     amounts.share(matrix["density"]),
                     amounts.share(matrix["recovered"]),
-                    *([amounts.share(matrix["rounding_error"])] if rounded else []),
+                    *([amounts.share(matrix.get("rounding_error"))] if rounded else []),
                     f"{matrix['bytes']:,}",
                 )
                 for name, matrix in report["linears"].items()
