@@ -45,6 +45,7 @@ def prune(
     seed: int = 0,
     bos: Bos = "auto",
     format: str = "auto",
+    values: str | None = None,
     dtype: str | None = None,
     compute_dtype: str = "auto",
     device: str | None = None,
@@ -58,15 +59,15 @@ def prune(
 
     The same call goes on where an earlier one was cut off. source: folder or hub name. method: an expression such as
     'wrp(alpha=0.25)', or the method itself. data: calibration text (see `calibration_windows`); methods that need
-    none run none. dtype: type of the written weights. compute_dtype: "auto" times one product and takes the faster.
-    activation_memory: bytes, or text such as "4GB".
+    none run none. values: "int8" rounds the kept weights, which later blocks see. dtype: type of the written weights.
+    compute_dtype: "auto" times one product and takes the faster. activation_memory: bytes, or text such as "4GB".
 
     Raises UsageError for what cannot be (nothing is written), RunError when the run fails (finished blocks stay).
     """
     started = time.perf_counter()
     notes = Notes(progress or Silent())
     method = parse_method(method) if isinstance(method, str) else method
-    layout, place = known_layout(format), known_device(device)
+    layout, place = known_layout(format, values), known_device(device)
     opened, folder = open_source(source, trust_remote_code), Path(target).expanduser()
     if folder.resolve() == opened.folder.resolve():
         raise UsageError(f"{target} is the model to prune itself; give another folder")

@@ -25,6 +25,7 @@ FLOORS = {
     "evaluation": 6,
     "bookkeeping": 6,
     "pruning": 7,
+    "repacking": 7,
     "planning": 7,
     "inspection": 7,
     "cli": 8,

@@ -62,7 +62,8 @@ class Model:
         """Reads, yields, writes, runs and forgets one block after the other.
 
         windows: token ids [windows, tokens]; without them nothing runs forward. With a writer, blocks that it has
-        finished are replayed (read from there, run, not yielded), the others are written after the loop's body.
+        finished are replayed (read from there, run, not yielded), the others are written after the loop's body; where
+        its layout rounds values, that is done before a block is run, so that the next one sees what is written.
         """
         self.activations = self.embed(windows, batch) if windows is not None else None
         with ThreadPoolExecutor(max_workers=1) as reader:  # reads the next block while this one is worked on
@@ -74,6 +75,8 @@ class Model:
                     block = Block(self, index, stored, self.activations)
                     if notes is None:
                         yield block
+                        if writer is not None:
+                            block.round(writer.layout)
                     needless = writer is not None and index == len(self) - 1  # nothing reads what the last block makes
                     block.propagate(first_batch_only=needless)
                     if writer is not None and notes is None:
@@ -190,7 +193,8 @@ class Model:
 
     def _write_block(self, block: Block, writer: Writer) -> None:
         weights = {linear.name: linear.stored for linear in block.linears.values()}
-        tensors, packed = pack(block.name, block.module, block.state(), weights, writer.layout)
+        rounded = {linear.name: linear.rounded for linear in block.linears.values() if linear.rounded}
+        tensors, packed = pack(block.name, block.module, block.state(), weights, writer.layout, rounded)
         notes = {
             "relative_error": block.relative_error,
             "linears": {linear.name: describe(linear) for linear in block.linears.values()},

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from budwood.formats import FORMATS, choose, named, pack_as
+from budwood.formats import FORMATS, LOSSLESS, choose, named, pack_as
 from budwood.formats.bits import stored
 from budwood.kernels import dispatch, ops
 from budwood.kernels.arena import Arena
 from budwood.kernels.packed import CODINGS, Packed, prepare
 from budwood.kernels.siblings import Siblings
 
-_SPARSE = {name: format for name, format in FORMATS.items() if name != "dense"}
+_SPARSE = {name: format for name, format in LOSSLESS.items() if name != "dense"}
 
 
 class SparseLinear(nn.Linear):
@@ -155,11 +155,11 @@ class SparseLinear(nn.Linear):
         text = f"{super().extra_repr()}, format={self.format}"
         if self._values().is_meta:
             return text
-        kept = sum(int(stored(values).sum()) for values in self.packed().values() if values.is_floating_point())
+        kept = sum(int(stored(part).sum()) for suffix, part in self.packed().items() if suffix.endswith("values"))
         return f"{text}, density={kept / (self.in_features * self.out_features):.4f}"
 
     def _values(self) -> Tensor:
-        return self.get_parameter("values")
+        return self.get_parameter(FORMATS[self.format].typed)
 
 
 class _Product(torch.autograd.Function):
@@ -213,6 +213,6 @@ _READ_ONLY = (
 
 def _suffixes(format: str) -> tuple[str, ...]:
     """The tensors of a sparse format. Raises `UsageError` if there is no such format."""
-    if named(format) not in _SPARSE.values():
+    if named(format).name == "dense":
         raise ValueError("a dense matrix needs no SparseLinear; use nn.Linear")
     return named(format).suffixes

@@ -187,6 +187,35 @@ def test_export_gives_a_folder_that_needs_no_budwood(pruned, source, told, tmp_p
         assert dense.json["linears"][name]["nonzeros"] == matrix["nonzeros"]
 
 
+def test_export_rounds_what_prune_left(pruned, told, tmp_path, monkeypatch):
+    ended = told("export", pruned, tmp_path / "int8", "--values", "int8", "--json", "--quiet")
+    assert ended.status == 0, ended.stderr
+    assert ended.json["format"] == "auto_int8"
+    found = told("inspect", tmp_path / "int8", "--json")
+    assert found.status == 0, found.stderr
+    assert {matrix["format"] for matrix in found.json["linears"].values()} == {"two_four_compact_int8"}
+    assert found.json["totals"]["bits_per_weight"] == ended.json["totals"]["bits_per_weight"]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "two_four_compact_int8" in told("inspect", tmp_path / "int8").stdout
+    again = told("export", tmp_path / "int8", tmp_path / "twice", "--values", "int8")
+    assert again.status == 2
+    assert "int8 already" in again.stderr
+
+
+def test_int8_values_reach_plan_and_prune(source, told, tmp_path):
+    arguments = ("--method", "wrp(density=0.02, metric='magnitude')", "--values", "int8")
+    planned = told("plan", source, *arguments)
+    assert planned.status == 0, planned.stderr
+    assert "two_four_compact_int8 (chosen)" in planned.stdout
+    ended = told("prune", source, tmp_path / "out", *arguments, "--quiet")
+    assert ended.status == 0, ended.stderr
+    assert "rounding error of a matrix" in ended.stdout
+    refused = told("prune", source, tmp_path / "other", *arguments, "--format", "two_four_csr")
+    assert refused.status == 2
+    assert "two_four_csr holds no int8 values" in refused.stderr
+    assert told("prune", source, tmp_path / "other", *arguments[:-1], "int4").status == 2
+
+
 def test_generate_streams_what_it_returns(pruned, run, told):
     arguments = ("generate", pruned, "--prompt", "The quick", "--max-new-tokens", 8)
     shown, returned = run(*arguments), told(*arguments, "--json")
