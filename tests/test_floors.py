@@ -25,6 +25,7 @@ FLOORS = {
     "evaluation": 6,
     "bookkeeping": 6,
     "pruning": 7,
+    "benching": 7,
     "repacking": 7,
     "planning": 7,
     "inspection": 7,
@@ -35,7 +36,7 @@ FLOORS = {
 LIGHT = ("__init__", "autoload")
 HEAVY = {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "numpy"}
 PLACES = {
-    "transformers": {"models", "checkpoints", "calibration", "evaluation", "autoload"},
+    "transformers": {"benching", "models", "checkpoints", "calibration", "evaluation", "autoload"},
     "safetensors": {"checkpoints"},
     "lm_eval": {"evaluation"},
 }

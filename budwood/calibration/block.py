@@ -1,6 +1,8 @@
 """One decoder block in hand: its matrices, the inputs that reach it, statistics of them, its outputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -10,7 +12,9 @@ from budwood.calibration.activations import Activations
 from budwood.calibration.listening import Heard, Listener
 from budwood.checkpoints.packing import Stored, store_named
 from budwood.errors import RunError
-from budwood.formats import FORMATS, rounds
+from budwood.formats import FORMATS, pack_as, rounds
+from budwood.kernels.native import AS_MANY
+from budwood.kernels.packed import prepare
 from budwood.models.linears import read, write
 
 if TYPE_CHECKING:
@@ -109,7 +113,7 @@ class Block:
         """Makes the next block's inputs; measures the change of the first batch where its dense outputs are known."""
         if self.activations is None:
             return
-        with torch.no_grad():
+        with torch.no_grad(), multiplied(self.linears.values() if self.model.sparse_products else ()):
             for batch in [0] if first_batch_only else self.activations.indices():
                 outputs = self.run(batch)
                 if batch == 0 and self._dense is not None:
@@ -125,6 +129,25 @@ class Block:
         """All tensors of the block in storage type and module orientation, by full name."""
         changed = {f"{linear.name}.weight": read(linear.module, linear.stored) for linear in self.linears.values()}
         return self.stored | changed
+
+
+@contextmanager
+def multiplied(linears: Iterable[Linear]) -> Iterator[None]:
+    """Inside, pruned matrices are multiplied without what is zero in them, where a native kernel can."""
+    replaced: list[nn.Module] = []
+    try:
+        for linear in linears:
+            weight = getattr(linear.module, "weight", None)
+            if type(linear.module) is nn.Linear and isinstance(weight, Tensor):
+                kernel = prepare("bitmask", linear.shape, pack_as("bitmask", weight.detach()))
+                if kernel is not None:
+                    product = partial(kernel.linear, bias=linear.module.bias, way=AS_MANY)
+                    linear.module.forward = product  # type: ignore[method-assign, assignment]
+                    replaced.append(linear.module)
+        yield
+    finally:
+        for module in replaced:
+            del module.forward  # the class has its own
 
 
 def all_finite(tensor: Tensor) -> bool:

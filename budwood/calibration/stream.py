@@ -28,7 +28,8 @@ class Model:
 
     storage: type of the weights kept and written (the source's own where None). compute: type of the forward passes.
     skip: regular expressions of linears to leave alone. activation_limit: bytes of hidden states held in memory,
-    beyond which they live in a file in `scratch`.
+    beyond which they live in a file in `scratch`. sparse_products: what was pruned is multiplied by the native kernels
+    when a block runs on.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Model:
         skip: Sequence[str] = (),
         activation_limit: int = DEFAULT_LIMIT,
         scratch: Path | None = None,
+        sparse_products: bool = False,
     ):
         self.source, self.compute, self.device = source, compute, torch.device(device)
         self.activation_limit, self.scratch = activation_limit, scratch
+        self.sparse_products = sparse_products
         self.anatomy = Anatomy(source.config, compute=compute, skip=skip, trust_remote_code=source.trust_remote_code)
         self.module, self.path, self.modules = self.anatomy.module, self.anatomy.path, self.anatomy.modules
         self.linears = self.anatomy.linears

@@ -199,3 +199,40 @@ def measured(report: Report, packed: bool) -> str:
             f"- Speed: not measured.{speed}",
         ]
     )
+
+
+SPEED = "## Speed"
+
+
+def render_speed(speed: Mapping[str, Any]) -> str:
+    """The section of a model card that `budwood bench` fills in."""
+    machine, model = speed["machine"], speed["model"]
+    lines = [
+        f"{escape(machine['processor'])} ({escape(machine['instructions'])}), {machine['threads']} threads, "
+        f"{escape(speed['dtype'])}; kernels: {escape(speed['kernels'])}. Medians of rounds in turns, cold weights."
+    ]
+    rows = [
+        (
+            f"{found['shape'][0]} x {found['shape'][1]}, {found['rows']} rows",
+            f"{found['seconds']['pruned']['median'] * 1e6:.0f}",
+            f"{found['seconds']['dense']['median'] * 1e6:.0f}",
+            f"{found['times_dense']:.2f}",
+        )
+        for found in speed["matrices"]
+    ]
+    lines.append(table(("matrix", "pruned, us", "dense, us", "times as fast"), rows))
+    for name, words in (("pruned", "This model"), ("dense", "Dense")):
+        if name in model:
+            lines.append(
+                f"{words}: {model[name]['decode_tokens_per_second']:.1f} tokens a second generated, "
+                f"{model[name]['prefill_tokens_per_second']:.0f} read."
+            )
+    lines += [f"Note: {escape(sentence)}." for sentence in speed["warnings"]]
+    return "\n\n".join(lines)
+
+
+def with_speed(card: str, speed: Mapping[str, Any]) -> str:
+    """The model card with its speed section put in, or put anew."""
+    before, found, after = card.partition(f"\n{SPEED}\n")
+    rest = after[after.index("\n## ") :] if found and "\n## " in after else ""
+    return f"{before.rstrip()}\n\n{SPEED}\n\n{render_speed(speed)}\n{rest}"

@@ -19,7 +19,7 @@ from budwood.errors import UsageError
 VARIABLE = "BUDWOOD_KERNELS"
 CHOICES = ("auto", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
-INTERFACE = 1  # of the library this file was written for
+INTERFACE = 2  # of the library this file was written for
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 BITMASK, NIBBLES = 0, 1  # how `places` names the columns
 FEW = 8  # rows of x up to which they are multiplied as they are
@@ -35,6 +35,7 @@ class Matrix(Structure):
         ("places", c_void_p),
         ("starts", c_void_p),
         ("scales", c_void_p),
+        ("more_counts", c_void_p),
         ("more_columns", c_void_p),
         ("more_values", c_void_p),
         ("more_starts", c_void_p),
@@ -44,6 +45,7 @@ class Matrix(Structure):
         ("stride", c_int64),
         ("type", c_int32),
         ("coding", c_int32),
+        ("more_type", c_int32),
     ]
 
 
@@ -95,6 +97,8 @@ def opened(wanted: str) -> ctypes.CDLL | None:
     native.budwood_choose.argtypes = [c_char_p]
     native.budwood_starts.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p]
     native.budwood_linear.argtypes = [c_void_p, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32]
+    native.budwood_read.argtypes = [c_void_p, c_int64, c_int32]
+    native.budwood_read.restype = c_int64
     native.budwood_dense.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
     if not native.budwood_choose(wanted.encode()):
         raise UsageError(f"{VARIABLE} asks for {wanted}, which this processor cannot run; set it to auto")

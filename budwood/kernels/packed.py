@@ -5,12 +5,19 @@ from ctypes import byref
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from budwood.kernels import native
 from budwood.kernels.native import BITMASK, BY_ROWS, NIBBLES, TYPES, Matrix, Output
 
-CODINGS = {"bitmask": (BITMASK, "bitmask"), "two_four": (NIBBLES, "places")}  # format: how it names places, and where
-ALIGNED = 8  # bytes: places are read as words
+# Format: how it names places, and in which tensor. What else such a format may hold: scales, and recovered weights.
+CODINGS = {
+    "bitmask": (BITMASK, "bitmask"),
+    "two_four": (NIBBLES, "places"),
+    "bitmask_int8": (BITMASK, "bitmask"),
+    "two_four_int8": (NIBBLES, "places"),
+    "two_four_compact_int8": (NIBBLES, "places"),
+}
 
 
 class Packed:
@@ -22,7 +29,6 @@ class Packed:
     def __init__(self, matrix: Matrix, shape: tuple[int, int], held: Sequence[Tensor]):
         self.matrix, self.shape = matrix, shape
         self.held = held
-        self.key = tuple(tensor.data_ptr() for tensor in held)
 
     def linear(self, x: Tensor, bias: Tensor | None = None, way: int = BY_ROWS) -> Tensor | None:
         """`x [..., in] -> [..., out]` in the type of x; None where the path at hand has no such way."""
@@ -37,11 +43,7 @@ def prepare(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) 
         return None
     coding, suffix = coded
     places = tensors[suffix]
-    if (
-        values.device.type != "cpu"
-        or places.device.type != "cpu"
-        or not (values.is_contiguous() and places.is_contiguous())
-    ):
+    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors.values()):
         return None
     starts = native.starts(places, *shape, coding)
     if starts is None or int(starts[-1]) != values.numel():
@@ -57,7 +59,21 @@ def prepare(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) 
         type=TYPES[values.dtype],
         coding=coding,
     )
-    return Packed(matrix, shape, (values, places, starts))
+    held = [values, places, starts]
+    if "scales" in tensors:
+        matrix.scales = tensors["scales"].data_ptr()  # int32, the bits of float32
+        held.append(tensors["scales"])
+    if "rec_values" in tensors:
+        counts, columns, recovered = (tensors[f"rec_{part}"] for part in ("counts", "columns", "values"))
+        begins = F.pad(counts.sum(1, dtype=torch.int64).cumsum(0), (1, 0))
+        if int(begins[-1]) != recovered.numel() or recovered.numel() >= 2**31:
+            return None
+        begins = begins.int()
+        matrix.more_counts, matrix.more_columns = counts.data_ptr(), columns.data_ptr()
+        matrix.more_values, matrix.more_type = recovered.data_ptr(), TYPES[recovered.dtype]
+        matrix.more_starts = begins.data_ptr()
+        held += [counts, columns, recovered, begins]
+    return Packed(matrix, shape, held)
 
 
 def linears(

@@ -6,8 +6,8 @@ from test_formats import scattered, size, skeleton
 
 from budwood.errors import UsageError
 from budwood.formats import FORMATS, Refusal, count, known_layout, predict, rounds, store
-from budwood.formats.linear import SparseLinear
 from budwood.formats.two_four import covered
+from budwood.kernels.linear import SparseLinear
 from budwood.sparsity.integers import dequantise
 from budwood.sparsity.outlook import Outlook
 

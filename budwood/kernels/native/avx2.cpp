@@ -116,7 +116,7 @@ INLINE void rows_of(const Matrix& a, const int64_t* rows, const uint8_t* const* 
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) s[r][m] = _mm256_setzero_ps();
     }
-    const int64_t segments = (a.in + SEGMENT - 1) / SEGMENT;
+    const int64_t segments = segments_of(a);
     for (int64_t byte = 0; byte < a.stride; ++byte) {
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) {
@@ -164,11 +164,9 @@ void few_rows(const Matrix& a, const Input& in, const Output& out, int64_t first
              : rows_of<TYPE, false, M, R>(a, rows, mask, in, sums, tables);
         for (int r = 0; r < R; ++r) {
             if (r && rows[r] == rows[0]) continue;
-            if (a.more_starts) {
-                for (int32_t k = a.more_starts[rows[r]]; k < a.more_starts[rows[r] + 1]; ++k) {
-                    for (int m = 0; m < M; ++m) sums[r][m] += a.more_values[k] * x[m * in.stride + a.more_columns[k]];
-                }
-            }
+            each_more(a, rows[r], [&](int64_t column, float value) {
+                for (int m = 0; m < M; ++m) sums[r][m] += value * x[m * in.stride + column];
+            });
             for (int m = 0; m < M; ++m) store(out, m, rows[r], sums[r][m]);
         }
     }
@@ -289,7 +287,7 @@ INLINE void fill(List& list, const Matrix& a, int64_t row, int64_t block, const 
     }
     for (int i = 0; i < count; i += 8) _mm256_storeu_ps(list.weights + i, widened(a, at + i));
     if (a.type == INT8) {
-        const float scale = a.scales[row * ((a.in + SEGMENT - 1) / SEGMENT) + block * COLUMNS / SEGMENT];
+        const float scale = a.scales[row * segments_of(a) + block * COLUMNS / SEGMENT];
         for (int i = 0; i < count; ++i) list.weights[i] *= scale;
     }
     at += count;
@@ -324,20 +322,21 @@ void many(const Matrix& a, const Input& in, const char* table, const Output& out
         for (int64_t pass = 0; pass < tiles; pass += PASS / TOKENS) {
             const int64_t here = tiles - pass < PASS / TOKENS ? tiles - pass : PASS / TOKENS;
             int64_t at[ROWS];
-            int32_t more[ROWS];
+            More more[ROWS];
             for (int r = 0; r < rows; ++r) {
                 at[r] = a.starts[row + r];
-                more[r] = a.more_starts ? a.more_starts[row + r] : 0;
+                more[r] = More(a, row + r);
             }
             for (int64_t block = 0; block < blocks; ++block) {
                 for (int r = 0; r < rows; ++r) {
                     _mm_prefetch(static_cast<const char*>(a.values) + at[r] * value_bytes + NEARBY, _MM_HINT_T0);
                     List& list = lists[r];
                     fill(list, a, row + r, block, mask[r], at[r], bytes);
-                    const int32_t end = a.more_starts ? a.more_starts[row + r + 1] : 0;
-                    for (; more[r] < end && a.more_columns[more[r]] < (block + 1) * COLUMNS; ++more[r]) {
-                        list.weights[list.count] = a.more_values[more[r]];
-                        list.entries[list.count++] = uint16_t(a.more_columns[more[r]] % COLUMNS * TOKENS * sizeof(float));
+                    more[r].upto(a, (block + 1) * COLUMNS);
+                    for (; more[r].next < more[r].stop; ++more[r].next) {
+                        list.weights[list.count] = load(a.more_values, a.more_type, more[r].next);
+                        list.entries[list.count++] =
+                            uint16_t(a.more_columns[more[r].next] % COLUMNS * TOKENS * sizeof(float));
                     }
                 }
                 const char* part = table + size_t(block * tiles + pass) * PART;

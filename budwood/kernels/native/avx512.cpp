@@ -272,7 +272,7 @@ template <bool BF16, int M>
 void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last) {
     const int8_t* values = static_cast<const int8_t*>(a.values);
     const int64_t words = (a.in + 31) / 32, half = (last - first + 1) / 2;
-    const int64_t segments = (a.in + SEGMENT - 1) / SEGMENT, room = (a.stride + 127) / 64 * 64;
+    const int64_t segments = segments_of(a), room = (a.stride + 127) / 64 * 64;
     uint8_t* folded = static_cast<uint8_t*>(scratch(0, size_t(2 * room)));
     for (int64_t p = 0; p < half; ++p) {
         const int64_t rows[2] = {first + p, first + p + half < last ? first + p + half : first + p};
@@ -329,16 +329,14 @@ void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first
             float result[M];
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) result[m] = _mm512_reduce_add_ps(total[r][m]);
-            if (a.more_starts) {
-                for (int32_t i = a.more_starts[rows[r]]; i < a.more_starts[rows[r] + 1]; ++i) {
-                    for (int m = 0; m < M; ++m) {
-                        const int64_t index = m * in.stride + a.more_columns[i];
-                        const float input = BF16 ? from_bfloat16(static_cast<const uint16_t*>(in.data)[index])
-                                                 : static_cast<const float*>(in.data)[index];
-                        result[m] += a.more_values[i] * input;
-                    }
+            each_more(a, rows[r], [&](int64_t column, float value) {
+                for (int m = 0; m < M; ++m) {
+                    const int64_t index = m * in.stride + column;
+                    const float input = BF16 ? from_bfloat16(static_cast<const uint16_t*>(in.data)[index])
+                                             : static_cast<const float*>(in.data)[index];
+                    result[m] += value * input;
                 }
-            }
+            });
             for (int m = 0; m < M; ++m) store(out, m, rows[r], result[m]);
         }
     }
@@ -518,7 +516,7 @@ INLINE void list_pairs(const Matrix& a, uint64_t mask, uint64_t chosen, int64_t 
 
 // `count` values from `at` on as float32; whole vectors are written.
 INLINE void list_singles(const Matrix& a, int64_t row, int64_t block, int count, int64_t at, float* weights) {
-    const float scale = a.type == INT8 ? a.scales[row * ((a.in + SEGMENT - 1) / SEGMENT) + block * COLUMNS / SEGMENT] : 1;
+    const float scale = a.type == INT8 ? a.scales[row * segments_of(a) + block * COLUMNS / SEGMENT] : 1;
     for (int i = 0; i < count; i += 16) {
         const __mmask16 some = count - i >= 16 ? 0xffff : __mmask16((1u << (count - i)) - 1);
         __m512 values;
@@ -645,10 +643,10 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
         for (int64_t pass = 0; pass < tiles; pass += PASS / TOKENS) {
             const int64_t here = tiles - pass < PASS / TOKENS ? tiles - pass : PASS / TOKENS;
             int64_t at[ROWS];
-            int32_t more[ROWS];
+            More more[ROWS];
             for (int r = 0; r < rows; ++r) {
                 at[r] = a.starts[row + r];
-                more[r] = a.more_starts ? a.more_starts[row + r] : 0;
+                more[r] = More(a, row + r);
             }
             for (int64_t block = 0; block < blocks; ++block) {
                 alignas(64) uint64_t bits[ROWS] = {}, chosen[ROWS];
@@ -672,9 +670,8 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                     for (int r = 0; r < rows; ++r) counts[r] = uint8_t(__builtin_popcountll(bits[r] & ~chosen[r]));
                 } else {
                     for (int r = 0; r < rows; ++r) {
-                        int32_t end = more[r];
-                        while (a.more_starts && end < a.more_starts[row + r + 1] && a.more_columns[end] < (block + 1) * COLUMNS) ++end;
-                        counts[r] = uint8_t(__builtin_popcountll(bits[r]) + end - more[r]);
+                        more[r].upto(a, (block + 1) * COLUMNS);
+                        counts[r] = uint8_t(__builtin_popcountll(bits[r]) + more[r].stop - more[r].next);
                     }
                 }
                 for (int r = 0; r < rows; ++r) ++begin[counts[r] + 1];
@@ -716,9 +713,9 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                         at[r] += n;
                         alignas(64) static const Iota iota;
                         _mm512_store_si512(columns, _mm512_maskz_compress_epi8(bits[r], _mm512_load_si512(iota.bytes)));
-                        for (; n < counts[r]; ++n, ++more[r]) {
-                            weights[n] = a.more_values[more[r]];
-                            columns[n] = uint8_t(a.more_columns[more[r]] % COLUMNS);
+                        for (; n < counts[r]; ++n, ++more[r].next) {
+                            weights[n] = load(a.more_values, a.more_type, more[r].next);
+                            columns[n] = uint8_t(a.more_columns[more[r].next] % COLUMNS);
                         }
                         for (; n < (longest + 15) / 16 * 16; ++n) weights[n] = 0, columns[n] = 0;
                         for (int c = 0; c < longest; c += 16) {

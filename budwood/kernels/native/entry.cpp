@@ -104,7 +104,7 @@ using namespace budwood;
 extern "C" {
 
 // Changes with every change of what follows or of `Matrix`.
-EXPORT int32_t budwood_interface() { return 1; }
+EXPORT int32_t budwood_interface() { return 2; }
 
 EXPORT const char* budwood_path() { return path->name; }
 
@@ -201,7 +201,32 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     return 1;
 }
 
-// The same for a bfloat16 matrix [out, in] that was not pruned and at most FEW rows of bfloat16 x.
+// Reads `bytes` and adds them up: what memory gives, to measure the others by.
+EXPORT int64_t budwood_read(const void* data, int64_t bytes, int32_t threads) {
+    const uint64_t* words = static_cast<const uint64_t*>(data);
+    const int64_t count = bytes / 64 * 8;
+    uint64_t total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total) if (threads > 1)
+    {
+#ifdef _OPENMP
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+#else
+        const int me = 0, all = 1;
+#endif
+        const int64_t first = share(count / 8, me, all) * 8, last = share(count / 8, me + 1, all) * 8;
+        const int64_t half = (last - first) / 16 * 8;  // two streams, as the kernels read
+        uint64_t sums[16] = {};
+        for (int64_t i = 0; i < half; i += 8) {
+            __builtin_prefetch(words + first + i + 256);
+            __builtin_prefetch(words + first + half + i + 256);
+            for (int k = 0; k < 8; ++k) sums[k] += words[first + i + k], sums[8 + k] += words[first + half + i + k];
+        }
+        for (int k = 0; k < 16; ++k) total += sums[k];
+    }
+    return int64_t(total);
+}
+
+// y = x W^T for a bfloat16 matrix [out, in] that was not pruned and at most FEW rows of bfloat16 x.
 EXPORT int32_t budwood_dense(const uint16_t* weight, int64_t out, int64_t in, const void* x, int64_t rows, const Output* output,
                       int32_t threads) {
     if (!path->dense || rows > FEW) return 0;

@@ -22,11 +22,12 @@ struct Matrix {
     const uint8_t* places;       // [out, stride]: BITMASK one bit a column, NIBBLES two 2-bit places a group of four
     const int32_t* starts;       // [out + 1]: where each row's values begin
     const float* scales;         // INT8: [out, ceil(in / SEGMENT)]
-    const uint16_t* more_columns;  // beside int8 values: recovered weights, row-major
-    const float* more_values;
+    const uint8_t* more_counts;  // beside int8 values, recovered weights: how many in each segment of a row,
+    const uint8_t* more_columns;  // their columns inside it,
+    const void* more_values;      // and values of `more_type`, row-major
     const int32_t* more_starts;  // [out + 1], or null
     int64_t out, in, count, stride;
-    int32_t type, coding;
+    int32_t type, coding, more_type;
 };
 
 // Activations, brought into the type that the path multiplies in: [rows, stride], padded with zeros.
@@ -129,6 +130,38 @@ inline uint32_t mask_word(const Matrix& a, int64_t row, int64_t word) {
     const int64_t columns = a.in - 32 * word;
     return columns < 32 ? bits & ((1u << columns) - 1) : bits;
 }
+
+inline int64_t segments_of(const Matrix& a) { return (a.in + SEGMENT - 1) / SEGMENT; }
+
+// Calls use(column, value) for every weight that a row has beside its int8 values.
+template <class Use>
+inline void each_more(const Matrix& a, int64_t row, Use use) {
+    if (!a.more_starts) return;
+    int64_t next = a.more_starts[row];
+    for (int64_t segment = 0; segment < segments_of(a); ++segment) {
+        for (int n = a.more_counts[row * segments_of(a) + segment]; n; --n, ++next) {
+            use(segment * SEGMENT + a.more_columns[next], load(a.more_values, a.more_type, next));
+        }
+    }
+}
+
+// The recovered weights of a row, block of columns by block; blocks divide a segment.
+struct More {
+    int64_t row = 0, segment = 0, next = 0, stop = 0, end = 0;  // [next, stop): those of the block; end: of the segment
+    bool any = false;
+    More() = default;
+    More(const Matrix& a, int64_t row) : row(row), any(a.more_starts != nullptr) {
+        if (any) next = stop = end = a.more_starts[row];
+    }
+    void upto(const Matrix& a, int64_t column) {  // the block that ends before `column`
+        if (!any) return;
+        while (segment * SEGMENT < column && segment < segments_of(a)) {
+            end += a.more_counts[row * segments_of(a) + segment++];
+        }
+        const int64_t within = column - (segment - 1) * SEGMENT;
+        while (stop < end && a.more_columns[stop] < within) ++stop;
+    }
+};
 
 // What one instruction set offers. `few` computes rows [first, last) of the matrix for up to FEW rows of x; `many` does
 // so for any number, from a table that `tabulate` has made of x (parts [first, last) of `tables`); null where a path has

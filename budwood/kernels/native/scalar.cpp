@@ -17,14 +17,10 @@ void few(const Matrix& a, const Input& x, const Output& out, int64_t first, int6
             }
         }
         if (a.type == INT8) {
-            const float* scales = a.scales + row * ((a.in + SEGMENT - 1) / SEGMENT);
+            const float* scales = a.scales + row * segments_of(a);
             for (int64_t column = 0; column < a.in; ++column) row_values[column] *= scales[column / SEGMENT];
         }
-        if (a.more_starts) {
-            for (int32_t i = a.more_starts[row]; i < a.more_starts[row + 1]; ++i) {
-                row_values[a.more_columns[i]] += a.more_values[i];
-            }
-        }
+        each_more(a, row, [&](int64_t column, float value) { row_values[column] += value; });
         for (int64_t token = 0; token < x.rows; ++token) {
             const float* input = static_cast<const float*>(x.data) + token * x.stride;
             float sums[16] = {};  // independent, so that the compiler may keep them in vectors
