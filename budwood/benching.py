@@ -140,7 +140,7 @@ def matrix(shape: tuple[int, int], layers: Sequence[SparseLinear], rows: int) ->
 def whole(models: Mapping[str, PreTrainedModel], progress: Progress) -> dict[str, Any]:
     """Prefill of a prompt and greedy generation after it, the models in turns."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = min(model.get_input_embeddings().num_embeddings for model in models.values())
+    vocabulary = min(int(model.config.vocab_size) for model in models.values())
     prompt = torch.randint(0, vocabulary, (1, PROMPT), generator=generator)
     steps = {"prefill": 1, "both": 1 + NEW}
     variants = {

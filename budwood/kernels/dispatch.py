@@ -51,7 +51,8 @@ def way(packed: Packed, rows: int, dtype: torch.dtype) -> int:
 
 def linear(packed: Packed, input: Tensor, bias: Tensor | None) -> Tensor | None:
     """The product by the native library; None where unpacking is the better way."""
-    chosen = way(packed, input.numel() // packed.shape[1], input.dtype)
+    rows = input.numel() // packed.shape[1]
+    chosen = AS_FEW if rows <= ALWAYS_FEW else way(packed, rows, input.dtype)
     return None if chosen == UNPACK else packed.linear(input, bias, chosen)
 
 

@@ -30,7 +30,8 @@ class SparseLinear(nn.Linear):
     shape: tuple[int, int]
     siblings: Siblings | None = None  # layers that are given the same input, multiplied in one call
     _prepared: Packed | None = None
-    _prepared_for: tuple[int, ...] = ()
+    _prepared_for: list[int] | None = None
+    _dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -104,22 +105,22 @@ class SparseLinear(nn.Linear):
 
     def product(self, input: Tensor) -> Tensor:
         """The product without a way back, by whatever is fastest here."""
-        if input.dtype == self._values().dtype and not torch.is_autocast_enabled(input.device.type):
+        kernel = self.kernel()
+        if kernel is not None and input.dtype == self._dtype and not torch.is_autocast_enabled("cpu"):
             shared = None if self.siblings is None else self.siblings.product(self, input)
             if shared is not None:
                 return shared
-            kernel = self.kernel()
-            result = None if kernel is None else dispatch.linear(kernel, input, self.bias)
+            result = dispatch.linear(kernel, input, self.bias)
             if result is not None:
                 return result
         return F.linear(input, self.unpack(), self.bias)
 
     def kernel(self) -> Packed | None:
         """What the native library needs of this weight, made once for as long as the tensors stay where they are."""
-        parameters = self._parameters
-        key = tuple(parameters[suffix].data_ptr() for suffix in FORMATS[self.format].suffixes)  # type: ignore[union-attr]
+        key = [parameter.data_ptr() for parameter in self._parameters.values() if parameter is not None]
         if key != self._prepared_for:
             self._prepared, self._prepared_for = prepare(self.format, self.shape, self.packed()), key
+            self._dtype = self._values().dtype
         return self._prepared
 
     def settle(self, arena: Arena | None = None) -> None:
@@ -142,7 +143,7 @@ class SparseLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what points into memory: a copy prepares itself."""
-        return {**self.__dict__, "_prepared": None, "_prepared_for": (), "siblings": None}
+        return {**self.__dict__, "_prepared": None, "_prepared_for": None, "siblings": None}
 
     def dequantize(self) -> nn.Linear:
         """The same layer with its weight dense again, free to be changed."""

@@ -21,6 +21,7 @@ CHOICES = ("auto", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
 INTERFACE = 2  # of the library this file was written for
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+INT8 = TYPES[torch.int8]
 BITMASK, NIBBLES = 0, 1  # how `places` names the columns
 FEW = 8  # rows of x up to which they are multiplied as they are
 

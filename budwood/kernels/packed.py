@@ -1,14 +1,14 @@
 """A packed matrix made ready for the native library, and the product with it."""
 
 from collections.abc import Mapping, Sequence
-from ctypes import byref
+from ctypes import CDLL, addressof
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from budwood.kernels import native
-from budwood.kernels.native import BITMASK, BY_ROWS, NIBBLES, TYPES, Matrix, Output
+from budwood.kernels.native import BITMASK, BY_ROWS, INT8, NIBBLES, TYPES, Matrix, Output
 
 # Format: how it names places, and in which tensor. What else such a format may hold: scales, and recovered weights.
 CODINGS = {
@@ -26,20 +26,34 @@ class Packed:
     Holds pointers into `tensors` and keeps those alive. Made by `prepare`.
     """
 
-    def __init__(self, matrix: Matrix, shape: tuple[int, int], held: Sequence[Tensor]):
-        self.matrix, self.shape = matrix, shape
-        self.held = held
+    def __init__(self, library: CDLL, matrix: Matrix, shape: tuple[int, int], held: Sequence[Tensor]):
+        self.matrix, self.shape, self.held = matrix, shape, held
+        self._multiply, self._address = library.budwood_linear, addressof(matrix)
 
     def linear(self, x: Tensor, bias: Tensor | None = None, way: int = BY_ROWS) -> Tensor | None:
         """`x [..., in] -> [..., out]` in the type of x; None where the path at hand has no such way."""
-        return linears([self], x, [bias], way)[0]
+        type = TYPES.get(x.dtype, INT8)
+        if type == INT8 or not x.is_cpu:
+            return None
+        out, width = self.shape
+        x = x.contiguous()
+        result = x.new_empty((*x.shape[:-1], out))
+        rows = x.numel() // width
+        if not rows:
+            return result
+        if bias is not None:
+            bias = bias.to(x.dtype).contiguous()
+        output = Output(result.data_ptr(), None if bias is None else bias.data_ptr(), out, type)
+        threads = torch.get_num_threads()
+        done = self._multiply(self._address, 1, x.data_ptr(), type, rows, addressof(output), threads, way)
+        return result if done else None
 
 
 def prepare(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Packed | None:
     """The matrix for the library; None where this format, type, device or machine has no native kernel."""
-    coded = CODINGS.get(format)
+    coded, library = CODINGS.get(format), native.library()
     values = tensors["values"]
-    if coded is None or native.library() is None or values.dtype not in TYPES or not shape[0] or not shape[1]:
+    if coded is None or library is None or values.dtype not in TYPES or not shape[0] or not shape[1]:
         return None
     coding, suffix = coded
     places = tensors[suffix]
@@ -73,7 +87,7 @@ def prepare(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) 
         matrix.more_values, matrix.more_type = recovered.data_ptr(), TYPES[recovered.dtype]
         matrix.more_starts = begins.data_ptr()
         held += [counts, columns, recovered, begins]
-    return Packed(matrix, shape, held)
+    return Packed(library, matrix, shape, held)
 
 
 def linears(
@@ -82,7 +96,7 @@ def linears(
     """Products of several matrices with the same x in one call; `[None, ...]` where the path has no such way."""
     library = native.library()
     nothing: list[Tensor | None] = [None] * len(matrices)
-    if library is None or x.device.type != "cpu" or x.dtype not in TYPES or x.dtype == torch.int8:
+    if library is None or not x.is_cpu or TYPES.get(x.dtype, INT8) == INT8:
         return nothing
     width = matrices[0].shape[1]
     flat = x.contiguous()
@@ -98,7 +112,9 @@ def linears(
             for packed, result, bias in zip(matrices, results, kept, strict=True)
         )
     )
-    listed = matrices[0].matrix if len(matrices) == 1 else (Matrix * len(matrices))(*(m.matrix for m in matrices))
+    listed = (Matrix * len(matrices))(*(packed.matrix for packed in matrices))
     threads = torch.get_num_threads()
-    done = library.budwood_linear(byref(listed), len(matrices), flat.data_ptr(), type, rows, outputs, threads, way)
+    done = library.budwood_linear(
+        addressof(listed), len(matrices), flat.data_ptr(), type, rows, addressof(outputs), threads, way
+    )
     return list(results) if done else nothing
