@@ -115,9 +115,10 @@ class Graft(Method):
             known = heard(linear, gram)
             with naming(linear.name):
                 keep = self.choose(dense, gram if known else None, pattern)
-            linear.weight = torch.where(keep, dense, 0)
             if self.fit and known:
                 fit(linear, dense, keep, dense, gram, self.damp, self.iterations, self.tolerance)
+            else:
+                linear.weight = torch.where(keep, dense, 0)
             if self.base:
                 linear.recovered = int(keep.sum()) - self._least(linear.shape)
 

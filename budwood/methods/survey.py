@@ -58,7 +58,7 @@ def kept_counts(
         with torch.no_grad():
             hidden = {name: block.forward(states) for name, states in hidden.items()}
             for name, linear in block.linears.items():
-                dense = linear.weight
+                dense = linear.weight.clone()  # setting a weight may write into the tensor that was read
                 known = heard(linear, norms[name])
                 worth = scores.wanda(dense, norms[name].norms()) if known else scores.magnitude(dense)
                 keep = pattern_for(linear.shape, linear.name).keep(worth)

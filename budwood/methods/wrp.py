@@ -77,9 +77,9 @@ class Wrp(Method):
             and (self.scope, self.budget) != ("row", "rank"),
             "alpha says how much to recover, and so do density and block; give one of them": not by_rank
             and (blocks or self.density is not None),
-            "allocate='global' divides what a density brings; give density, and leave block and metric out": self.allocate
-            == "global"
-            and (blocks or self.density is None or self.metric != "wanda"),
+            "allocate='global' divides what density brings; give density, leave block and metric out": (
+                self.allocate == "global" and (blocks or self.density is None or self.metric != "wanda")
+            ),
             "scope='matrix' ranks over all rows, budget='row' treats rows alike; give one of them": (
                 self.scope == "matrix" and self.budget == "row"
             ),

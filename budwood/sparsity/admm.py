@@ -11,7 +11,7 @@ from torch import Tensor
 from budwood.sparsity.patterns import Pattern
 
 EVERY = 3  # iterations between looks at the support
-FIRST_PRICE = 0.1
+FIRST_PRICE, LOWEST_PRICE = 0.1, 1e-6
 
 
 def admm(weight: Tensor, moments: Tensor, pattern: Pattern, damp: float = 0.01, iterations: int = 300) -> Tensor:
@@ -52,7 +52,9 @@ def admm(weight: Tensor, moments: Tensor, pattern: Pattern, damp: float = 0.01, 
             price *= 1.3 if moved >= 0.1 else 1.2
         elif settled:
             price *= 1.1
-        else:  # nothing moves yet: the price was too high from the start
+        elif price < LOWEST_PRICE:
+            break  # nothing to move: all is kept, or inputs are independent
+        else:  # the price was too high from the start
             price /= 5
             near, keep = nearest(wanted)
             blame.zero_()
