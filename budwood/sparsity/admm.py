@@ -27,18 +27,22 @@ def admm(weight: Tensor, moments: Tensor, pattern: Pattern, damp: float = 0.01, 
     system.diagonal().copy_(torch.where(diagonal > 0, 1, 0))
     values, vectors = torch.linalg.eigh(system)
     wanted = weight.to(system) * scale
-    pull = (wanted @ system) @ vectors  # W₀ H in the basis where H is a diagonal
+    pull = wanted @ system  # W₀ H
 
     def nearest(point: Tensor) -> tuple[Tensor, Tensor]:
         keep = pattern.keep(point.abs())
         return torch.where(keep, point, 0), keep
 
+    def inverted(price: float) -> Tensor:
+        return (vectors / (values.clamp(min=0) + price)) @ vectors.T
+
     price, settled = FIRST_PRICE, False
     near, keep = nearest(wanted)
     blame = torch.zeros_like(wanted)
     seen = keep
+    inverse = inverted(price)
     for iteration in range(1, iterations + 1):
-        free = ((pull + (price * near - blame) @ vectors) / (values.clamp(min=0) + price)) @ vectors.T
+        free = (pull + price * near - blame) @ inverse
         near, keep = nearest(free + blame / price)
         blame += price * (free - near)
         if iteration % EVERY:
@@ -59,4 +63,5 @@ def admm(weight: Tensor, moments: Tensor, pattern: Pattern, damp: float = 0.01, 
             near, keep = nearest(wanted)
             blame.zero_()
             seen = keep
+        inverse = inverted(price)
     return keep

@@ -107,5 +107,5 @@ def _solve(
     moved = weight - first
     change = -(moved * (before + (aim - weight @ system) - pull)).sum(dim=1)
     better = change < 0
-    weight = torch.where(better[:, None], weight, first) * scale
+    weight = torch.where(better[:, None], weight * scale, start)
     return torch.where(keep, weight, 0), change.clamp(max=0), steps
