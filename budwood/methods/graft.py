@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from budwood.calibration.beside import Beside
 from budwood.errors import UsageError
 from budwood.formats import predict
 from budwood.methods.method import Block, Method, naming
 from budwood.methods.metrics import heard
+from budwood.methods.reconstruction import reconstruct_block
 from budwood.methods.refit import check_fit, fit
 from budwood.methods.settings import number, one_of, truth, whole
 from budwood.methods.survey import kept_counts
@@ -34,7 +36,7 @@ class Graft(Method):
     recovered weights, or "free" (any places). select: the mask by alternating directions as in "alps", or by the score
     of "wanda". allocate: "global" divides the weights among all matrices by what they save in the logits, "uniform"
     gives each the same share. fit: let the kept weights make up for the others. rounds, damp, iterations, tolerance:
-    as in alps.
+    as in alps. steps, rate: of gradient descent of each block as a whole towards the outputs of the dense model.
     """
 
     bits: float = 9.75
@@ -46,6 +48,8 @@ class Graft(Method):
     damp: float = 0.01
     iterations: int = 100
     tolerance: float = 1e-3
+    steps: int = 0
+    rate: float = 0.002
 
     def __post_init__(self) -> None:
         one_of("pattern", self.pattern, ("2:4", "free"))
@@ -54,6 +58,8 @@ class Graft(Method):
         number("bits", self.bits, 0, 16)
         truth("fit", self.fit)
         whole("rounds", self.rounds, 1)
+        whole("steps", self.steps, 0)
+        number("rate", self.rate, 0, 1)
         check_fit(self.damp, self.iterations, self.tolerance)
 
     @property
@@ -98,29 +104,35 @@ class Graft(Method):
         return self._outlook(shape, self.count_for(shape))
 
     def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
-        if self.allocate == "uniform":
-            return self
-        total = sum(self.count_for(shape) for shape in model.anatomy.shapes.values())
-        return partial(self.step, counts=kept_counts(model, batches, self.pattern_for, self.base, total))
+        counts = {}
+        if self.allocate == "global":
+            total = sum(self.count_for(shape) for shape in model.anatomy.shapes.values())
+            counts = kept_counts(model, batches, self.pattern_for, self.base, total)
+        return partial(self.step, counts=counts, dense=Beside(model, batches) if self.steps else None)
 
     def __call__(self, block: Block) -> None:
-        self.step(block, {})
+        self.step(block, {}, None)
 
-    def step(self, block: Block, counts: Mapping[str, int]) -> None:
-        """Prunes one block. counts: weights that a linear keeps, by full name; its own share where it is not there."""
+    def step(self, block: Block, counts: Mapping[str, int], dense: Beside | None) -> None:
+        """Prunes one block. counts: weights that a linear keeps, by full name; its own share where it is not there.
+
+        dense: the stream whose outputs the whole block is fitted to at last, where steps are asked for.
+        """
         grams = block.collect(Gram)
         for name, linear in block.linears.items():
             pattern = self.keeping(linear.shape, counts.get(linear.name, self.count_for(linear.shape)))
-            dense, gram = linear.weight, grams[name]
+            weight, gram = linear.weight, grams[name]
             known = heard(linear, gram)
             with naming(linear.name):
-                keep = self.choose(dense, gram if known else None, pattern)
+                keep = self.choose(weight, gram if known else None, pattern)
             if self.fit and known:
-                fit(linear, dense, keep, dense, gram, self.damp, self.iterations, self.tolerance)
+                fit(linear, weight, keep, weight, gram, self.damp, self.iterations, self.tolerance)
             else:
-                linear.weight = torch.where(keep, dense, 0)
+                linear.weight = torch.where(keep, weight, 0)
             if self.base:
                 linear.recovered = int(keep.sum()) - self._least(linear.shape)
+        if dense is not None:
+            reconstruct_block(block, dense, self.steps, self.rate)
 
     def choose(self, weight: Tensor, gram: Gram | None, pattern: Pattern) -> Tensor:
         """What stays of a matrix, bool [out, in]; without second moments the largest weights do."""

@@ -53,7 +53,7 @@ class Recovered:
 
     def keep(self, scores: Tensor) -> Tensor:
         kept = self.base.keep(scores)
-        # Kept ones below every score, so that a dropped weight of score 0 comes first; not all alike, for ties are slow.
+        # Kept ones are below every score, so that a dropped weight of score 0 comes first. Many ties would be slow.
         lost = torch.where(kept, -1 - scores, scores)
         return kept.logical_or_(self.extra.keep(lost))
 
