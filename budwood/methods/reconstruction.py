@@ -12,7 +12,7 @@ from budwood.training.reconstruct import reconstruct
 
 
 def reconstruct_block(block: Any, dense: Beside, steps: int, rate: float) -> None:
-    """Moves the kept weights of a pruned block so that its outputs, for the inputs it really gets, come near to dense's.
+    """Moves the kept weights of a pruned block so that its outputs, for the inputs it really gets, come near dense's.
 
     steps, rate: see `reconstruct`.
     """
