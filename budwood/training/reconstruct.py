@@ -24,12 +24,13 @@ def reconstruct(
     """
     kept = {name: weight != 0 for name, weight in weights.items()}
     moving = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
-    size = {
-        name: float(weight[kept[name]].square().mean().sqrt()) for name, weight in weights.items() if kept[name].any()
-    }
-    adam = torch.optim.Adam([{"params": [moving[name]], "lr": rate * size[name]} for name in size], betas=(0.9, 0.99))
-    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+    adam = torch.optim.Adam(
+        [{"params": [weight], "first": rate * typical(weights[name])} for name, weight in moving.items()],
+        betas=(0.9, 0.99),
+    )
     for step in range(steps):
+        for group in adam.param_groups:
+            group["lr"] = group["first"] * (1 - step / steps)
         batch = step % len(inputs)
         outputs = forward({name: moving[name] * kept[name] for name in moving}, inputs[batch]).float()
         target = targets[batch].float()
@@ -38,5 +39,10 @@ def reconstruct(
         adam.zero_grad()
         loss.backward()
         adam.step()
-        decay.step()
     return {name: torch.where(kept[name], moving[name].detach(), 0) for name in moving}
+
+
+def typical(weight: Tensor) -> float:
+    """Root mean square of what is not zero; 0 where all is."""
+    kept = weight[weight != 0]
+    return float(kept.square().mean().sqrt()) if kept.numel() else 0.0
