@@ -44,10 +44,10 @@ class Graft(Method):
     select: Literal["alps", "wanda"] = "alps"
     allocate: Literal["global", "uniform"] = "global"
     fit: bool = True
-    rounds: int = 300
+    rounds: int = 15
     damp: float = 0.01
-    iterations: int = 100
-    tolerance: float = 1e-3
+    iterations: int = 25
+    tolerance: float = 3e-3
     steps: int = 0
     rate: float = 0.002
 
