@@ -4,9 +4,9 @@
 
 A text is NAME=DATA as `budwood evaluate --data` reads it; `sotu=sotu:2000-` is always among them. Every finished cell
 is a line of FOLDER/cells.jsonl, written at once; the same command goes on where it was cut off. `--table` only prints
-what is there. Perplexity: variant plain, the first windows of every text. KL: mean over the tokens of each text's first
-window of the divergence of the pruned from the dense model, in nats. D = ln(perplexity / dense perplexity), meant over
-texts; its ratio is to the D of Wanda 2:4 on the same draw. Other calibration data want a folder of their own.
+what is there. Perplexity: variant plain, the first windows of every text. D = ln(perplexity / dense perplexity), meant
+over texts; its ratio is to the D of Wanda 2:4 on the same draw. KL, with --kl: mean over the tokens of each text's first
+window of the divergence of the pruned from the dense model, in nats. Other calibration data want a folder of their own.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8, help="of 2048 tokens, of each text")
     parser.add_argument("--dtype", default="float32", help="of the forward passes that are measured")
+    parser.add_argument("--kl", action="store_true", help="divergences from the dense model too")
     parser.add_argument("--cells", type=int, help="stop after so many new ones")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
@@ -115,7 +116,7 @@ def measured(method: str | None, draw: int, texts: Mapping[str, str], asked: arg
         "method": method,
         **pruning,
         "perplexity": perplexity,
-        "kl": divergences(asked.model, folder, texts, asked.dtype) if method else dict.fromkeys(texts, 0.0),
+        "kl": divergences(asked.model, folder, texts, asked.dtype) if asked.kl and method else {},
         "calibration": f"{asked.calibration}, {asked.num_samples} x {asked.seq_length}, random by the draw",
         "evaluation": f"plain, {asked.windows} x 2048, {asked.dtype}",
         "evaluated_in": time.perf_counter() - before,
@@ -165,13 +166,14 @@ def table(cells: list[Cell]) -> str:
             for draw in mean_d
             if (YARDSTICK, draw) in share and row != "dense"
         ]
+        kl = [statistics.fmean(cell["kl"].values()) for cell in found if cell["kl"]]
         line = [
             row,
             f"{statistics.fmean(cell['bits'] for cell in found):.3f}",
             *(spread([cell["perplexity"][name] for cell in found], 2) for name in names),
             spread(list(mean_d.values()), 3),
             spread(ratios, 3) if ratios else "",
-            f"{statistics.fmean(statistics.fmean(cell['kl'].values()) for cell in found):.3f}",
+            f"{statistics.fmean(kl):.3f}" if kl else "",
             f"{statistics.fmean(cell['seconds'] for cell in found):.0f}",
             "" if found[0]["memory"] is None else f"{max(cell['memory'] for cell in found) / 1e9:.2f}",
         ]

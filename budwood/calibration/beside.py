@@ -13,10 +13,10 @@ class Beside:
     """A second stream over the same windows [windows, tokens], in which nothing is changed.
 
     It follows the first one at its own pace, so a resumed run, whose finished blocks are not handed over, needs no
-    more.
+    more. batch: windows at a time, by default about TOKENS tokens.
     """
 
-    def __init__(self, model: Model, windows: Tensor):
+    def __init__(self, model: Model, windows: Tensor, batch: int | None = None):
         self.model = Model(
             model.source,
             storage=model.storage,
@@ -25,11 +25,18 @@ class Beside:
             activation_limit=model.activation_limit,
             scratch=model.scratch,
         )
-        self._stream = self.model.blocks(windows, batch=batch_size(len(windows), windows.shape[1], TOKENS))
+        self._stream = self.model.blocks(windows, batch=batch or batch_size(len(windows), windows.shape[1], TOKENS))
         self._block: Block | None = next(self._stream, None)
 
+    def at(self, index: int) -> Block:
+        """Dense block `index`, with the inputs that reach it. Asked for in the order of the blocks."""
+        while self._block is not None and self._block.index < index:
+            self._block = next(self._stream, None)
+        assert self._block is not None
+        return self._block
+
     def after(self, index: int) -> Activations:
-        """The outputs of dense block `index`, about TOKENS tokens a batch. Asked for in the order of the blocks."""
+        """The outputs of dense block `index`. Asked for in the order of the blocks."""
         while self._block is not None and self._block.index <= index:
             self._block = next(self._stream, None)
         assert self.model.activations is not None

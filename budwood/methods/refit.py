@@ -5,8 +5,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from budwood.calibration.activations import batch_size
+from budwood.calibration.beside import Beside
+from budwood.calibration.pairs import cross_moments
 from budwood.errors import UsageError
 from budwood.methods.method import Block, Linear, Method
 from budwood.methods.metrics import heard
@@ -25,18 +29,21 @@ class Refit(Method):
 
     inner: the method, such as wrp(alpha=0.25); its mask stays exactly as it is. damp: pull towards the dense weights,
     as a share of the mean second moment. iterations: most steps of conjugate gradients. tolerance: a row is done when
-    its gradient has shrunk to this share.
+    its gradient has shrunk to this share. target: 0 fits to what the dense weights make of the inputs that the pruned
+    model has, 1 to the outputs that the dense model has, and between both.
     """
 
     inner: Method = field(default_factory=Wrp)
     damp: float = 0.01
     iterations: int = 100
     tolerance: float = 1e-3
+    target: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Method):
             raise UsageError(f"refit needs a method that chooses, such as refit(wrp(alpha=0.25)), got {self.inner!r}")
         check_fit(self.damp, self.iterations, self.tolerance)
+        number("target", self.target, 0, 1)
 
     def check(self, linears: Mapping[str, Shape]) -> None:
         self.inner.check(linears)
@@ -48,20 +55,24 @@ class Refit(Method):
         return self.inner.pattern_for(shape, name)
 
     def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
-        return partial(self.improve, choose=self.inner.prepare(model, batches))
+        beside = Beside(model, batches, batch_size(*batches.shape)) if self.target else None
+        return partial(self.improve, choose=self.inner.prepare(model, batches), beside=beside)
 
     def __call__(self, block: Block) -> None:
-        self.improve(block, self.inner)
+        self.improve(block, self.inner, None)
 
-    def improve(self, block: Block, choose: Callable[[Any], None]) -> None:
+    def improve(self, block: Any, choose: Callable[[Any], None], beside: Beside | None) -> None:
+        """Prunes one block by `choose`, then fits. beside: the dense model's stream, where the target asks for it."""
         once = Once(block)
         grams = once.collect(Gram)
+        crosses = cross_moments(beside.at(block.index), block) if beside else {}
         dense = {name: linear.weight.clone() for name, linear in block.linears.items()}
         choose(once)
         for name, linear in block.linears.items():
-            start = linear.weight
-            if heard(linear, grams[name]):
-                fit(linear, start, start != 0, dense[name], grams[name], self.damp, self.iterations, self.tolerance)
+            start, gram = linear.weight, grams[name]
+            if heard(linear, gram):
+                cross = torch.lerp(gram.matrix(), crosses[name], self.target).float() if crosses else None
+                fit(linear, start, start != 0, dense[name], gram, self.damp, self.iterations, self.tolerance, cross)
 
 
 def fit(
@@ -73,10 +84,14 @@ def fit(
     damp: float,
     iterations: int,
     tolerance: float,
+    cross: Tensor | None = None,
 ) -> None:
-    """Gives `linear` the weights on `keep` that come nearest to the outputs of `dense`, from `start`; all [out, in]."""
+    """Gives `linear` the weights on `keep` that come nearest to the outputs of `dense`, from `start`; all [out, in].
+
+    cross: X₀ᵀ X [in, in] where those are outputs for other inputs X₀.
+    """
     moments = gram.matrix().float()
-    found = refit(start, keep, dense, moments, damp=damp, iterations=iterations, tolerance=tolerance)
+    found = refit(start, keep, dense, moments, cross, damp=damp, iterations=iterations, tolerance=tolerance)
     linear.weight = found.weight
 
 

@@ -5,7 +5,10 @@ import torch
 from families import save_model
 from stand_in import random_block
 
+from budwood.calibration.beside import Beside
+from budwood.calibration.pairs import cross_moments
 from budwood.calibration.stream import Model
+from budwood.checkpoints.loading import load
 from budwood.checkpoints.source import open_source
 from budwood.errors import UsageError
 from budwood.formats import choose
@@ -13,6 +16,7 @@ from budwood.inspection import inspect
 from budwood.methods import parse_method
 from budwood.methods.survey import kept_counts
 from budwood.pruning import prune
+from budwood.sparsity.statistics import Gram
 
 INNER = ["wrp(alpha=0.5)", 'wanda("2:4")', 'wanda("50%")', 'magnitude("2:4")', 'sparsegpt("2:4")', "wrp(block=8, k=1)"]
 
@@ -92,6 +96,32 @@ def llama(tmp_path_factory):
     return folder
 
 
+def test_the_target_between_the_pruned_and_the_dense_inputs(llama, tmp_path):
+    """In the first block both are the same; further on they are not."""
+    text = ["".join(chr(97 + (i * i + i // 7) % 26) for i in range(600))]
+    options = {"num_samples": 4, "seq_length": 24, "compute_dtype": "float32"}
+    weights = []
+    for target in (0, 1):
+        folder = tmp_path / str(target)
+        prune(llama, folder, f'refit(wanda("50%"), target={target})', text, **options)
+        model = load(folder)
+        weights.append([layer.mlp.down_proj.weight.detach() for layer in model.model.layers])
+    assert torch.allclose(weights[0][0], weights[1][0], atol=1e-3)
+    assert not torch.allclose(weights[0][1], weights[1][1], atol=1e-2)
+    assert torch.equal(weights[0][0] != 0, weights[1][0] != 0)
+
+
+def test_cross_moments_of_the_same_model_are_second_moments(llama):
+    model = Model(open_source(llama))
+    ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(0))
+    beside = Beside(model, ids, batch=2)
+    for block in model.blocks(ids, batch=2):
+        crosses, grams = cross_moments(beside.at(block.index), block), block.collect(Gram)
+        for name in block.linears:
+            assert torch.allclose(crosses[name], grams[name].matrix(), rtol=1e-5, atol=1e-5)
+        assert crosses["self_attn.q_proj"] is crosses["self_attn.k_proj"]
+
+
 def test_the_survey_spends_all_and_matrices_differ(llama):
     model = Model(open_source(llama))
     ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -126,6 +156,7 @@ def test_a_divided_budget_is_kept_and_inspect_shows_it(llama, tmp_path):
         ("refit(damp=-1)", "damp must be"),
         ("refit(iterations=0)", "iterations must be"),
         ("refit(tolerance=2)", "tolerance must be"),
+        ("refit(target=2)", "target must be"),
         ('alps("50%", extra=0.1)', "extra is kept beside N:M"),
         ('alps("2:4", extra=0.6)', "extra must be a number from 0 to 0.5"),
         ('alps("2:5:4")', "neither N:M"),
