@@ -5,8 +5,9 @@
 A text is NAME=DATA as `budwood evaluate --data` reads it; `sotu=sotu:2000-` is always among them. Every finished cell
 is a line of FOLDER/cells.jsonl, written at once; the same command goes on where it was cut off. `--table` only prints
 what is there. Perplexity: variant plain, the first windows of every text. D = ln(perplexity / dense perplexity), meant
-over texts; its ratio is to the D of Wanda 2:4 on the same draw. KL, with --kl: mean over the tokens of each text's first
-window of the divergence of the pruned from the dense model, in nats. Other calibration data want a folder of their own.
+over texts; its ratio is to the D of Wanda 2:4 on the same draw. KL, with --kl: mean over the tokens of each text's
+first window of the divergence of the pruned from the dense model, in nats. Other calibration data want a folder of
+their own.
 """
 
 import argparse
