@@ -45,38 +45,53 @@ def kept_counts(
 ) -> dict[str, int]:
     """How many weights each linear keeps, by full name: `total` in all, where the logits of the model change least.
 
-    A matrix loses Σ (|w| ‖x‖)² over what is dropped, times its sensitivity: the divergence from the dense logits, per
-    unit of that loss, when it alone is pruned by `pattern_for`. base: N:M that is kept in any case. windows: token ids
-    [windows, tokens]. One pass over the blocks; the hidden states of one short window are kept for every linear.
+    A matrix loses Σ (|w| ‖x‖)² over what is dropped, times two measured factors: how far the outputs of its block move
+    per unit of that loss, when it alone is pruned by `pattern_for`, and how far the logits diverge from the dense ones
+    per unit of such movement, when all of its block is. base: N:M that is kept in any case. windows: token ids
+    [windows, tokens]. One pass over the blocks; the hidden states of one short window are kept for every block.
     """
     few = windows[:WINDOWS, :TOKENS]
-    losses: dict[str, float] = {}
     curves: dict[str, Curve] = {}
-    hidden: dict[str, Tensor] = {}  # after the blocks so far, with one linear pruned
+    places: list[tuple[dict[str, float], float]] = []  # by block: movement per loss of its linears, movement of all
+    hidden: list[Tensor] = []  # after the blocks so far, with one of them pruned
     for block in model.blocks(few, batch=1):
         norms = block.collect(SquaredNorm)
         with torch.no_grad():
-            hidden = {name: block.forward(states) for name, states in hidden.items()}
+            hidden = [block.forward(states) for states in hidden]
+            right = block.run(0)
+            dense = {name: linear.weight.clone() for name, linear in block.linears.items()}  # setting may write into it
+            pruned, movement = {}, {}
             for name, linear in block.linears.items():
-                dense = linear.weight.clone()  # setting a weight may write into the tensor that was read
                 known = heard(linear, norms[name])
-                worth = scores.wanda(dense, norms[name].norms()) if known else scores.magnitude(dense)
+                worth = scores.wanda(dense[name], norms[name].norms()) if known else scores.magnitude(dense[name])
                 keep = pattern_for(linear.shape, linear.name).keep(worth)
                 loss = worth.square()
                 always = base.keep(worth) if base else torch.zeros_like(keep)
-                losses[linear.name] = float(loss[~keep].sum(dtype=torch.float64))
                 curves[linear.name] = curve_of(loss[~always], first=int(always.sum()))
-                linear.weight = torch.where(keep, dense, 0)
-                hidden[linear.name] = block.run(0)
-                linear.weight = dense
+                pruned[name] = linear.weight = torch.where(keep, dense[name], 0)
+                lost = float(loss[~keep].sum(dtype=torch.float64))
+                movement[linear.name] = _movement(block.run(0), right) / lost if lost else 0.0
+                linear.weight = dense[name].clone()
+            for name, linear in block.linears.items():
+                linear.weight = pruned[name]
+            hidden.append(block.run(0))
+            places.append((movement, _movement(hidden[-1], right)))
+            for name, linear in block.linears.items():
+                linear.weight = dense[name]
+    weighed = {}
     with model.outside(), torch.no_grad():
         truth = log_softmax(model.logits(model.activations.read(0, model.device)).float(), dim=-1)
-        divergence = {name: _divergence(truth, model.logits(states)) for name, states in hidden.items()}
-    weighed = {}
-    for name, curve in curves.items():
-        sensitivity = divergence[name] / losses[name] if losses[name] else 0.0
-        weighed[name] = Curve(curve.cost, [sensitivity * loss for loss in curve.loss])
+        for (movement, whole), states in zip(places, hidden, strict=True):
+            slope = _divergence(truth, model.logits(states)) / whole if whole else 0.0
+            for name, each in movement.items():
+                weighed[name] = Curve(curves[name].cost, [slope * each * loss for loss in curves[name].loss])
     return {name: int(count) for name, count in divide(weighed, total).items()}
+
+
+def _movement(states: Tensor, right: Tensor) -> float:
+    """Squared distance of hidden states [..., hidden] over their squared length, summed over tokens."""
+    distance = (states.float() - right.float()).square().sum(dim=-1)
+    return float((distance / right.float().square().sum(dim=-1).clamp(min=1e-30)).sum())
 
 
 def _divergence(truth: Tensor, logits: Tensor) -> float:
