@@ -21,6 +21,7 @@ FLOORS = {
     "checkpoints": 3,
     "calibration": 4,
     "data": 4,
+    "training": 5,
     "methods": 6,
     "evaluation": 6,
     "bookkeeping": 6,

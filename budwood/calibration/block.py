@@ -98,9 +98,12 @@ class Block:
         return listener.statistics()
 
     def run(self, batch: int) -> Tensor:
-        """Outputs [batch, tokens, hidden] of the block as it is now."""
+        """Outputs [batch, tokens, hidden] of the block as it is now, for one batch of the inputs that reach it."""
         assert self.activations is not None
-        hidden = self.activations.read(batch, self.model.device)
+        return self.forward(self.activations.read(batch, self.model.device))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The same for any hidden states [batch, tokens, hidden] of a shape that the batches have."""
         return self.model.rehearsal(hidden.shape[0], hidden.shape[1]).run(self.index, self.module, hidden)
 
     def round(self, layout: str) -> None:

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from budwood.formats import FORMATS, LOSSLESS, choose, named, pack_as
 from budwood.formats.bits import stored
-from budwood.kernels import dispatch, ops
+from budwood.formats.two_four import covered
+from budwood.kernels import dispatch, gpu, ops
 from budwood.kernels.arena import Arena
 from budwood.kernels.packed import CODINGS, Packed, prepare
 from budwood.kernels.siblings import Siblings
@@ -32,6 +33,8 @@ class SparseLinear(nn.Linear):
     _prepared: Packed | None = None
     _prepared_for: list[int] | None = None
     _dtype: torch.dtype | None = None
+    _gpu: gpu.Prepared | None = None
+    _gpu_for: list[int] | None = None
 
     def __init__(
         self,
@@ -113,7 +116,18 @@ class SparseLinear(nn.Linear):
             result = dispatch.linear(kernel, input, self.bias)
             if result is not None:
                 return result
+        elif input.is_cuda and gpu.why_not() is None and input.dtype in (torch.bfloat16, torch.float16):
+            return self._on_gpu().linear(input, self.bias)
         return F.linear(input, self.unpack(), self.bias)
+
+    def _on_gpu(self) -> gpu.Prepared:
+        """The weight in the layout of the GPU kernels, a second copy of it on the device."""
+        key = [parameter.data_ptr() for parameter in self._parameters.values() if parameter is not None]
+        if self._gpu is None or key != self._gpu_for:
+            two_four = "places" in self._parameters
+            base = covered(self.get_parameter("places"), self.in_features) if two_four else None
+            self._gpu, self._gpu_for = gpu.prepare(self.unpack(), base), key
+        return self._gpu
 
     def kernel(self) -> Packed | None:
         """What the native library needs of this weight, made once for as long as the tensors stay where they are."""
@@ -143,7 +157,14 @@ class SparseLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what points into memory: a copy prepares itself."""
-        return {**self.__dict__, "_prepared": None, "_prepared_for": None, "siblings": None}
+        return {
+            **self.__dict__,
+            "_prepared": None,
+            "_prepared_for": None,
+            "_gpu": None,
+            "_gpu_for": None,
+            "siblings": None,
+        }
 
     def dequantize(self) -> nn.Linear:
         """The same layer with its weight dense again, free to be changed."""

@@ -1,8 +1,11 @@
 """One file per method. A new method is a file and a line here."""
 
+from budwood.methods.alps import Alps
 from budwood.methods.expression import parse_method, write_method
+from budwood.methods.graft import Graft
 from budwood.methods.magnitude import Magnitude
 from budwood.methods.method import Method
+from budwood.methods.refit import Refit
 from budwood.methods.sparsegpt import SparseGPT
 from budwood.methods.wanda import Wanda
 from budwood.methods.wrp import Wrp
@@ -12,6 +15,9 @@ METHODS: dict[str, type[Method]] = {
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "wrp": Wrp,
+    "refit": Refit,
+    "alps": Alps,
+    "graft": Graft,
 }
 
 __all__ = ["METHODS", "Method", "parse_method", "write_method"]

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from budwood.errors import UsageError
 from budwood.methods.method import Block, Linear, Method, naming, prune
 from budwood.methods.metrics import heard
 from budwood.methods.settings import number, truth, whole
+from budwood.methods.survey import Allocate, check_allocate, kept_shares
 from budwood.sparsity import scores
 from budwood.sparsity.official import OfficialShare
 from budwood.sparsity.outlook import Outlook
-from budwood.sparsity.patterns import NM, Pattern, Shape, parse_pattern
+from budwood.sparsity.patterns import NM, Pattern, Shape, Top, parse_pattern
 from budwood.sparsity.second_order import sparsegpt
 from budwood.sparsity.statistics import Gram
 
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TOGETHER = 1 << 23  # weights swept at once where rows do not depend on one another: 64 MiB in float64
 PATTERN = "50%"
+NONE: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class SparseGPT(Method):
     pattern: "2:4" (N kept of M) or "50%" (dropped of every `block` columns, all rows together). damp: added
     to the second moments, as a share of their mean diagonal. block: columns per decision of a share; N:M does
     not depend on it. parity: count as the published program does, one more than the share and all ties. mask:
-    a method such as wanda("2:4") or wrp() that chooses what stays, so that only the repair is done here.
+    a method such as wanda("2:4") or wrp() that chooses what stays, so that only the repair is done here. allocate:
+    "global" gives matrices shares of their own, by what they save in the logits (shares only).
     """
 
     pattern: str = PATTERN
@@ -41,6 +45,7 @@ class SparseGPT(Method):
     block: int = 128
     parity: bool = False
     mask: Method | None = None
+    allocate: Allocate = "uniform"
 
     def __post_init__(self) -> None:
         number("damp", self.damp, 0, float("inf"))
@@ -51,11 +56,16 @@ class SparseGPT(Method):
             raise UsageError(f'mask must be a method such as wanda("2:4"), got {self.mask!r}')
         if self.mask is not None and (self.pattern, self.parity) != (PATTERN, False):
             raise UsageError("mask already says what stays; leave pattern and parity out")
+        check_allocate(self.allocate, self.pattern)
+        if self.allocate == "global" and (self.parity or self.mask is not None):
+            raise UsageError("allocate='global' sets the shares of matrices itself; leave parity and mask out")
         if self.parity and nm:
             raise UsageError(f"parity=True is about counting a share; {self.pattern} counts the same either way")
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         pattern = parse_pattern(self.pattern, per="matrix")
+        if self.allocate == "global" and not isinstance(pattern, NM):
+            return Top(1 - pattern.drop, "matrix")
         return OfficialShare(pattern.drop) if self.parity and not isinstance(pattern, NM) else pattern
 
     def check(self, linears: Mapping[str, Shape]) -> None:
@@ -74,18 +84,23 @@ class SparseGPT(Method):
         return Outlook(sum(pattern.outlook((shape[0], width)).nonzeros for width in widths))
 
     def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
+        if self.allocate == "global":
+            return partial(self.repair, mask=None, shares=kept_shares(self, model, batches))
         return self if self.mask is None else partial(self.repair, mask=self.mask.prepare(model, batches))
 
     def __call__(self, block: Block) -> None:
         self.repair(block, self.mask)
 
-    def repair(self, block: Block, mask: Callable[[Any], None] | None) -> None:
+    def repair(self, block: Block, mask: Callable[[Any], None] | None, shares: Mapping[str, float] = NONE) -> None:
+        """Prunes one block. shares: what linears keep, by full name, where they are not all alike."""
         grams = block.collect(Gram)
         given = {} if mask is None else chosen_by(mask, block)
         for names in self.together(block, grams):
             linears = [block.linears[name] for name in names]
             gram = grams[names[0]]
             pattern = self.pattern_for(linears[0].shape, linears[0].name)
+            if linears[0].name in shares:
+                pattern = Top(shares[linears[0].name], "matrix")
             reached = [heard(linear, gram) for linear in linears]  # each is checked and named
             if all(reached):
                 keep = torch.cat([given[name] for name in names]) if given else pattern

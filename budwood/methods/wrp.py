@@ -1,14 +1,16 @@
 """WRP: 2:4, and the crucial weights it had to drop taken back (Tan, Zhang, Wei, ACL 2024, pp. 6433-6443)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from budwood.errors import UsageError
 from budwood.methods.method import Block, Method, prune
 from budwood.methods.metrics import METRICS
 from budwood.methods.settings import number, one_of, truth, whole
+from budwood.methods.survey import Allocate, kept_shares
 from budwood.sparsity.blocks import TopBlocks
 from budwood.sparsity.outlook import expected_density
 from budwood.sparsity.patterns import NM, Pattern, Scope, Shape, Top, parse_pattern
@@ -29,7 +31,8 @@ class Wrp(Method):
     block row, or as many as density says; pad completes ragged edges. metric: "wanda", "magnitude" or "obs".
     pattern: any N:M. scope: ranks within the "row" or the "matrix". budget: "rank" recovers what ranks high
     enough, "row" the same number in every row. tie: which of equal scores N:M keeps, the lower index ("low-keeps") or
-    as torch's unstable top-k has it in the "published" program.
+    as torch's unstable top-k has it in the "published" program. allocate: "global" gives matrices densities of their
+    own around `density`, by what they save in the logits.
     """
 
     alpha: float | dict[str, float] = ALPHA
@@ -42,12 +45,14 @@ class Wrp(Method):
     scope: Scope = "row"
     budget: Literal["rank", "row"] = "rank"
     tie: Literal["low-keeps", "published"] = "low-keeps"
+    allocate: Allocate = "uniform"
 
     def __post_init__(self) -> None:
         one_of("metric", self.metric, METRICS)
         one_of("scope", self.scope, ("row", "matrix"))
         one_of("budget", self.budget, ("rank", "row"))
         one_of("tie", self.tie, ("low-keeps", "published"))
+        one_of("allocate", self.allocate, ("uniform", "global"))
         truth("pad", self.pad)
         self._check_alpha()
         base = self.base
@@ -72,6 +77,9 @@ class Wrp(Method):
             and (self.scope, self.budget) != ("row", "rank"),
             "alpha says how much to recover, and so do density and block; give one of them": not by_rank
             and (blocks or self.density is not None),
+            "allocate='global' divides what density brings; give density, leave block and metric out": (
+                self.allocate == "global" and (blocks or self.density is None or self.metric != "wanda")
+            ),
             "scope='matrix' ranks over all rows, budget='row' treats rows alike; give one of them": (
                 self.scope == "matrix" and self.budget == "row"
             ),
@@ -127,7 +135,18 @@ class Wrp(Method):
         # Over the whole matrix one cut decides: the best dropped weights up to the wanted number.
         return Recovered(base, Top(self.density, "matrix"))
 
+    def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
+        if self.allocate == "uniform":
+            return self
+        kept = kept_shares(self, model, batches, self.base)
+        return partial(self.step, densities={name: max(0.0, share - self.base.density) for name, share in kept.items()})
+
     def __call__(self, block: Block) -> None:
+        self.step(block, {})
+
+    def step(self, block: Block, densities: Mapping[str, float]) -> None:
+        """Prunes one block. densities: recovered shares of linears, by full name, where they are not all alike."""
         for linear, scores in METRICS[self.metric](block):
-            kept = prune(linear, scores, self.pattern_for(linear.shape, linear.name))
+            own = replace(self, density=densities.get(linear.name, self.density))
+            kept = prune(linear, scores, own.pattern_for(linear.shape, linear.name))
             linear.recovered = kept - scores.numel() * self.base.kept // self.base.group

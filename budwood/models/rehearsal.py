@@ -43,7 +43,7 @@ class Call:
     def hidden(self) -> Any:
         return self.args[0] if self.args else self.kwargs[self.first]
 
-    def to(self, block: nn.Module, hidden: Tensor) -> Any:
+    def to(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """The block's answer to this call with other hidden states."""
         if self.args:
             return block(hidden, *self.args[1:], **self.kwargs)
@@ -69,7 +69,7 @@ class Rehearsal:
         self._check(input_ids)
         return _calls(self.model, self.blocks, input_ids, self.form, until=0)[0].hidden
 
-    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, index: int, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """One block, called as the model calls it: [batch, tokens, hidden] -> the same."""
         self._check(hidden)
         answer = self.calls[index].to(block, hidden)

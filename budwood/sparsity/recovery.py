@@ -6,6 +6,7 @@ The kept weights of N:M never depend on how much is recovered, and what is recov
 from bisect import bisect_left
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from budwood.sparsity.blocks import TopBlocks
@@ -52,7 +53,8 @@ class Recovered:
 
     def keep(self, scores: Tensor) -> Tensor:
         kept = self.base.keep(scores)
-        lost = scores.masked_fill(kept, -1)  # below every score, so that a dropped weight of score 0 comes first
+        # Kept ones are below every score, so that a dropped weight of score 0 comes first. Many ties would be slow.
+        lost = torch.where(kept, -1 - scores, scores)
         return kept.logical_or_(self.extra.keep(lost))
 
     def check(self, shape: Shape, name: str) -> None:

@@ -83,6 +83,10 @@ class Gram:
         """The whole symmetric matrix, float64 [in, in]."""
         return self.total.triu() + self.total.triu(1).T
 
+    def norms(self) -> Tensor:
+        """Root of the mean square of every input, float32 [in]."""
+        return (self.total.diagonal() / max(1, self.count)).sqrt().float()
+
     def factor(self, damp: float) -> Factor:
         """The damped inverse factor, computed once per damping, on the CPU as are the sweeps that use it."""
         if damp not in self._factors:

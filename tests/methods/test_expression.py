@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from budwood.errors import UsageError
 from budwood.methods import METHODS, parse_method
 from budwood.methods.magnitude import Magnitude
+from budwood.methods.refit import Refit
 from budwood.methods.sparsegpt import SparseGPT
 from budwood.methods.wanda import Wanda
 from budwood.methods.wrp import Wrp
@@ -26,6 +27,8 @@ from budwood.methods.wrp import Wrp
         ('sparsegpt("2:4", damp=-0.0)', SparseGPT("2:4", damp=0)),
         ("sparsegpt(parity=True, block=64)", SparseGPT(parity=True, block=64)),
         ("sparsegpt(mask=wrp(alpha=0.3))", SparseGPT(mask=Wrp(alpha=0.3))),
+        ("refit(wrp(alpha=0.3), damp=0.1)", Refit(Wrp(alpha=0.3), damp=0.1)),
+        ('refit(refit(wanda("2:4")))', Refit(Refit(Wanda("2:4")))),
     ],
 )
 def test_text_becomes_a_method_and_text_again(text, method):

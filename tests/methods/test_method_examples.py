@@ -47,6 +47,9 @@ TEXTS += [
     "wrp(block=8, density=0.5)",
 ]
 TEXTS += ['wrp(pattern="4:8", alpha=0.4)', "wrp(block=24, k=1, pad=True)"]
+FITTED = ["refit(wrp(alpha=0.4))", 'alps("2:4")', 'alps("40%")', 'graft(allocate="uniform")']
+TEXTS += [*FITTED, 'graft(bits=9, pattern="free", allocate="uniform")']
+CHANGING = ("sparsegpt", "refit", "alps", "graft")  # change the weights that stay
 
 
 def example(dtype):
@@ -120,7 +123,7 @@ def test_only_magnitudes_need_no_text(name):
     assert not parse_method('wrp(metric="magnitude")').calibrated
 
 
-@pytest.mark.parametrize("text", [text for text in TEXTS if "sparsegpt" not in text])
+@pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith(CHANGING)])
 def test_what_stays_is_unchanged_and_no_zero_is_negative(text):
     block, dense = random_block(torch.bfloat16), random_block(torch.bfloat16)
     parse_method(text)(block)

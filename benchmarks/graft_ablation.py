@@ -1,0 +1,191 @@
+"""What each ingredient of graft brings: every row pruned on several draws of the calibration text, measured on texts.
+
+    python benchmarks/graft_ablation.py MODEL CALIBRATION FOLDER --text wikitext2=wiki.test.raw --text c4=c4.jsonl.gz
+
+A text is NAME=DATA as `budwood evaluate --data` reads it; `sotu=sotu:2000-` is always among them. Every finished cell
+is a line of FOLDER/cells.jsonl, written at once; the same command goes on where it was cut off. `--table` only prints
+what is there. Perplexity: variant plain, the first windows of every text. D = ln(perplexity / dense perplexity), meant
+over texts; its ratio is to the D of Wanda 2:4 on the same draw. KL, with --kl: mean over the tokens of each text's
+first window of the divergence of the pruned from the dense model, in nats. Other calibration data want a folder of
+their own.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+import budwood
+from budwood.checkpoints.tokenizer import load_tokenizer
+from budwood.data.evaluation import evaluation_windows
+
+SAME_BYTES = 0.046875  # recovered share that a bitmask of 9.75 bits holds beside 2:4
+ROWS = {
+    "dense": None,
+    "Wanda 2:4": 'wanda("2:4")',
+    "SparseGPT 2:4": 'sparsegpt("2:4")',
+    "ALPS 2:4": 'alps("2:4")',
+    "WRP 0.25": "wrp(alpha=0.25)",
+    "WRP, 9.75 bits": f'wrp(density={SAME_BYTES}, scope="matrix")',
+    "+ re-fit": f'refit(wrp(density={SAME_BYTES}, scope="matrix"))',
+    "+ allocation": f'refit(wrp(density={SAME_BYTES}, scope="matrix", allocate="global"))',
+    "+ choice by what is left": "graft(steps=0)",
+    "graft 9.75": "graft(bits=9.75)",
+    "graft 9.75, undivided": 'graft(bits=9.75, allocate="uniform")',
+    "graft 9.0": "graft(bits=9.0)",
+    "graft 9.0, free": 'graft(bits=9.0, pattern="free")',
+    "Wanda 50 %": 'wanda("50%")',
+    "SparseGPT 50 %": 'sparsegpt("50%")',
+}
+YARDSTICK = "Wanda 2:4"
+DTYPE = "bfloat16"  # of the written weights
+
+Cell = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=DATA")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--row", action="append", choices=list(ROWS), help="only these")
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=8, help="of 2048 tokens, of each text")
+    parser.add_argument("--dtype", default="float32", help="of the forward passes that are measured")
+    parser.add_argument("--kl", action="store_true", help="divergences from the dense model too")
+    parser.add_argument("--cells", type=int, help="stop after so many new ones")
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    file = asked.folder / "cells.jsonl"
+    cells = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    if not asked.table:
+        texts = {"sotu": "sotu:2000-"} | dict(text.split("=", 1) for text in asked.text)
+        known = {(cell["row"], cell["draw"]) for cell in cells}
+        wanted = [(row, draw) for draw in range(asked.draws) for row in asked.row or ROWS if draw == 0 or ROWS[row]]
+        for row, draw in [place for place in wanted if place not in known][: asked.cells]:
+            cells.append({"row": row, "draw": draw} | measured(ROWS[row], draw, texts, asked))
+            with file.open("a") as lines:
+                lines.write(json.dumps(cells[-1]) + "\n")
+            print(json.dumps(cells[-1]), file=sys.stderr, flush=True)
+    print(table(cells))
+
+
+def measured(method: str | None, draw: int, texts: Mapping[str, str], asked: argparse.Namespace) -> Cell:
+    """One cell: pruned in a process of its own, so that its time and memory are its own, then measured here."""
+    target, pruning = asked.folder / "pruned", {"bits": 16.0, "seconds": 0.0, "memory": None}
+    folder = asked.model
+    if method:
+        shutil.rmtree(target, ignore_errors=True)
+        options = {
+            "--num-samples": asked.num_samples,
+            "--seq-length": asked.seq_length,
+            "--seed": draw,
+            "--dtype": DTYPE,
+        }
+        command = [sys.executable, "-m", "budwood", "prune", asked.model, str(target), "--method", method, "--quiet"]
+        command += ["--data", asked.calibration, *(str(word) for option in options.items() for word in option)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        report = json.loads((target / "report.json").read_text())
+        folder = str(target)
+        pruning = {
+            "bits": report["totals"]["bits_per_weight"],
+            "seconds": report["seconds"]["total"],
+            "memory": report["peak_memory"],
+            "compute_dtype": report["compute_dtype"],
+        }
+    before = time.perf_counter()
+    perplexity = {
+        name: budwood.evaluate(folder, data, seq_length=2048, limit=asked.windows, dtype=asked.dtype)["perplexity"]
+        for name, data in texts.items()
+    }
+    return {
+        "method": method,
+        **pruning,
+        "perplexity": perplexity,
+        "kl": divergences(asked.model, folder, texts, asked.dtype) if asked.kl and method else {},
+        "calibration": f"{asked.calibration}, {asked.num_samples} x {asked.seq_length}, random by the draw",
+        "evaluation": f"plain, {asked.windows} x 2048, {asked.dtype}",
+        "evaluated_in": time.perf_counter() - before,
+    }
+
+
+def divergences(dense: str, pruned: str, texts: Mapping[str, str], dtype: str) -> dict[str, float]:
+    """KL(dense, pruned) in nats a token, by text."""
+    first, second = (logits_of(budwood.load(folder, dtype=dtype)) for folder in (dense, pruned))
+    found = {}
+    for name, data in texts.items():
+        ids = evaluation_windows(data, load_tokenizer(Path(dense)), seq_length=2048, limit=1).ids
+        truth, other = first(ids), second(ids)
+        found[name] = float((truth.exp() * (truth - other)).sum(dim=-1).mean())
+    return found
+
+
+def logits_of(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    """Token ids [1, tokens] -> log-probabilities [tokens, vocabulary]."""
+
+    def run(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return log_softmax(model(ids, use_cache=False).logits[0].float(), dim=-1)
+
+    return run
+
+
+def table(cells: list[Cell]) -> str:
+    """One line a row: means over draws, spread over draws in brackets (standard deviation)."""
+    dense = next((cell["perplexity"] for cell in cells if cell["row"] == "dense"), None)
+    if dense is None:
+        return "nothing yet: the dense model comes first"
+    names = list(dense)
+    share = {  # D by row and draw, mean over the texts
+        (cell["row"], cell["draw"]): {name: math.log(cell["perplexity"][name] / dense[name]) for name in names}
+        for cell in cells
+    }
+    head = ["method", "bits", *(f"ppl {name}" for name in names), "D", "D / Wanda's", "KL", "seconds", "GB"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in ROWS:
+        found = [cell for cell in cells if cell["row"] == row]
+        if not found:
+            continue
+        mean_d = {cell["draw"]: statistics.fmean(share[row, cell["draw"]].values()) for cell in found}
+        ratios = [
+            mean_d[draw] / statistics.fmean(share[YARDSTICK, draw].values())
+            for draw in mean_d
+            if (YARDSTICK, draw) in share and row != "dense"
+        ]
+        kl = [statistics.fmean(cell["kl"].values()) for cell in found if cell["kl"]]
+        line = [
+            row,
+            f"{statistics.fmean(cell['bits'] for cell in found):.3f}",
+            *(spread([cell["perplexity"][name] for cell in found], 2) for name in names),
+            spread(list(mean_d.values()), 3),
+            spread(ratios, 3) if ratios else "",
+            f"{statistics.fmean(kl):.3f}" if kl else "",
+            f"{statistics.fmean(cell['seconds'] for cell in found):.0f}",
+            "" if found[0]["memory"] is None else f"{max(cell['memory'] for cell in found) / 1e9:.2f}",
+        ]
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join([*lines, "", f"{cells[-1]['calibration']}; {cells[-1]['evaluation']}; weights in {DTYPE}"])
+
+
+def spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ({statistics.stdev(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()

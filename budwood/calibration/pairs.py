@@ -1,0 +1,57 @@
+"""What the linears of two blocks hear of the same tokens: the dense model's block and the one it becomes."""
+
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from budwood.calibration.block import Block
+from budwood.calibration.listening import Heard, Listener
+from budwood.errors import RunError
+
+
+class Latest:
+    """The input heard last, until it is taken; shared by linears that share it."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0  # tokens
+        self.x: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:  # [..., tokens, in]
+        self.x = x.reshape(-1, x.shape[-1])
+        self.count += len(self.x)
+
+
+def cross_moments(dense: Block, block: Block) -> dict[str, Tensor]:
+    """X₀ᵀ X over all tokens, float64 [in, in], by name inside the block: X₀ the inputs in `dense`, X those in `block`.
+
+    Linears that share their input share a matrix. One pass over the batches of both. Raises RunError where a linear
+    does not hear the same tokens in both, as experts do not.
+    """
+    assert block.activations is not None
+    sums: dict[tuple[int, int], Tensor] = {}
+    with _listening(dense) as first, _listening(block) as second, torch.no_grad():
+        for batch in block.activations.indices():
+            for listener, which in ((first, dense), (second, block)):
+                listener.next_batch()
+                with suppress(Heard):
+                    which.run(batch)
+            pairs = {}
+            for name, linear in block.linears.items():
+                one, other = first.found.get(name), second.found.get(name)
+                if one is None or other is None or one.x is None or other.x is None or len(one.x) != len(other.x):
+                    raise RunError(
+                        f"{linear.name} hears other tokens in the dense model than in the pruned one, so there is "
+                        "nothing to compare; leave target at 0"
+                    )
+                pairs[id(one), id(other)] = one, other
+            for key, (one, other) in pairs.items():
+                product = (one.x.float().T @ other.x.float()).double()
+                sums[key] = sums[key].add_(product) if key in sums else product
+                one.x = other.x = None
+        return {name: sums[id(first.found[name]), id(second.found[name])] for name in block.linears}
+
+
+def _listening(block: Block) -> Listener:
+    modules = {name: linear.module for name, linear in block.linears.items()}
+    return Listener(modules, {name: linear.shape[1] for name, linear in block.linears.items()}, Latest)

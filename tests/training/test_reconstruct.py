@@ -1,0 +1,58 @@
+"""Fitting a block by gradients: nearer to the targets, zeros stay zero, the same twice."""
+
+import torch
+
+from budwood.training.reconstruct import reconstruct
+
+
+def network(weights, hidden):
+    """Two matrices with something between that no least-squares fit of one of them sees."""
+    return hidden + (hidden @ weights["up"].T).relu() @ weights["down"].T
+
+
+def problem(seed=0):
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=random)
+    dense = {"up": draw(24, 8) / 8**0.5, "down": draw(8, 24) / 24**0.5}
+    pruned = {name: weight * (weight.abs() > weight.abs().median()) for name, weight in dense.items()}
+    inputs = [draw(2, 10, 8) for _ in range(5)]
+    inputs[3][0, 0] *= 1000  # one token as loud as all others together
+    return dense, pruned, inputs, [network(dense, hidden) for hidden in inputs]
+
+
+def distance(weights, inputs, targets):
+    """Of the quiet tokens."""
+    pairs = zip(inputs, targets, strict=True)
+    return sum(float((network(weights, hidden) - target)[:, 1:].square().sum()) for hidden, target in pairs)
+
+
+def test_outputs_come_nearer_and_zeros_stay():
+    _, pruned, inputs, targets = problem()
+    found = reconstruct(pruned, network, inputs, targets, steps=60, rate=0.02)
+    assert distance(found, inputs, targets) < 0.7 * distance(pruned, inputs, targets)
+    for name, weight in found.items():
+        assert torch.equal(weight != 0, pruned[name] != 0)
+        assert not weight.requires_grad
+
+
+def test_the_same_twice_and_nothing_is_changed_in_place():
+    _, pruned, inputs, targets = problem(1)
+    before = {name: weight.clone() for name, weight in pruned.items()}
+    found, again = (reconstruct(pruned, network, inputs, targets, steps=7, rate=0.02) for _ in range(2))
+    for name, weight in found.items():
+        assert torch.equal(weight, again[name])
+        assert torch.equal(pruned[name], before[name])
+
+
+def test_what_is_right_already_stays():
+    dense, _, inputs, targets = problem(2)
+    found = reconstruct(dense, network, inputs, targets, steps=5, rate=0.02)
+    assert all(torch.equal(found[name], weight) for name, weight in dense.items())
+
+
+def test_no_steps_and_an_empty_matrix():
+    _, pruned, inputs, targets = problem(3)
+    pruned["down"] = torch.zeros_like(pruned["down"])
+    assert torch.equal(reconstruct(pruned, network, inputs, targets, steps=0, rate=0.02)["up"], pruned["up"])
+    found = reconstruct(pruned, network, inputs, targets, steps=3, rate=0.02)
+    assert not found["down"].any()
