@@ -1,6 +1,6 @@
 """The vocabulary head, which is not pruned: a bfloat16 matrix that torch reads slower than memory gives it."""
 
-from ctypes import byref
+from ctypes import addressof
 from typing import cast
 
 import torch
@@ -27,17 +27,22 @@ class DenseLinear(nn.Linear):
             and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
             and weight.is_contiguous()
         )
-        library = native.library()
-        if not plain or library is None or type(weight.data) is not Tensor:
-            return F.linear(input, weight, self.bias)
-        x = input.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.out_features)
-        bias = None if self.bias is None else self.bias.to(x.dtype).contiguous()
-        output = Output(y.data_ptr(), None if bias is None else bias.data_ptr(), self.out_features, TYPES[y.dtype])
-        done = library.budwood_dense(
-            weight.data_ptr(), *self.weight.shape, x.data_ptr(), rows, byref(output), torch.get_num_threads()
-        )
-        return y if done else F.linear(input, weight, self.bias)
+        result = multiply(weight, input, self.bias) if plain and type(weight.data) is Tensor else None
+        return F.linear(input, weight, self.bias) if result is None else result
+
+
+def multiply(weight: Tensor, input: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`input [..., in] -> [..., out]` for bfloat16 `weight [out, in]` and few rows; None where no kernel can."""
+    library = native.library()
+    if library is None:
+        return None
+    x = input.contiguous()
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    output = Output(y.data_ptr(), None if bias is None else bias.data_ptr(), weight.shape[0], TYPES[y.dtype])
+    rows, threads = x.numel() // weight.shape[1], torch.get_num_threads()
+    done = library.budwood_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), rows, addressof(output), threads)
+    return y if done else None
 
 
 def quicken(model: nn.Module) -> None:
