@@ -9,7 +9,12 @@ against pure reading in the same round. Medians.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
+
+# transformers looks for a package called "kernels"; this file is none.
+sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
 
 import torch
 from torch import Tensor
@@ -20,6 +25,7 @@ from budwood.checkpoints.loading import load
 from budwood.environment import machine
 from budwood.formats import FORMATS, pack_as
 from budwood.kernels import native
+from budwood.kernels.arena import Arena, needed
 from budwood.kernels.head import multiply
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import AS_FEW, AS_MANY
@@ -63,8 +69,11 @@ class Case:
 
     def forms(self, format: str, weights: list[Tensor]) -> list[Packed]:
         made = []
+        kinds = [FORMATS[format].nearest(weight) for weight in weights]
+        size = sum(needed(tensor) for kind in kinds for tensor in kind.values())
+        arena = Arena(size * (1 + self.copies // len(kinds)))
         for i in range(self.copies):
-            tensors = FORMATS[format].nearest(weights[i % len(weights)])
+            tensors = {suffix: arena.place(tensor) for suffix, tensor in kinds[i % len(kinds)].items()}
             packed = prepare(format, self.shape, tensors)
             assert packed is not None, format
             made.append(packed)
@@ -128,15 +137,10 @@ def main() -> None:
             case = Case(weights, asked.threads)
             rounds = asked.rounds if rows <= 8 else max(7, asked.rounds // 4)
             times = in_turns(case.variants(rows), rounds)
-            print(
-                f"{shape[1]} -> {shape[0]}: "
-                + ", ".join(f"{n} {statistics.median(t) * 1e6:.0f}" for n, t in times.items())
-            )
+            medians = ", ".join(f"{name} {statistics.median(found) * 1e6:.0f}" for name, found in times.items())
+            print(f"{shape[1]} -> {shape[0]}: {medians}")
             ours = times["2:4 + recovered"]
-            line = [
-                f"x torch bf16 {ratio(times['torch bf16'], ours):.2f}",
-                f"x torch fp32 {ratio(times['torch fp32'], ours):.2f}",
-            ]
+            line = [f"x {name} {ratio(times[name], ours):.2f}" for name in ("torch bf16", "torch fp32")]
             line.append(f"recovered +{100 * (ratio(ours, times['2:4 alone']) - 1):.0f} %")
             line.append(f"int8 x torch bf16 {ratio(times['torch bf16'], times['int8']):.2f}")
             line.append(f"fp32 x torch fp32 {ratio(times['torch fp32'], times['2:4 + recovered, fp32']):.2f}")
