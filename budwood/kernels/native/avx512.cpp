@@ -123,6 +123,16 @@ INLINE const uint8_t* mask_bytes(const Matrix& a, int64_t row, uint8_t* room) {
     return room;
 }
 
+// The same, with unset bits behind the row up to a whole word.
+INLINE const uint8_t* padded_mask(const Matrix& a, int64_t row, uint8_t* room) {
+    const uint8_t* mask = mask_bytes(a, row, room);
+    if (a.in % 32 == 0) return mask;
+    if (mask != room) std::memcpy(room, mask, size_t(a.stride));
+    if (a.in % 8) room[a.stride - 1] &= uint8_t((1u << (a.in % 8)) - 1);
+    std::memset(room + a.stride, 0, 4);
+    return room;
+}
+
 INLINE uint32_t word_at(const uint8_t* mask, int64_t word) {
     uint32_t bits;
     std::memcpy(&bits, mask + 4 * word, 4);
@@ -266,98 +276,103 @@ void few_of(const Matrix& a, const Input& in, const Output& out, int64_t first, 
     }
 }
 
-// int8: a segment's sum is multiplied by its scale. Integers up to 127 are exact in bfloat16, so the values are spread as
-// bytes, widened, and the products are those of `Dot` or of float32.
-template <bool BF16, int M>
-void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last) {
-    const int8_t* values = static_cast<const int8_t*>(a.values);
-    const int64_t words = (a.in + 31) / 32, half = (last - first + 1) / 2;
-    const int64_t segments = segments_of(a), room = (a.stride + 127) / 64 * 64;
-    uint8_t* folded = static_cast<uint8_t*>(scratch(0, size_t(2 * room)));
-    for (int64_t p = 0; p < half; ++p) {
-        const int64_t rows[2] = {first + p, first + p + half < last ? first + p + half : first + p};
-        const int8_t* at[2];
-        const uint8_t* mask[2];
-        __m512 total[2][M], sums[2][M];
-        for (int r = 0; r < 2; ++r) {
-            mask[r] = mask_bytes(a, rows[r], folded + r * room);
-            at[r] = values + a.starts[rows[r]];
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
+// int8: a segment's sum is multiplied by its scale. The values are spread as bytes and widened.
+template <bool SAFE, int M>
+INLINE void int8_words(const uint8_t* mask, const int8_t*& at, const int8_t* end, const float* x, int64_t ldx, int words,
+                       __m512* sums) {
+    for (int word = 0; word < words; ++word) {
+        const uint32_t bits = word_at(mask, word);
+        __m256i packed;
+        if (SAFE) {
+            const int64_t left = end - at;
+            packed = _mm256_maskz_loadu_epi8(left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1, at);
+        } else {
+            packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+            asm("" : "+v"(packed));  // vpexpand straight from memory is many times slower than from a register
         }
-        for (int64_t segment = 0; segment < segments; ++segment) {
-            const int64_t from = segment * (SEGMENT / 32);
-            const int64_t to = from + SEGMENT / 32 < words ? from + SEGMENT / 32 : words;
-#pragma GCC unroll 2
-            for (int r = 0; r < 2; ++r) {
-#pragma GCC unroll 8
-                for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_ps();
-            }
-            for (int64_t word = from; word < to; ++word) {
-#pragma GCC unroll 2
-                for (int r = 0; r < 2; ++r) {
-                    _mm_prefetch(reinterpret_cast<const char*>(at[r]) + AHEAD, _MM_HINT_T0);
-                    const uint32_t bits = 32 * word + 32 <= a.in ? word_at(mask[r], word) : last_word(a, mask[r]);
-                    const int64_t left = values + a.count - at[r];
-                    const __m256i packed = left >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at[r]))
-                                                      : _mm256_maskz_loadu_epi8((1u << (left > 0 ? left : 0)) - 1, at[r]);
-                    const __m256i spread = _mm256_maskz_expand_epi8(bits, packed);
-                    at[r] += __builtin_popcount(bits);
-                    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(spread)));
-                    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(spread, 1)));
-                    if (BF16) {
-                        const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-                        const uint16_t* x = static_cast<const uint16_t*>(in.data) + 32 * word;
-#pragma GCC unroll 8
-                        for (int m = 0; m < M; ++m) {
-                            const __m512i input = _mm512_loadu_si512(x + m * in.stride);
-                            sums[r][m] = _mm512_dpbf16_ps(sums[r][m], both, (__m512bh)input);
-                        }
-                    } else {
-                        add32<M>(low, high, static_cast<const float*>(in.data) + 32 * word, in.stride, sums[r]);
-                    }
-                }
-            }
-#pragma GCC unroll 2
-            for (int r = 0; r < 2; ++r) {
-                const __m512 scale = _mm512_set1_ps(a.scales[rows[r] * segments + segment]);
-#pragma GCC unroll 8
-                for (int m = 0; m < M; ++m) total[r][m] = _mm512_fmadd_ps(scale, sums[r][m], total[r][m]);
-            }
-        }
-        for (int r = 0; r < (rows[1] == rows[0] ? 1 : 2); ++r) {
-            float result[M];
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) result[m] = _mm512_reduce_add_ps(total[r][m]);
-            each_more(a, rows[r], [&](int64_t column, float value) {
-                for (int m = 0; m < M; ++m) {
-                    const int64_t index = m * in.stride + column;
-                    const float input = BF16 ? from_bfloat16(static_cast<const uint16_t*>(in.data)[index])
-                                             : static_cast<const float*>(in.data)[index];
-                    result[m] += value * input;
-                }
-            });
-            for (int m = 0; m < M; ++m) store(out, m, rows[r], result[m]);
-        }
+        const __m256i spread = _mm256_maskz_expand_epi8(bits, packed);
+        at += __builtin_popcount(bits);
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(spread)));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(spread, 1)));
+        add32<M>(low, high, x + 32 * word, ldx, sums);
     }
 }
 
-template <bool BF16>
+template <int M>
+void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last) {
+    const int8_t* values = static_cast<const int8_t*>(a.values);
+    const int8_t* end = values + a.count;
+    const float* x = static_cast<const float*>(in.data);
+    const int64_t half = (last - first + 1) / 2, segments = segments_of(a), room = (a.stride + 191) / 64 * 64;
+    uint8_t* folded = static_cast<uint8_t*>(scratch(0, size_t(2 * room)));
+    for (int64_t p = 0; p < half; ++p) {
+        const int64_t row0 = first + p, row1 = row0 + half < last ? row0 + half : row0;
+        // Read as words, so unset bits are needed behind a row that does not end with one.
+        const uint8_t* mask0 = padded_mask(a, row0, folded);
+        const uint8_t* mask1 = padded_mask(a, row1, folded + room);
+        const int8_t *at0 = values + a.starts[row0], *at1 = values + a.starts[row1];
+        const bool safe = a.starts[row1 + 1] + 32 > a.count || a.starts[row0 + 1] + 32 > a.count;
+        __m512 total0[M], total1[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) total0[m] = total1[m] = _mm512_setzero_ps();
+        for (int64_t segment = 0; segment < segments; ++segment) {
+            const int64_t column = segment * SEGMENT, left = (a.in - column + 31) / 32;
+            const int words = int(left < SEGMENT / 32 ? left : SEGMENT / 32);
+            __m512 sums0[M], sums1[M];
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) sums0[m] = sums1[m] = _mm512_setzero_ps();
+            _mm_prefetch(reinterpret_cast<const char*>(at0) + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(at0) + AHEAD + 64, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(at1) + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(at1) + AHEAD + 64, _MM_HINT_T0);
+            if (safe) {
+                int8_words<true, M>(mask0 + column / 8, at0, end, x + column, in.stride, words, sums0);
+                int8_words<true, M>(mask1 + column / 8, at1, end, x + column, in.stride, words, sums1);
+            } else {
+                int8_words<false, M>(mask0 + column / 8, at0, end, x + column, in.stride, words, sums0);
+                int8_words<false, M>(mask1 + column / 8, at1, end, x + column, in.stride, words, sums1);
+            }
+            const __m512 scale0 = _mm512_set1_ps(a.scales[row0 * segments + segment]);
+            const __m512 scale1 = _mm512_set1_ps(a.scales[row1 * segments + segment]);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+                total0[m] = _mm512_fmadd_ps(scale0, sums0[m], total0[m]);
+                total1[m] = _mm512_fmadd_ps(scale1, sums1[m], total1[m]);
+            }
+        }
+        float result0[M], result1[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            result0[m] = _mm512_reduce_add_ps(total0[m]);
+            result1[m] = _mm512_reduce_add_ps(total1[m]);
+        }
+        each_more(a, row0, [&](int64_t column, float value) {
+            for (int m = 0; m < M; ++m) result0[m] += value * x[m * in.stride + column];
+        });
+        for (int m = 0; m < M; ++m) store(out, m, row0, result0[m]);
+        if (row1 == row0) continue;
+        each_more(a, row1, [&](int64_t column, float value) {
+            for (int m = 0; m < M; ++m) result1[m] += value * x[m * in.stride + column];
+        });
+        for (int m = 0; m < M; ++m) store(out, m, row1, result1[m]);
+    }
+}
+
 void few_int8_of(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last) {
     switch (in.rows) {
-        case 1: return few_int8<BF16, 1>(a, in, out, first, last);
-        case 2: return few_int8<BF16, 2>(a, in, out, first, last);
-        case 3: return few_int8<BF16, 3>(a, in, out, first, last);
-        case 4: return few_int8<BF16, 4>(a, in, out, first, last);
-        case 5: return few_int8<BF16, 5>(a, in, out, first, last);
-        case 6: return few_int8<BF16, 6>(a, in, out, first, last);
-        case 7: return few_int8<BF16, 7>(a, in, out, first, last);
-        default: return few_int8<BF16, 8>(a, in, out, first, last);
+        case 1: return few_int8<1>(a, in, out, first, last);
+        case 2: return few_int8<2>(a, in, out, first, last);
+        case 3: return few_int8<3>(a, in, out, first, last);
+        case 4: return few_int8<4>(a, in, out, first, last);
+        case 5: return few_int8<5>(a, in, out, first, last);
+        case 6: return few_int8<6>(a, in, out, first, last);
+        case 7: return few_int8<7>(a, in, out, first, last);
+        default: return few_int8<8>(a, in, out, first, last);
     }
 }
 
 void few(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last) {
-    if (a.type == INT8) return in.bfloat16 ? few_int8_of<true>(a, in, out, first, last) : few_int8_of<false>(a, in, out, first, last);
+    if (a.type == INT8) return few_int8_of(a, in, out, first, last);
     if (in.bfloat16) return few_of<Dot>(a, in, out, first, last);
     if (a.type == BFLOAT16) return few_of<Bfloat16>(a, in, out, first, last);
     if (a.type == FLOAT16) return few_of<Float16>(a, in, out, first, last);
@@ -500,6 +515,36 @@ INLINE void choose_pairs(const uint64_t* masks, uint64_t* chosen, uint8_t* numbe
     const __m512i take = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), rest = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     _mm512_storeu_si512(numbers, _mm512_permutex2var_epi64(first, take, second));
     _mm512_storeu_si512(numbers + 64, _mm512_permutex2var_epi64(first, rest, second));
+}
+
+// Numbers of pairs, sixteen bytes for each of R rows -> their places in the table, [group][row].
+template <int V, int R>
+INLINE void place_pairs(const uint8_t* numbers, const int* rows, uint16_t* entries) {
+    __m128i by_four[R / 4][4];  // four groups of four rows each
+#pragma GCC unroll 2
+    for (int four = 0; four < R / 4; ++four) {
+        __m128i n[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            n[r] = _mm_load_si128(reinterpret_cast<const __m128i*>(numbers + 16 * rows[4 * four + r]));
+        }
+        const __m128i a = _mm_unpacklo_epi8(n[0], n[1]), b = _mm_unpackhi_epi8(n[0], n[1]);
+        const __m128i c = _mm_unpacklo_epi8(n[2], n[3]), d = _mm_unpackhi_epi8(n[2], n[3]);
+        by_four[four][0] = _mm_unpacklo_epi16(a, c), by_four[four][1] = _mm_unpackhi_epi16(a, c);
+        by_four[four][2] = _mm_unpacklo_epi16(b, d), by_four[four][3] = _mm_unpackhi_epi16(b, d);
+    }
+    constexpr short S = R == 4 ? 6 : 0;  // from one group to the next; eight rows fill half a vector each
+    const __m256i steps = R == 4 ? _mm256_setr_epi16(0, 0, 0, 0, S, S, S, S, 2 * S, 2 * S, 2 * S, 2 * S, 3 * S, 3 * S, 3 * S, 3 * S)
+                                 : _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, 6, 6, 6, 6, 6, 6, 6, 6);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+        const __m128i some = R == 4   ? by_four[0][i % 4]
+                             : i % 2 ? _mm_unpackhi_epi32(by_four[0][i / 2 % 4], by_four[R / 4 - 1][i / 2 % 4])
+                                     : _mm_unpacklo_epi32(by_four[0][i / 2 % 4], by_four[R / 4 - 1][i / 2 % 4]);
+        const __m256i base = _mm256_add_epi16(steps, _mm256_set1_epi16(short(6 * (16 / R) * i)));
+        const __m256i places = _mm256_slli_epi16(_mm256_add_epi16(_mm256_cvtepu8_epi16(some), base), SHIFT<V>);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(entries + 16 * i), places);
+    }
 }
 
 template <bool SAFE>
@@ -650,7 +695,7 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
             }
             for (int64_t block = 0; block < blocks; ++block) {
                 alignas(64) uint64_t bits[ROWS] = {}, chosen[ROWS];
-                alignas(64) uint8_t numbers[ROWS * 16];
+                alignas(64) uint8_t numbers[(ROWS + 1) * 16] = {};
                 uint8_t counts[ROWS];
                 int begin[LONGEST + 2] = {}, order[ROWS + R];
                 const int64_t left = a.in - block * COLUMNS;
@@ -685,15 +730,13 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                     if (end - i < R) {
                         std::memset(list, 0, sizeof(List<R>) * (PAIRS ? 1 : LONGEST / 16));
                     }
+                    if (PAIRS) place_pairs<V, R>(numbers, order + i, list->entries);
                     for (int k = 0; k < end - i; ++k) {
                         const int r = order[i + k];
                         if (PAIRS) {
                             const bool safe = at[r] + 64 > a.count;
                             safe ? list_pairs<true>(a, bits[r], chosen[r], at[r], list->weights + 16 * k)
                                  : list_pairs<false>(a, bits[r], chosen[r], at[r], list->weights + 16 * k);
-                            for (int g = 0; g < GROUPS; ++g) {
-                                list->entries[g * R + k] = uint16_t((6 * g + numbers[16 * r + g]) << SHIFT<V>);
-                            }
                             int n = 0;
                             const uint16_t* values = static_cast<const uint16_t*>(a.values) + at[r];
                             for (uint64_t left_over = bits[r] & ~chosen[r]; left_over; left_over &= left_over - 1, ++n) {

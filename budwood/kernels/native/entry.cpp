@@ -154,11 +154,9 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
                        const Output* outputs, int32_t threads, int32_t way) {
     const int64_t in = matrices[0].in;
     bool bfloat16 = path->multiplies_bfloat16 && type == BFLOAT16;
-    for (int32_t i = 0; i < count; ++i) bfloat16 = bfloat16 && (matrices[i].type == BFLOAT16 || matrices[i].type == INT8);
+    for (int32_t i = 0; i < count; ++i) bfloat16 = bfloat16 && matrices[i].type == BFLOAT16;
     const bool table = way == 2 || (way == 0 && rows > FEW && path->many);
     if (table && !path->many) return 0;
-    // int8 values have no pairs of bfloat16 to go through a table.
-    for (int32_t i = 0; i < count && table; ++i) bfloat16 = bfloat16 && matrices[i].type == BFLOAT16;
     const Input input = input_for(x, type, rows, in, bfloat16);
     const bool copy = input.data != x;
     char* room = table ? static_cast<char*>(scratch(5, path->table_bytes(matrices[0], input))) : nullptr;
