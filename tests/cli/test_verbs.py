@@ -321,3 +321,39 @@ def test_python_m_and_a_closed_pipe_end_quietly(source):
     ended = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
+
+
+def test_bench_times_and_keeps_the_figures(source, pruned, told, run, tmp_path):
+    folder = tmp_path / "pruned"
+    shutil.copytree(pruned, folder)
+    found = told("bench", folder, "--against", source, "--rows", "1,3", "--quiet", "--json")
+    assert found.status == 0, found.stderr
+    report = json.loads(found.stdout)
+    assert {one["rows"] for one in report["matrices"]} == {1, 3}
+    for one in report["matrices"]:
+        seconds = one["seconds"]["pruned"]
+        assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
+    assert report["model"]["decode_times_dense"] > 0
+    assert report["model"]["pruned"]["bytes"] < report["model"]["dense"]["bytes"]
+    kept = json.loads((folder / "report.json").read_text())
+    assert kept["speed"]["matrices"] == report["matrices"]
+    assert kept["totals"] == json.loads((pruned / "report.json").read_text())["totals"]
+    card = (folder / "README.md").read_text()
+    assert card.count("## Speed") == 1
+    assert run("bench", folder, "--rows", "1", "--quiet").status == 0
+    again = (folder / "README.md").read_text()
+    assert again.count("## Speed") == 1
+    assert again.partition("## Speed")[0] == card.partition("## Speed")[0]
+
+
+@pytest.mark.parametrize("rows", ["0", "a,b", "-1,2"])
+def test_bench_refuses_rows_that_are_none(pruned, run, rows):
+    ended = run("bench", pruned, "--rows", rows)
+    assert ended.status == 2
+    assert "such as 1,8,64,512" in ended.stderr
+
+
+def test_bench_refuses_a_dense_model(source, run):
+    ended = run("bench", source, "--rows", "1")
+    assert ended.status == 2
+    assert "holds no packed matrix" in ended.stderr
