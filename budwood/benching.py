@@ -107,6 +107,9 @@ def by_shape(model: PreTrainedModel) -> dict[tuple[int, int], list[SparseLinear]
 def matrix(shape: tuple[int, int], layers: Sequence[SparseLinear], rows: int) -> dict[str, Any]:
     """One shape of matrix with so many rows of activations: packed, dense in the same type, and reading alone."""
     dtype = layers[0].unpack().dtype
+    for layer in layers:
+        layer.siblings = None  # each on its own here
+        layer.kernel()
     packed = [bytes_of(layer) for layer in layers]
     copies = max(1, min(len(layers), -(-COLD // (2 * shape[0] * shape[1]))))
     dense = [layer.unpack() for layer in layers[:copies]]

@@ -26,6 +26,7 @@ def ready(model: nn.Module) -> dict[str, str]:
     arena = Arena(sum(needed(tensor) for layer in here.values() for tensor in layer.packed().values()))
     for layer in here.values():
         layer.settle(arena)
+        layer.kernel()  # now and not at the first token
     acquaint(here.items())
     quicken(model)
     fitting = [layer for layer in here.values() if SMALL <= layer.in_features * layer.out_features <= LARGE]

@@ -1,6 +1,6 @@
 """The kernels against torch: one table for few rows, one for many, on masks as WRP chooses them.
 
-    python benchmarks/kernels.py MODEL [--threads 2] [--rows 1,2,4,8,64,512] [--onnx]
+    python benchmarks/kernel_speed.py MODEL [--threads 2] [--rows 1,2,4,8,64,512] [--onnx]
 
 MODEL is a folder that `budwood prune` wrote with WRP. Its matrices are timed as they are, and tiled to larger ones with
 their statistics. Every round times each variant once, with weights that left the cache; `share` is bytes read a second
@@ -9,12 +9,7 @@ against pure reading in the same round. Medians.
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-# transformers looks for a package called "kernels"; this file is none.
-sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
 
 import torch
 from torch import Tensor
