@@ -22,6 +22,11 @@ def share(part: float | None, digits: int = 2) -> str:
     return "-" if part is None else f"{100 * part:.{digits}f} %"
 
 
+def span(parts: Sequence[float]) -> str:
+    """The least and the largest of several fractions: 3.10 % to 8.25 %."""
+    return f"{share(min(parts))} to {share(max(parts))}"
+
+
 def seconds(amount: float | None) -> str:
     """A duration: 4.2 s, 3 min 20 s, 2 h 5 min."""
     if amount is None:

@@ -41,7 +41,7 @@ def account(
 
 
 def matrices_of(model: Model, writer: Writer) -> dict[str, Any]:
-    """Every pruned matrix by full name: shape, format, counts, bytes."""
+    """Every pruned matrix by full name: shape, format, counts, rounding error where values are rounded, bytes."""
     sizes = writer.sizes()
     matrices: dict[str, Any] = {}
     for index in range(len(model)):
@@ -54,6 +54,7 @@ def matrices_of(model: Model, writer: Writer) -> dict[str, Any]:
                 "nonzeros": found["nonzeros"],
                 "density": found["nonzeros"] / count,
                 "recovered": None if found["recovered"] is None else found["recovered"] / count,
+                "rounding_error": found.get("rounding_error"),
                 "bytes": sizes.get(
                     name, count * model.storage.itemsize
                 ),  # experts fused again have no size of their own

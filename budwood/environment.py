@@ -108,7 +108,9 @@ def plug_in() -> str:
 
 def kernels() -> str:
     """How a packed layer multiplies."""
-    return "reference: unpack and multiply"
+    from budwood.kernels import native
+
+    return native.why()
 
 
 def installed(name: str) -> str | None:

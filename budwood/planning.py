@@ -31,6 +31,7 @@ def plan(
     method: str | Method,
     *,
     format: str = "auto",
+    values: str | None = None,
     dtype: str | None = None,
     skip: Sequence[str] = (),
     num_samples: int = 128,
@@ -44,14 +45,14 @@ def plan(
     Raises UsageError as `prune` would, and where a named format cannot hold a matrix.
     """
     method = parse_method(method) if isinstance(method, str) else method
-    layout = known_layout(format)
+    layout = known_layout(format, values)
     config, shards = _look(source, trust_remote_code)
     anatomy = Anatomy(config, skip=skip, trust_remote_code=trust_remote_code)
     method.check(anatomy.shapes)
     storage = _storage(dtype, config, shards)
 
     rest = _rest_bytes(anatomy, storage.itemsize)
-    formats = {name: _total(name, anatomy, method, storage.itemsize, rest) for name in (*FORMATS, "auto")}
+    formats = {name: _total(name, anatomy, method, storage.itemsize, rest) for name in (*FORMATS, layout)}
     chosen = formats[layout]
     if chosen is None:
         fitting = ", ".join(name for name, sizes in formats.items() if sizes)
@@ -67,8 +68,8 @@ def plan(
         "coverage": anatomy.in_scope / anatomy.parameters,
         "linears": _rows(anatomy),
         "skipped": _by_reason(skipped(anatomy.module, skip)),
-        "formats": {name: sizes for name, sizes in formats.items() if name != "auto"},
-        "chosen": layout if layout != "auto" else _favourite(anatomy, method, storage.itemsize),
+        "formats": {name: sizes for name, sizes in formats.items() if name in FORMATS},
+        "chosen": layout if layout in FORMATS else _favourite(layout, anatomy, method, storage.itemsize),
         "bytes_dense": dense["bytes"],
         "bytes_after": chosen["bytes"],
         "bits_per_weight": chosen["bits_per_weight"],
@@ -108,7 +109,7 @@ def _rest_bytes(anatomy: Anatomy, itemsize: int) -> int:
 
 
 def _total(layout: str, anatomy: Anatomy, method: Method, itemsize: int, rest: int) -> dict[str, Any] | None:
-    """Bytes of the whole model in one format ("auto": the smallest for each matrix); None where it cannot hold it."""
+    """Bytes of the whole model in one layout; None where it cannot hold it."""
     try:
         linears = sum(size * count for _, size, count in _packed(layout, anatomy, method, itemsize))
     except UsageError:
@@ -127,10 +128,10 @@ def _packed(layout: str, anatomy: Anatomy, method: Method, itemsize: int) -> lis
     return [(*predict(shape, outlook, itemsize, layout), count) for (outlook, shape), count in alike.items()]
 
 
-def _favourite(anatomy: Anatomy, method: Method, itemsize: int) -> str:
-    """The format that `auto` takes for most of the matrices."""
+def _favourite(layout: str, anatomy: Anatomy, method: Method, itemsize: int) -> str:
+    """The format that a layout takes for most of the matrices."""
     matrices: Counter[str] = Counter()
-    for name, _, count in _packed("auto", anatomy, method, itemsize):
+    for name, _, count in _packed(layout, anatomy, method, itemsize):
         matrices[name] += count
     return matrices.most_common(1)[0][0] if matrices else "dense"
 

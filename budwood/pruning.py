@@ -27,6 +27,7 @@ from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import bos_note, context, streamed_losses, with_bos
 from budwood.evaluation.report import render_card, render_report
 from budwood.formats import known_layout
+from budwood.kernels import native
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
 from budwood.models.linears import unmatched
@@ -45,6 +46,7 @@ def prune(
     seed: int = 0,
     bos: Bos = "auto",
     format: str = "auto",
+    values: str | None = None,
     dtype: str | None = None,
     compute_dtype: str = "auto",
     device: str | None = None,
@@ -58,15 +60,15 @@ def prune(
 
     The same call goes on where an earlier one was cut off. source: folder or hub name. method: an expression such as
     'wrp(alpha=0.25)', or the method itself. data: calibration text (see `calibration_windows`); methods that need
-    none run none. dtype: type of the written weights. compute_dtype: "auto" times one product and takes the faster.
-    activation_memory: bytes, or text such as "4GB".
+    none run none. values: "int8" rounds the kept weights, which later blocks see. dtype: type of the written weights.
+    compute_dtype: "auto" times one product and takes the faster. activation_memory: bytes, or text such as "4GB".
 
     Raises UsageError for what cannot be (nothing is written), RunError when the run fails (finished blocks stay).
     """
     started = time.perf_counter()
     notes = Notes(progress or Silent())
     method = parse_method(method) if isinstance(method, str) else method
-    layout, place = known_layout(format), known_device(device)
+    layout, place = known_layout(format, values), known_device(device)
     opened, folder = open_source(source, trust_remote_code), Path(target).expanduser()
     if folder.resolve() == opened.folder.resolve():
         raise UsageError(f"{target} is the model to prune itself; give another folder")
@@ -111,11 +113,24 @@ def prune(
         compute, sentence = faster_dtype(place, min(2048, max(columns for _, columns in anatomy.shapes.values())))
         notes.say(sentence)
     limit = parse_bytes(activation_memory)
-    model = Model(opened, storage=storage, compute=compute, device=place, skip=skip, activation_limit=limit)
+    # Here the table beats torch in float32 on every processor that has it; in bfloat16 torch is about as fast.
+    sparse = compute == torch.float32 and place.type == "cpu" and native.has_table() and not method.published
+    if found:
+        sparse = bool(found.get("sparse_products"))
+    model = Model(
+        opened,
+        storage=storage,
+        compute=compute,
+        device=place,
+        skip=skip,
+        activation_limit=limit,
+        sparse_products=sparse,
+    )
     if windows and not found:
         notes.say(first_look(model, windows.ids, tokenizer))
 
-    writer = Writer(folder, {**recipe, "computed_in": name_of(compute)}, len(model), layout)
+    computed = {"computed_in": name_of(compute), "sparse_products": sparse}
+    writer = Writer(folder, {**recipe, **computed}, len(model), layout)
     model.scratch = folder  # hidden states beyond the limit lie on the disk that is written to anyway
     seconds = through_blocks(model, method, windows.ids if windows else None, writer, notes.progress)
     writer.write_outside(model.names_outside(), model.read_outside)

@@ -1,8 +1,13 @@
 """Fixtures that many tests share: every family, the families with experts, one tiny model."""
 
+import os
+
 import pytest
 from families import FAMILIES, MOE, build
 from transformers import PreTrainedModel
+
+# What has to be equal bit for bit is multiplied by torch; the tests of the kernels choose their paths themselves.
+os.environ["BUDWOOD_KERNELS"] = "reference"
 
 
 @pytest.fixture(params=FAMILIES)

@@ -31,5 +31,6 @@ def test_seconds(amount, words):
 def test_share_and_figure():
     assert amounts.share(0.588) == "58.80 %"
     assert amounts.share(None) == "-"
+    assert amounts.span([0.031, 0.0825, 0.05]) == "3.10 % to 8.25 %"
     assert amounts.figure(9.3794) == "9.379"
     assert amounts.shape([1536, 576]) == "1536 x 576"

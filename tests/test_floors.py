@@ -14,10 +14,10 @@ FLOORS = {
     "progress": -1,
     "packages": 0,
     "sparsity": 0,
-    "kernels": 0,
     "formats": 1,
-    "environment": 1,
+    "kernels": 2,
     "models": 2,
+    "environment": 3,
     "checkpoints": 3,
     "calibration": 4,
     "data": 4,
@@ -26,6 +26,8 @@ FLOORS = {
     "evaluation": 6,
     "bookkeeping": 6,
     "pruning": 7,
+    "benching": 7,
+    "repacking": 7,
     "planning": 7,
     "inspection": 7,
     "cli": 8,
@@ -35,7 +37,7 @@ FLOORS = {
 LIGHT = ("__init__", "autoload")
 HEAVY = {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "numpy"}
 PLACES = {
-    "transformers": {"models", "checkpoints", "calibration", "evaluation", "autoload"},
+    "transformers": {"benching", "models", "checkpoints", "calibration", "evaluation", "autoload"},
     "safetensors": {"checkpoints"},
     "lm_eval": {"evaluation"},
 }

@@ -1,6 +1,7 @@
 """The main job as a whole: every family, every format, resume after SIGKILL, and what is refused."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from budwood.amounts import parse_bytes
+from budwood.checkpoints.export import export_dense
 from budwood.checkpoints.loading import load
 from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import evaluate
-from budwood.formats import FORMATS
+from budwood.formats import FORMATS, LOSSLESS
+from budwood.planning import plan
 from budwood.pruning import prune
 
 CALIBRATION = {"num_samples": 4, "seq_length": 24, "compute_dtype": "float32"}
@@ -64,9 +67,12 @@ def test_dense_folders_stream_as_they_run(name, tmp_path):
 
 @pytest.mark.parametrize("layout", FORMATS)
 def test_every_format_gives_the_logits_of_the_dense_folder(llama, tmp_path, layout):
-    method = 'wanda("2:4")' if layout == "two_four" else "wrp(block=16, k=1)"
-    prune(llama, tmp_path / "dense", method, TEXT, format="dense", **CALIBRATION)
+    method = 'wanda("2:4")' if layout in ("two_four", "two_four_int8") else "wrp(block=16, k=1)"
     report = prune(llama, tmp_path / "packed", method, TEXT, format=layout, **CALIBRATION)
+    if layout in LOSSLESS:
+        prune(llama, tmp_path / "dense", method, TEXT, format="dense", **CALIBRATION)
+    else:
+        export_dense(tmp_path / "packed", tmp_path / "dense")
     assert {linear["format"] for linear in report["linears"].values()} == {layout}
     ids = torch.arange(3, 60)[None]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
@@ -88,6 +94,62 @@ def test_compact_takes_what_its_formula_says(llama, tmp_path):
     for linear in report["linears"].values():
         bits = 8 * linear["bytes"] / (linear["shape"][0] * linear["shape"][1])
         assert bits == pytest.approx(9 + 8 / linear["shape"][1] + 24 * linear["recovered"], abs=1e-9)
+
+
+def test_later_blocks_see_the_rounding_and_it_is_reported(llama, tmp_path):
+    report = prune(llama, tmp_path / "int8", "wrp(alpha=0.5)", TEXT, values="int8", dtype="bfloat16", **CALIBRATION)
+    plain = prune(llama, tmp_path / "plain", "wrp(alpha=0.5)", TEXT, dtype="bfloat16", **CALIBRATION)
+    assert {matrix["format"] for matrix in report["linears"].values()} == {"two_four_compact_int8"}
+    assert all(0 < matrix["rounding_error"] < 0.02 for matrix in report["linears"].values())
+    assert all(matrix["rounding_error"] is None for matrix in plain["linears"].values())
+    assert all(block["relative_error"] > 0 for block in report["blocks"])
+    assert report["blocks"][0]["relative_error"] != plain["blocks"][0]["relative_error"]
+    assert report["totals"]["bits_per_weight"] < plain["totals"]["bits_per_weight"]
+    assert "rounding error" in (tmp_path / "int8" / "report.md").read_text()
+    assert "rounding error" not in (tmp_path / "plain" / "report.md").read_text()
+    assert json.loads((tmp_path / "int8" / "recipe.json").read_text())["format"] == "auto_int8"
+
+
+def test_rounded_folders_are_one_model_however_they_are_read(llama, tmp_path):
+    """In bfloat16 and cast to float32, resident and streamed, packed and exported."""
+    prune(llama, tmp_path / "int8", "wrp(alpha=0.5)", TEXT, values="int8", dtype="bfloat16", **CALIBRATION)
+    export_dense(tmp_path / "int8", tmp_path / "dense")
+    ids = torch.arange(3, 60)[None]
+    for dtype in (torch.bfloat16, torch.float32):
+        packed, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / f, dtype=dtype) for f in ("int8", "dense"))
+        assert torch.equal(packed(ids).logits, dense(ids).logits)
+    losses = [
+        evaluate(str(tmp_path / folder), IDS, seq_length=24, limit=3, stream=stream)["losses"]
+        for folder in ("int8", "dense")
+        for stream in (False, True)
+    ]
+    assert losses[0] == losses[1] == losses[2] == losses[3]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_turned_and_fused_matrices_are_rounded_too(name, tmp_path):
+    save_model(name, tmp_path / "dense")
+    report = prune(tmp_path / "dense", tmp_path / "out", "wrp(alpha=0.5)", IDS, values="int8", **CALIBRATION)
+    assert all(matrix["rounding_error"] > 0 for matrix in report["linears"].values())
+    assert all(math.isfinite(loss) for loss in evaluate(str(tmp_path / "out"), IDS, seq_length=24, limit=2)["losses"])
+
+
+@pytest.mark.parametrize(
+    ("method", "format", "found"),
+    [
+        ('magnitude("2:4")', "auto", "two_four_int8"),
+        ('magnitude("50%")', "auto", "bitmask_int8"),
+        ('magnitude("4:8")', "auto", "bitmask_int8"),
+        ("wrp(density=0.02, metric='magnitude')", "bitmask", "bitmask_int8"),
+        ("wrp(density=0.02, metric='magnitude')", "auto", "two_four_compact_int8"),
+    ],
+)
+def test_plan_foretells_the_rounded_bytes(llama, tmp_path, method, format, found):
+    planned = plan(llama, method, format=format, values="int8")
+    report = prune(llama, tmp_path / "out", method, format=format, values="int8")
+    assert planned["chosen"] == found
+    assert {matrix["format"] for matrix in report["linears"].values()} == {found}
+    assert planned["bytes_after"] == pytest.approx(report["totals"]["bytes"], rel=0.005)
 
 
 def test_a_pruned_folder_can_be_pruned_again(llama, tmp_path):
@@ -125,7 +187,8 @@ def shards(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
 
 
-def test_killed_at_any_moment_and_resumed_is_byte_identical(llama, tmp_path):
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_killed_at_any_moment_and_resumed_is_byte_identical(llama, tmp_path, values):
     (tmp_path / "text.txt").write_text(TEXT[0])
     command = [
         sys.executable,
@@ -145,8 +208,9 @@ def test_killed_at_any_moment_and_resumed_is_byte_identical(llama, tmp_path):
         "--quiet",
         "--compute-dtype",
         "float32",
+        *(["--values", values] if values else []),
     ]
-    prune(llama, tmp_path / "whole", "wrp(alpha=0.5)", str(tmp_path / "text.txt"), **CALIBRATION)
+    prune(llama, tmp_path / "whole", "wrp(alpha=0.5)", str(tmp_path / "text.txt"), values=values, **CALIBRATION)
     for blocks in (1, 3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while process.poll() is None and len(list((tmp_path / "cut").glob("sparse-*.safetensors"))) < blocks:
@@ -173,6 +237,7 @@ def test_a_finished_run_is_not_run_again(llama, tmp_path):
         ({"dtype": "float16"}, "dtype"),
         ({"format": "bitmask"}, "format"),
         ({"skip": ["q_proj"]}, "skip"),
+        ({"values": "int8"}, "format is auto, asked for is auto_int8"),
         ({"compute_dtype": "bfloat16"}, "compute dtype"),
     ],
 )
@@ -220,6 +285,8 @@ def test_refusals_before_anything_is_written(llama, tmp_path):
     refused(UsageError, r"model\.layers\.0\..*--skip", llama, out, 'magnitude("2:5")')
     refused(UsageError, r"block.*--skip", llama, out, "wrp(block=24, k=1)", TEXT)
     refused(UsageError, "did you mean bitmask", llama, out, 'magnitude("2:4")', format="bitmaks")
+    refused(UsageError, "holds no int8", llama, out, 'magnitude("2:4")', format="two_four_ell", values="int8")
+    refused(UsageError, "no values 'int4'", llama, out, 'magnitude("2:4")', values="int4")
     refused(UsageError, "no amount of memory", llama, out, 'magnitude("2:4")', activation_memory="much")
     refused(UsageError, "no such type", llama, out, 'magnitude("2:4")', dtype="float31")
     refused(UsageError, "device", llama, out, 'magnitude("2:4")', device="nonsense")

@@ -1,6 +1,8 @@
 """One decoder block in hand: its matrices, the inputs that reach it, statistics of them, its outputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -8,7 +10,11 @@ from torch import Tensor, nn
 
 from budwood.calibration.activations import Activations
 from budwood.calibration.listening import Heard, Listener
+from budwood.checkpoints.packing import Stored, store_named
 from budwood.errors import RunError
+from budwood.formats import FORMATS, pack_as, rounds
+from budwood.kernels.native import AS_MANY
+from budwood.kernels.packed import prepare
 from budwood.models.linears import read, write
 
 if TYPE_CHECKING:
@@ -24,6 +30,8 @@ class Linear:
         self.name, self.module = name, module
         self.stored = stored  # [out, in]
         self.recovered: int | None = None  # positions taken back, where a method counts them
+        self.rounded: Stored | None = None  # the tensors of the folder, once `round` has made them
+        self.rounding_error: float | None = None  # of the pruned weight, relative in the norm
         if not all_finite(stored):
             raise RunError(
                 f"{name} holds NaN or infinite weights; mend the checkpoint, or skip it with --skip '{name}'"
@@ -44,6 +52,13 @@ class Linear:
         if not all_finite(self.stored):
             raise RunError(f"{self.name}: the new weights do not fit {self.stored.dtype}; choose another --dtype")
         write(self.module, self.stored)
+
+    def round(self, layout: str) -> None:
+        """The weight becomes the one that a layout with rounded values will give back."""
+        format, tensors = store_named(self.name, self.stored, layout)
+        rounded = FORMATS[format].unpack(tensors, self.shape)
+        self.rounded, self.rounding_error = (format, tensors), relative_error(rounded, self.stored)
+        self.weight = rounded  # last: the linear may share the memory of what is stored
 
 
 class Block:
@@ -91,11 +106,17 @@ class Block:
         """The same for any hidden states [batch, tokens, hidden] of a shape that the batches have."""
         return self.model.rehearsal(hidden.shape[0], hidden.shape[1]).run(self.index, self.module, hidden)
 
+    def round(self, layout: str) -> None:
+        """Before anything runs on: the matrices as the folder will hold them, where its layout rounds values."""
+        if rounds(layout):
+            for linear in self.linears.values():
+                linear.round(layout)
+
     def propagate(self, first_batch_only: bool = False) -> None:
         """Makes the next block's inputs; measures the change of the first batch where its dense outputs are known."""
         if self.activations is None:
             return
-        with torch.no_grad():
+        with torch.no_grad(), multiplied(self.linears.values() if self.model.sparse_products else ()):
             for batch in [0] if first_batch_only else self.activations.indices():
                 outputs = self.run(batch)
                 if batch == 0 and self._dense is not None:
@@ -113,17 +134,42 @@ class Block:
         return self.stored | changed
 
 
+@contextmanager
+def multiplied(linears: Iterable[Linear]) -> Iterator[None]:
+    """Inside, pruned matrices are multiplied without what is zero in them, where a native kernel can."""
+    replaced: list[nn.Module] = []
+    try:
+        for linear in linears:
+            weight = getattr(linear.module, "weight", None)
+            if type(linear.module) is nn.Linear and isinstance(weight, Tensor):
+                kernel = prepare("bitmask", linear.shape, pack_as("bitmask", weight.detach()))
+                if kernel is not None:
+                    product = partial(kernel.linear, bias=linear.module.bias, way=AS_MANY)
+                    linear.module.forward = product  # type: ignore[method-assign, assignment]
+                    replaced.append(linear.module)
+        yield
+    finally:
+        for module in replaced:
+            del module.forward  # the class has its own
+
+
 def all_finite(tensor: Tensor) -> bool:
     """No NaN and no infinity; both ends of the range tell, in one pass and without a mask as large as the tensor."""
     return bool(torch.stack(tensor.aminmax()).isfinite().all()) if tensor.numel() else True
 
 
-def relative_error(outputs: Tensor, dense: Tensor) -> float:
-    """Norm of the difference over the norm of the dense outputs."""
-    return ((outputs.float() - dense.float()).norm() / dense.float().norm()).item()
+def relative_error(changed: Tensor, before: Tensor) -> float:
+    """Norm of the difference over the norm before; 0 where nothing changed."""
+    difference = (changed.float() - before.float()).norm()
+    return (difference / before.float().norm()).item() if difference else 0.0
 
 
 def describe(linear: Linear) -> dict[str, Any]:
     """What became of one matrix, JSON-plain."""
     nonzeros = int(torch.count_nonzero(linear.stored))
-    return {"shape": list(linear.shape), "nonzeros": nonzeros, "recovered": linear.recovered}
+    return {
+        "shape": list(linear.shape),
+        "nonzeros": nonzeros,
+        "recovered": linear.recovered,
+        "rounding_error": linear.rounding_error,
+    }

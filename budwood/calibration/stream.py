@@ -28,7 +28,8 @@ class Model:
 
     storage: type of the weights kept and written (the source's own where None). compute: type of the forward passes.
     skip: regular expressions of linears to leave alone. activation_limit: bytes of hidden states held in memory,
-    beyond which they live in a file in `scratch`.
+    beyond which they live in a file in `scratch`. sparse_products: what was pruned is multiplied by the native kernels
+    when a block runs on.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Model:
         skip: Sequence[str] = (),
         activation_limit: int = DEFAULT_LIMIT,
         scratch: Path | None = None,
+        sparse_products: bool = False,
     ):
         self.source, self.compute, self.device = source, compute, torch.device(device)
         self.activation_limit, self.scratch = activation_limit, scratch
+        self.sparse_products = sparse_products
         self.anatomy = Anatomy(source.config, compute=compute, skip=skip, trust_remote_code=source.trust_remote_code)
         self.module, self.path, self.modules = self.anatomy.module, self.anatomy.path, self.anatomy.modules
         self.linears = self.anatomy.linears
@@ -62,7 +65,8 @@ class Model:
         """Reads, yields, writes, runs and forgets one block after the other.
 
         windows: token ids [windows, tokens]; without them nothing runs forward. With a writer, blocks that it has
-        finished are replayed (read from there, run, not yielded), the others are written after the loop's body.
+        finished are replayed (read from there, run, not yielded), the others are written after the loop's body; where
+        its layout rounds values, that is done before a block is run, so that the next one sees what is written.
         """
         self.activations = self.embed(windows, batch) if windows is not None else None
         with ThreadPoolExecutor(max_workers=1) as reader:  # reads the next block while this one is worked on
@@ -74,6 +78,8 @@ class Model:
                     block = Block(self, index, stored, self.activations)
                     if notes is None:
                         yield block
+                        if writer is not None:
+                            block.round(writer.layout)
                     needless = writer is not None and index == len(self) - 1  # nothing reads what the last block makes
                     block.propagate(first_batch_only=needless)
                     if writer is not None and notes is None:
@@ -190,7 +196,8 @@ class Model:
 
     def _write_block(self, block: Block, writer: Writer) -> None:
         weights = {linear.name: linear.stored for linear in block.linears.values()}
-        tensors, packed = pack(block.name, block.module, block.state(), weights, writer.layout)
+        rounded = {linear.name: linear.rounded for linear in block.linears.values() if linear.rounded}
+        tensors, packed = pack(block.name, block.module, block.state(), weights, writer.layout, rounded)
         notes = {
             "relative_error": block.relative_error,
             "linears": {linear.name: describe(linear) for linear in block.linears.values()},

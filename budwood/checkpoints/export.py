@@ -136,10 +136,10 @@ def experts_piece(
 
 
 def dense_bytes(shards: Shards, name: str, entry: dict[str, Any]) -> int:
-    values = f"{name}.{FORMATS[entry['format']].suffixes[0]}"
-    if values not in shards.places:
-        raise RunError(f"the checkpoint lacks {values}; fetch or write it again")
-    return int(entry["shape"][0] * entry["shape"][1]) * shards.dtype(values).itemsize
+    typed = f"{name}.{FORMATS[entry['format']].typed}"
+    if typed not in shards.places:
+        raise RunError(f"the checkpoint lacks {typed}; fetch or write it again")
+    return int(entry["shape"][0] * entry["shape"][1]) * shards.dtype(typed).itemsize
 
 
 def unpacker(

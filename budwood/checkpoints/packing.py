@@ -6,30 +6,37 @@ from typing import Any
 from torch import Tensor, nn
 
 from budwood.errors import UsageError
-from budwood.formats import choose, pack_as
+from budwood.formats import store
 from budwood.models.experts import ExpertLinears, fused_state
 
 Packed = dict[str, dict[str, Any]]  # by linear: {"format": name, "shape": [out, in]}
+Stored = tuple[str, dict[str, Tensor]]  # one matrix: its format, the tensors by suffix
 
 
 def pack(
-    prefix: str, block: nn.Module, state: dict[str, Tensor], linears: Mapping[str, Tensor], layout: str
+    prefix: str,
+    block: nn.Module,
+    state: dict[str, Tensor],
+    linears: Mapping[str, Tensor],
+    layout: str,
+    rounded: Mapping[str, Stored],
 ) -> tuple[dict[str, Tensor], Packed]:
     """The tensors of a shard, and what of it is packed how.
 
     prefix: full name of the block. state: all its tensors in storage type by full name, in module orientation.
-    linears: the pruned matrices [out, in] by full name. layout: a format's name, or "auto" for the smallest.
+    linears: the pruned matrices [out, in] by full name. layout: how to store them; see `formats`. rounded: those that
+    are in their format already.
     Raises UsageError when a named format cannot hold a matrix.
     """
     tensors = dict(state)
     packed: Packed = {}
     for name, weight in linears.items():
-        chosen, parts = choose(weight) if layout == "auto" else (layout, _pack_named(name, layout, weight))
-        if chosen == "dense":
+        format, parts = rounded[name] if name in rounded else store_named(name, weight, layout)
+        if format == "dense":
             continue
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        packed[name] = {"format": chosen, "shape": list(weight.shape)}
+        packed[name] = {"format": format, "shape": list(weight.shape)}
     for path, module in block.named_modules(prefix=prefix):
         if isinstance(module, ExpertLinears) and not any(name.startswith(f"{path}.") for name in packed):
             own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{path}.")}
@@ -38,8 +45,9 @@ def pack(
     return tensors, packed
 
 
-def _pack_named(name: str, layout: str, weight: Tensor) -> dict[str, Tensor]:
+def store_named(name: str, weight: Tensor, layout: str) -> Stored:
+    """The matrix [out, in] of the linear `name` as the layout keeps it; raises UsageError when it cannot."""
     try:
-        return pack_as(layout, weight)
+        return store(weight, layout)
     except UsageError as error:
         raise UsageError(f"{name}: {error}; choose --format auto, or skip it with --skip '{name}'") from error

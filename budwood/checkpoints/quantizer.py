@@ -109,7 +109,7 @@ class PackedQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         from budwood.checkpoints.substitution import local_names, unfuse_experts
-        from budwood.formats.linear import UnpackedWeight
+        from budwood.kernels.linear import UnpackedWeight
 
         # Some models draw the weights of their linears themselves, from the module above.
         UnpackedWeight._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -138,7 +138,7 @@ class PackedQuantizer(HfQuantizer):
         """One empty packed linear, of the sizes that the header of its shard gives."""
         from budwood.checkpoints.substitution import put
         from budwood.formats import FORMATS
-        from budwood.formats.linear import SparseLinear
+        from budwood.kernels.linear import SparseLinear
 
         format = self.quantization_config.linears[name]["format"]
         shape = tuple(self.quantization_config.linears[name]["shape"])
@@ -166,7 +166,9 @@ class PackedQuantizer(HfQuantizer):
         self.places |= {f"{local}.{suffix}": place for suffix, place in found.items()}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        from budwood.formats.linear import SparseLinear
+        from budwood.checkpoints.substitution import local_names
+        from budwood.kernels.linear import SparseLinear
+        from budwood.kernels.readiness import ready
 
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):
@@ -175,6 +177,10 @@ class PackedQuantizer(HfQuantizer):
                 check_positions(name, module.format, module.shape, tensors)
                 for suffix in packed:
                     module.get_parameter(suffix).requires_grad_(False)
+        changed = ready(model)
+        for name, local in local_names(model, self.quantization_config.linears).items():
+            if local in changed:  # so that it is saved again as what it now is
+                self.quantization_config.linears[name]["format"] = changed[local]
         self.places = {}
         model.config.__dict__.pop("transformers_weights", None)
         self.quantization_config.index = None  # from here on, `save_pretrained` writes the usual names

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from budwood.errors import RunError
+from budwood.formats import WITH_INT8
+from budwood.formats.int8 import ROUNDED_TO
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix -> type and shape
-BLOCK = 256  # columns that a count of `two_four_compact` covers
+Check = Callable[[Mapping[str, Tensor], int, int], str | None]  # tensors by suffix, out, width -> a complaint
+BLOCK = 256  # columns that a count of `two_four_compact` covers, and a scale of int8 values
+INT8 = {format.name: plain for plain, format in WITH_INT8.items()}
 BYTES = torch.arange(256, device="cpu")  # whatever default device holds while this is imported
 PAIRS = (BYTES & 3) < (BYTES >> 2 & 3)  # [256], the low nibble names two different columns in order
 PLACES = PAIRS & PAIRS[BYTES >> 4]  # [256], both nibbles do
@@ -42,6 +46,13 @@ def expected_layout(
 ) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
     """Suffix -> type (None: any floating type) and size; what is free in a format is taken from the file."""
     out, width = shape
+    if format in INT8:
+        plain = expected_layout(INT8[format], shape, found)
+        return plain | {
+            "values": (torch.int8, plain["values"][1]),
+            "scales": (torch.int32, (out, -(-width // BLOCK))),
+            "epsilon": (None, (1,)),
+        }
 
     def size(suffix: str, dimension: int) -> int:
         sizes = found[suffix][1] if suffix in found else ()
@@ -142,15 +153,32 @@ def two_four_ell(tensors: Mapping[str, Tensor], out: int, width: int) -> str | N
     return two_four(tensors, out, width)
 
 
+def int8(plain: Check) -> Check:
+    """The check of a format with int8 values: that of the plain one, and of the numbers that undo the rounding."""
+
+    def check(tensors: Mapping[str, Tensor], out: int, width: int) -> str | None:
+        if not bool(tensors["scales"].view(torch.float32).isfinite().all()):
+            return "a scale is no finite number"
+        epsilon = tensors["epsilon"]
+        if not epsilon.is_meta and epsilon.item() not in ROUNDED_TO:
+            return "it does not say which type its weights are rounded to"
+        return plain(tensors, out, width)
+
+    return check
+
+
 def look_up(table: Tensor, keys: Tensor) -> Tensor:
     return table.to(keys.device)[keys.reshape(-1).int()]
 
 
-CHECKS: dict[str, Callable[[Mapping[str, Tensor], int, int], str | None]] = {
+CHECKS: dict[str, Check] = {
     "dense": dense,
     "bitmask": bitmask,
     "two_four": two_four,
     "two_four_compact": two_four_compact,
     "two_four_csr": two_four_csr,
     "two_four_ell": two_four_ell,
+    "two_four_int8": int8(two_four),
+    "bitmask_int8": int8(bitmask),
+    "two_four_compact_int8": int8(two_four_compact),
 }

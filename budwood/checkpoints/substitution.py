@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from budwood.errors import RunError, UsageError
-from budwood.formats.linear import SparseLinear
+from budwood.kernels.linear import SparseLinear
 from budwood.models.experts import ExpertLinears, fused_state, is_fused, unfuse_module
 
 EXPERT = re.compile(r"(?P<experts>.+)\.(?P<part>gate_up|up|down)\.\d+")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from budwood.cli.bench import bench
 from budwood.cli.convert import convert
 from budwood.cli.env import env
 from budwood.cli.evaluate import evaluate
@@ -16,7 +17,7 @@ from budwood.cli.plan import plan
 from budwood.cli.prune import prune
 from budwood.cli.refusals import told_plainly
 
-VERBS = (plan, prune, evaluate, inspect, generate, export, convert, methods, env)
+VERBS = (plan, prune, evaluate, inspect, bench, generate, export, convert, methods, env)
 
 # Plain help texts: examples must survive being copied, so nothing may frame or re-wrap them.
 app = typer.Typer(

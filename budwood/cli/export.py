@@ -1,11 +1,13 @@
-"""`budwood export`: a pruned model in a form that loads anywhere."""
+"""`budwood export`: a pruned model in another form."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from budwood import amounts
 from budwood.cli import options
+from budwood.cli.progress import telling
 from budwood.cli.terminal import answer, console, working
 
 
@@ -13,26 +15,45 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A pruned folder.")],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder to write.")],
     format: Annotated[
-        Literal["dense"], typer.Option("--format", help="dense: zeros in place, plain transformers loads it.")
-    ] = "dense",
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="dense: zeros in place, plain transformers loads it; or a format as for prune. By default dense, "
+            "and auto with int8 values.",
+        ),
+    ] = None,
+    values: options.Values = None,
     overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Write the pruned MODEL as an ordinary dense folder.
+    """Write the pruned MODEL as an ordinary dense folder, or in another format.
 
-    It needs no budwood to load, and is as large as before pruning.
+    A dense folder needs no budwood to load, and is as large as before pruning. --values int8 rounds the weights that
+    are there, without any text.
 
     \b
     Examples:
       budwood export ./SmolLM2-wrp ./SmolLM2-wrp-dense
-      budwood export ./SmolLM2-wrp ./SmolLM2-wrp-dense --format dense --overwrite
+      budwood export ./SmolLM2-wrp ./SmolLM2-wrp-int8 --values int8
     """
+    layout = format or ("dense" if values is None else "auto")
     with working():
-        from budwood.checkpoints.export import export_dense
+        if (layout, values) == ("dense", None):
+            from budwood.checkpoints.export import export_dense
 
-        export_dense(model, target, overwrite=overwrite)
-    answer({"source": model, "target": target, "format": format}, json, show)
+            export_dense(model, target, overwrite=overwrite)
+            written: dict[str, Any] = {"format": layout}
+        else:
+            from budwood.repacking import repack
+
+            report = repack(model, target, layout, values, overwrite=overwrite, progress=telling(quiet))
+            written = {"format": report["format"], "totals": report["totals"]}
+    answer({"source": model, "target": target, **written}, json, show)
 
 
 def show(written: Mapping[str, Any]) -> None:
-    console().print(f"written: {written['target']} ({written['format']})")
+    totals = written.get("totals")
+    bits = f", {amounts.figure(totals['bits_per_weight'])} bits per pruned weight" if totals else ""
+    console().print(f"written: {written['target']} ({written['format']}{bits})")

@@ -85,7 +85,7 @@ def generate(
     streamer = Streamer(tokenizer, inputs["input_ids"].shape[1], write=not json)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     began = time.monotonic()
-    with working() if json else torch.inference_mode():
+    with working() if json else torch.no_grad():
         loaded.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

@@ -33,5 +33,12 @@ FormatName = Annotated[
         "two_four_compact or two_four_ell.",
     ),
 ]
+Values = Annotated[
+    Literal["int8"] | None,
+    typer.Option(
+        help="int8: kept weights as 8-bit integers with scales (recovered ones of 2:4 stay as they are); "
+        "by default all in the type of the written weights."
+    ),
+]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; by default what is there.")]
 DtypeName = Literal["float32", "bfloat16", "float16"]

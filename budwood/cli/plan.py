@@ -14,6 +14,7 @@ def plan(
     source: options.Source,
     method: options.MethodText,
     format: options.FormatName = "auto",
+    values: options.Values = None,
     dtype: Annotated[
         options.DtypeName | None, typer.Option(help="Type of the written weights; the source's by default.")
     ] = None,
@@ -39,6 +40,7 @@ def plan(
             source,
             method,
             format=format,
+            values=values,
             dtype=dtype,
             skip=tuple(skip or ()),
             num_samples=num_samples,

@@ -32,6 +32,7 @@ def prune(
     seed: options.Seed = 0,
     bos: options.Bos = "auto",
     format: options.FormatName = "auto",
+    values: options.Values = None,
     dtype: Annotated[
         options.DtypeName | None, typer.Option(help="Type of the written weights; the source's by default.")
     ] = None,
@@ -75,6 +76,7 @@ def prune(
                 seed=seed,
                 bos=bos,
                 format=format,
+                values=values,
                 dtype=dtype,
                 compute_dtype=compute_dtype,
                 device=device,
@@ -93,6 +95,7 @@ def show(report: Mapping[str, Any], target: str) -> None:
     out = console()
     totals = report["totals"]
     errors = [block["relative_error"] for block in report["blocks"] if block["relative_error"] is not None]
+    roundings = [matrix["rounding_error"] for matrix in report["linears"].values() if matrix.get("rounding_error")]
     rows: list[tuple[str, object]] = [
         ("method", report["method"]),
         ("density of the pruned matrices", amounts.share(totals["density"])),
@@ -105,7 +108,9 @@ def show(report: Mapping[str, Any], target: str) -> None:
         ("time", amounts.seconds(report["seconds"]["total"])),
     ]
     if errors:
-        rows.insert(4, ("output error of a block", f"{amounts.share(min(errors))} to {amounts.share(max(errors))}"))
+        rows.insert(4, ("output error of a block", amounts.span(errors)))
+    if roundings:
+        rows.insert(4, ("rounding error of a matrix", amounts.span(roundings)))
     out.print(pairs(rows))
     for note in report["notes"]:
         out.print(f"note: {note}")

@@ -58,10 +58,12 @@ def render_report(report: Report) -> str:
                 ],
             ),
         ]
+    rounded = bool(rounding(report))
     parts += [
         "## Matrices",
+        *(["Rounding error: the norm of what rounding changed in a pruned matrix, over its norm."] if rounded else []),
         table(
-            ("matrix", "shape", "format", "density", "recovered", "bytes"),
+            ("matrix", "shape", "format", "density", "recovered", *(["rounding error"] if rounded else []), "bytes"),
             [
                 (
                     code(name),
@@ -69,6 +71,7 @@ def render_report(report: Report) -> str:
                     matrix["format"],
                     amounts.share(matrix["density"]),
                     amounts.share(matrix["recovered"]),
+                    *([amounts.share(matrix.get("rounding_error"))] if rounded else []),
                     f"{matrix['bytes']:,}",
                 )
                 for name, matrix in report["linears"].items()
@@ -76,6 +79,12 @@ def render_report(report: Report) -> str:
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def rounding(report: Report) -> list[float]:
+    """The relative errors of the matrices whose values were rounded."""
+    errors = [matrix.get("rounding_error") for matrix in report["linears"].values()]
+    return [error for error in errors if error is not None]
 
 
 def figure(seconds: float | None) -> str:
@@ -178,13 +187,52 @@ def measured(report: Report, packed: bool) -> str:
     """What is known of quality and speed, and plainly what is not."""
     errors = [block["relative_error"] for block in report["blocks"] if block["relative_error"] is not None]
     counted = amounts.share(report["totals"]["bytes"] / report["totals"]["bytes_dense"], 1)
-    error = f"{amounts.share(min(errors))} to {amounts.share(max(errors))}" if errors else "not measured"
+    error = amounts.span(errors) if errors else "not measured"
     speed = " A packed matrix is unpacked whenever it multiplies: that saves bytes, not time." if packed else ""
+    rounded = rounding(report)
     return "\n".join(
         [
             f"- Output error of a block: {error}.",
+            *([f"- Rounding error of a matrix: {amounts.span(rounded)}."] if rounded else []),
             f"- Bytes, counted: {counted} of the dense model.",
             "- Perplexity: not measured when this card was written; `budwood evaluate` measures it.",
             f"- Speed: not measured.{speed}",
         ]
     )
+
+
+SPEED = "## Speed"
+
+
+def render_speed(speed: Mapping[str, Any]) -> str:
+    """The section of a model card that `budwood bench` fills in."""
+    machine, model = speed["machine"], speed["model"]
+    lines = [
+        f"{escape(machine['processor'])} ({escape(machine['instructions'])}), {machine['threads']} threads, "
+        f"{escape(speed['dtype'])}; kernels: {escape(speed['kernels'])}. Medians of rounds in turns, cold weights."
+    ]
+    rows = [
+        (
+            f"{found['shape'][0]} x {found['shape'][1]}, {found['rows']} rows",
+            f"{found['seconds']['pruned']['median'] * 1e6:.0f}",
+            f"{found['seconds']['dense']['median'] * 1e6:.0f}",
+            f"{found['times_dense']:.2f}",
+        )
+        for found in speed["matrices"]
+    ]
+    lines.append(table(("matrix", "pruned, us", "dense, us", "times as fast"), rows))
+    for name, words in (("pruned", "This model"), ("dense", "Dense")):
+        if name in model:
+            lines.append(
+                f"{words}: {model[name]['decode_tokens_per_second']:.1f} tokens a second generated, "
+                f"{model[name]['prefill_tokens_per_second']:.0f} read."
+            )
+    lines += [f"Note: {escape(sentence)}." for sentence in speed["warnings"]]
+    return "\n\n".join(lines)
+
+
+def with_speed(card: str, speed: Mapping[str, Any]) -> str:
+    """The model card with its speed section put in, or put anew."""
+    before, found, after = card.partition(f"\n{SPEED}\n")
+    rest = after[after.index("\n## ") :] if found and "\n## " in after else ""
+    return f"{before.rstrip()}\n\n{SPEED}\n\n{render_speed(speed)}\n{rest}"

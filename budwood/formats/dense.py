@@ -11,6 +11,7 @@ class Dense(Format):
 
     name = "dense"
     suffixes = ("weight",)
+    typed = "weight"
 
     @staticmethod
     def pack(weight: Tensor, base: Tensor | None = None) -> dict[str, Tensor]:

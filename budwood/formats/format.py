@@ -16,6 +16,12 @@ class Format(Protocol):
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]  # of the tensors, as they follow the name of the linear in a file
+    typed: ClassVar[str] = "values"  # the tensor that has the dtype of the matrix
+
+    @classmethod
+    def nearest(cls, weight: Tensor, base: Tensor | None = None) -> dict[str, Tensor]:
+        """The tensors of the nearest matrix that the format holds: of this one, unless it rounds values."""
+        return cls.pack(weight, base)
 
     @staticmethod
     def pack(weight: Tensor, base: Tensor | None = None) -> dict[str, Tensor]:

@@ -34,13 +34,7 @@ class TwoFourCompact(Format):
 
     @staticmethod
     def unpack(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        dense = TwoFour.unpack(tensors, shape)
-        counts = tensors["rec_counts"]  # [out, blocks]
-        blocks = torch.arange(counts.numel(), device=dense.device).repeat_interleave(counts.view(-1).int())
-        row, block = blocks // counts.shape[1], blocks % counts.shape[1]
-        flat = row * shape[1] + block * BLOCK + tensors["rec_columns"]
-        dense.view(-1).scatter_(0, flat, tensors["rec_values"])
-        return dense
+        return put_back(TwoFour.unpack(tensors, shape), tensors)
 
     @staticmethod
     def nbytes(shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
@@ -48,3 +42,13 @@ class TwoFourCompact(Format):
             return None
         counts = shape[0] * -(-shape[1] // BLOCK)
         return skeleton_bytes(shape, itemsize) + counts + (1 + itemsize) * round(outlook.recovered)
+
+
+def put_back(dense: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """`dense` [out, in], changed in place: the 2:4 part and now the recovered weights too."""
+    counts = tensors["rec_counts"]  # [out, blocks]
+    blocks = torch.arange(counts.numel(), device=dense.device).repeat_interleave(counts.view(-1).int())
+    row, block = blocks // counts.shape[1], blocks % counts.shape[1]
+    flat = row * dense.shape[1] + block * BLOCK + tensors["rec_columns"]
+    dense.view(-1).scatter_(0, flat, tensors["rec_values"])
+    return dense

@@ -48,6 +48,11 @@ class Method:
 
     calibrated: ClassVar[bool] = True  # False: works on weights alone, nothing runs forward
 
+    @property
+    def published(self) -> bool:
+        """Whether the figures of a published program are to be met, whose products are all torch's own."""
+        return "published" in (getattr(self, "tie", None), getattr(self, "parity", False) and "published")
+
     def check(self, linears: Mapping[str, Shape]) -> None:
         """Raise UsageError where a linear (full name: [out, in]) cannot be pruned as asked."""
         for name, shape in linears.items():

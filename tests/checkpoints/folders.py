@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from budwood.checkpoints.integrity import INDEX_NAME, index_of, sha256
-from budwood.formats import FORMATS, choose
+from budwood.formats import FORMATS, store
 from budwood.models.experts import unfuse
 
 
@@ -43,8 +43,8 @@ def pack_model(
         for name, module in in_blocks(model).items():
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight  # [out, in]
             pruned = prune(weight, recovered).contiguous()
-            weight.copy_(pruned)
-            chosen, parts = choose(pruned) if format == "auto" else (format, FORMATS[format].pack(pruned))
+            chosen, parts = store(pruned, format)
+            weight.copy_(FORMATS[chosen].unpack(parts, tuple(pruned.shape)))
             entries[name] = {"format": chosen, "shape": list(pruned.shape)}
             tensors |= {f"{name}.{suffix}": part.clone() for suffix, part in parts.items()}
     tied = set(model.all_tied_weights_keys)

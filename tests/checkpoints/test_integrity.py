@@ -73,8 +73,8 @@ def test_a_damaged_index_is_refused(folder, content):
 
 def packed(format, shape=(32, 72)):
     torch.manual_seed(0)
-    weight = prune(torch.randn(shape), recovered=0.0 if format == "two_four" else 0.05)
-    return FORMATS[format].pack(weight)
+    weight = prune(torch.randn(shape), recovered=0.0 if format in ("two_four", "two_four_int8") else 0.05)
+    return FORMATS[format].nearest(weight)
 
 
 def layout(tensors):
@@ -129,6 +129,11 @@ DAMAGE = [
     ("two_four_csr", "rec_columns", 0, -1),
     ("two_four_ell", "ell_columns", 0, 18),
     ("two_four_ell", "ell_columns", 0, -1),
+    ("two_four_int8", "places", 0, 0),
+    ("two_four_int8", "scales", 3, 0x7F800000),  # infinite
+    ("bitmask_int8", "bitmask", 0, 0b1111_1111),
+    ("bitmask_int8", "epsilon", 0, 0.5),  # of no type
+    ("two_four_compact_int8", "rec_columns", 0, 200),
 ]
 
 

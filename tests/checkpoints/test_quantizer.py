@@ -15,7 +15,7 @@ from budwood.checkpoints.quantizer import PackedConfig, register
 from budwood.checkpoints.reader import Shards
 from budwood.errors import RunError, UsageError
 from budwood.formats import FORMATS
-from budwood.formats.linear import SparseLinear
+from budwood.kernels.linear import SparseLinear
 from budwood.models.experts import ExpertLinears
 
 SPARSE = [name for name in FORMATS if name != "dense"]
@@ -37,10 +37,10 @@ def opened(folder, **kwargs) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
+@pytest.fixture(scope="module", params=["two_four_compact", "two_four_compact_int8", "bitmask_int8"])
+def written(tmp_path_factory, request):
     """A packed llama with a tokenizer, and the pruned model itself."""
-    folder, model = write_packed(tmp_path_factory.mktemp("llama"), format="two_four_compact")
+    folder, model = write_packed(tmp_path_factory.mktemp("llama"), format=request.param)
     tokenizer().save_pretrained(folder)
     return folder, model
 
@@ -53,7 +53,9 @@ def own(tmp_path):
 
 @pytest.mark.parametrize("format", SPARSE)
 def test_the_logits_are_those_of_the_dense_model_bit_for_bit(tmp_path, format):
-    folder, model = write_packed(tmp_path, format=format, recovered=0.0 if format == "two_four" else 0.03)
+    folder, model = write_packed(
+        tmp_path, format=format, recovered=0.0 if format in ("two_four", "two_four_int8") else 0.03
+    )
     packed = opened(folder)
     assert torch.equal(logits(packed), logits(model))
     assert packed.get_submodule(LINEAR).format == format
@@ -124,8 +126,10 @@ def test_it_may_be_saved_and_loaded_many_times_in_many_shards(written, tmp_path)
 def test_another_dtype_casts_the_values_and_leaves_the_positions(written):
     single = opened(written[0], dtype=torch.float32)
     linear = single.get_submodule(LINEAR)
-    assert linear.values.dtype == torch.float32
-    assert linear.places.dtype == torch.uint8
+    assert linear.weight.dtype == torch.float32
+    for suffix, tensor in opened(written[0]).get_submodule(LINEAR).packed().items():
+        expected = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        assert getattr(linear, suffix).dtype == expected
     assert torch.equal(linear.unpack(), written[1].get_submodule(LINEAR).weight.float())
     half = opened(written[0]).to(torch.float16)
     assert half.get_submodule(LINEAR).unpack().dtype == torch.float16

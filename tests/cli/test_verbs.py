@@ -187,6 +187,35 @@ def test_export_gives_a_folder_that_needs_no_budwood(pruned, source, told, tmp_p
         assert dense.json["linears"][name]["nonzeros"] == matrix["nonzeros"]
 
 
+def test_export_rounds_what_prune_left(pruned, told, tmp_path, monkeypatch):
+    ended = told("export", pruned, tmp_path / "int8", "--values", "int8", "--json", "--quiet")
+    assert ended.status == 0, ended.stderr
+    assert ended.json["format"] == "auto_int8"
+    found = told("inspect", tmp_path / "int8", "--json")
+    assert found.status == 0, found.stderr
+    assert {matrix["format"] for matrix in found.json["linears"].values()} == {"two_four_compact_int8"}
+    assert found.json["totals"]["bits_per_weight"] == ended.json["totals"]["bits_per_weight"]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "two_four_compact_int8" in told("inspect", tmp_path / "int8").stdout
+    again = told("export", tmp_path / "int8", tmp_path / "twice", "--values", "int8")
+    assert again.status == 2
+    assert "int8 already" in again.stderr
+
+
+def test_int8_values_reach_plan_and_prune(source, told, tmp_path):
+    arguments = ("--method", "wrp(density=0.02, metric='magnitude')", "--values", "int8")
+    planned = told("plan", source, *arguments)
+    assert planned.status == 0, planned.stderr
+    assert "two_four_compact_int8 (chosen)" in planned.stdout
+    ended = told("prune", source, tmp_path / "out", *arguments, "--quiet")
+    assert ended.status == 0, ended.stderr
+    assert "rounding error of a matrix" in ended.stdout
+    refused = told("prune", source, tmp_path / "other", *arguments, "--format", "two_four_csr")
+    assert refused.status == 2
+    assert "two_four_csr holds no int8 values" in refused.stderr
+    assert told("prune", source, tmp_path / "other", *arguments[:-1], "int4").status == 2
+
+
 def test_generate_streams_what_it_returns(pruned, run, told):
     arguments = ("generate", pruned, "--prompt", "The quick", "--max-new-tokens", 8)
     shown, returned = run(*arguments), told(*arguments, "--json")
@@ -292,3 +321,39 @@ def test_python_m_and_a_closed_pipe_end_quietly(source):
     ended = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
+
+
+def test_bench_times_and_keeps_the_figures(source, pruned, told, run, tmp_path):
+    folder = tmp_path / "pruned"
+    shutil.copytree(pruned, folder)
+    found = told("bench", folder, "--against", source, "--rows", "1,3", "--quiet", "--json")
+    assert found.status == 0, found.stderr
+    report = json.loads(found.stdout)
+    assert {one["rows"] for one in report["matrices"]} == {1, 3}
+    for one in report["matrices"]:
+        seconds = one["seconds"]["pruned"]
+        assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
+    assert report["model"]["decode_times_dense"] > 0
+    assert report["model"]["pruned"]["bytes"] < report["model"]["dense"]["bytes"]
+    kept = json.loads((folder / "report.json").read_text())
+    assert kept["speed"]["matrices"] == report["matrices"]
+    assert kept["totals"] == json.loads((pruned / "report.json").read_text())["totals"]
+    card = (folder / "README.md").read_text()
+    assert card.count("## Speed") == 1
+    assert run("bench", folder, "--rows", "1", "--quiet").status == 0
+    again = (folder / "README.md").read_text()
+    assert again.count("## Speed") == 1
+    assert again.partition("## Speed")[0] == card.partition("## Speed")[0]
+
+
+@pytest.mark.parametrize("rows", ["0", "a,b", "-1,2"])
+def test_bench_refuses_rows_that_are_none(pruned, run, rows):
+    ended = run("bench", pruned, "--rows", rows)
+    assert ended.status == 2
+    assert "such as 1,8,64,512" in ended.stderr
+
+
+def test_bench_refuses_a_dense_model(source, run):
+    ended = run("bench", source, "--rows", "1")
+    assert ended.status == 2
+    assert "holds no packed matrix" in ended.stderr

@@ -141,3 +141,15 @@ def test_a_pattern_without_recovery_does_not_speak_of_it():
     made = report()
     made["totals"] = made["totals"] | {"recovered": None}
     assert "recovered beyond" not in render_report(made)
+
+
+def test_rounding_is_told_where_values_are_rounded():
+    made = report()
+    assert "ounding error" not in render_report(made) + render_card(made, None, None, None)
+    name, matrix = next(iter(made["linears"].items()))
+    made["linears"] = {name: matrix | {"rounding_error": 0.00567}, "b": matrix | {"rounding_error": None}}
+    page = render_report(made)
+    assert "| density | recovered | rounding error | bytes |" in page
+    assert "| 1.43 % | 0.57 % | 1,037,000 |" in page
+    assert "| 1.43 % | - | 1,037,000 |" in page
+    assert "Rounding error of a matrix: 0.57 % to 0.57 %" in render_card(made, None, None, None)

@@ -10,17 +10,19 @@ from torch.utils.checkpoint import checkpoint
 
 from budwood.errors import UsageError
 from budwood.formats import FORMATS
-from budwood.formats.linear import SparseLinear
+from budwood.kernels.linear import SparseLinear
 
 SPARSE = sorted(set(FORMATS) - {"dense"})
+PURE = ("two_four", "two_four_int8")  # these hold no third weight of a group
 
 
 def layers(format: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[SparseLinear, nn.Linear]:
     """A packed layer 16 <- 64 and the dense one with the same weight."""
-    weight = skeleton(16, 64, 0.0 if format == "two_four" else 0.1, dtype)
+    weight = skeleton(16, 64, 0.0 if format in PURE else 0.1, dtype)
+    tensors = FORMATS[format].nearest(weight)
     dense = nn.Linear(64, 16, bias, dtype=dtype)
-    dense.weight = nn.Parameter(weight.clone())
-    return SparseLinear.from_dense(weight, dense.bias, format), dense
+    dense.weight = nn.Parameter(FORMATS[format].unpack(tensors, (16, 64)))
+    return SparseLinear.from_packed(format, (16, 64), tensors, dense.bias), dense
 
 
 @pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64), (2, 1, 3, 64)])

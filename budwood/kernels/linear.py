@@ -8,14 +8,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from budwood.formats import FORMATS, choose, named, pack_as
+from budwood.formats import FORMATS, LOSSLESS, choose, named, pack_as
 from budwood.formats.bits import stored
+from budwood.formats.two_four import covered
+from budwood.kernels import dispatch, gpu, ops
+from budwood.kernels.arena import Arena
+from budwood.kernels.packed import CODINGS, Packed, prepare
+from budwood.kernels.siblings import Siblings
 
-_SPARSE = {name: format for name, format in FORMATS.items() if name != "dense"}
+_SPARSE = {name: format for name, format in LOSSLESS.items() if name != "dense"}
 
 
 class SparseLinear(nn.Linear):
-    """`x [..., in] -> [..., out]`; the weight is unpacked for the product and forgotten again.
+    """`x [..., in] -> [..., out]`, multiplied from the packed weight where a native kernel can, else by unpacking it.
 
     It is an `nn.Linear` for everyone who asks, but owns no dense weight: its parameters are the tensors of
     the format, under the suffixes of the format, and perhaps `bias`. Parameters and not buffers, because only
@@ -24,6 +29,12 @@ class SparseLinear(nn.Linear):
 
     format: str
     shape: tuple[int, int]
+    siblings: Siblings | None = None  # layers that are given the same input, multiplied in one call
+    _prepared: Packed | None = None
+    _prepared_for: list[int] | None = None
+    _dtype: torch.dtype | None = None
+    _gpu: gpu.Prepared | None = None
+    _gpu_for: list[int] | None = None
 
     def __init__(
         self,
@@ -89,7 +100,71 @@ class SparseLinear(nn.Linear):
         raise AttributeError(_READ_ONLY)
 
     def forward(self, input: Tensor) -> Tensor:
-        return _Product.apply(input, self.bias, self.format, self.shape, *self.packed().values())
+        if torch.compiler.is_compiling():
+            return ops.linear(input, self.bias, list(self.packed().values()), self.format, *self.shape)
+        if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return _Product.apply(input, self.bias, self, *self.packed().values())
+        return self.product(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """The product without a way back, by whatever is fastest here."""
+        kernel = self.kernel()
+        if kernel is not None and input.dtype == self._dtype and not torch.is_autocast_enabled("cpu"):
+            shared = None if self.siblings is None else self.siblings.product(self, input)
+            if shared is not None:
+                return shared
+            result = dispatch.linear(kernel, input, self.bias)
+            if result is not None:
+                return result
+        elif input.is_cuda and gpu.why_not() is None and input.dtype in (torch.bfloat16, torch.float16):
+            return self._on_gpu().linear(input, self.bias)
+        return F.linear(input, self.unpack(), self.bias)
+
+    def _on_gpu(self) -> gpu.Prepared:
+        """The weight in the layout of the GPU kernels, a second copy of it on the device."""
+        key = [parameter.data_ptr() for parameter in self._parameters.values() if parameter is not None]
+        if self._gpu is None or key != self._gpu_for:
+            two_four = "places" in self._parameters
+            base = covered(self.get_parameter("places"), self.in_features) if two_four else None
+            self._gpu, self._gpu_for = gpu.prepare(self.unpack(), base), key
+        return self._gpu
+
+    def kernel(self) -> Packed | None:
+        """What the native library needs of this weight, made once for as long as the tensors stay where they are."""
+        key = [parameter.data_ptr() for parameter in self._parameters.values() if parameter is not None]
+        if key != self._prepared_for:
+            self._prepared, self._prepared_for = prepare(self.format, self.shape, self.packed()), key
+            self._dtype = self._values().dtype
+        return self._prepared
+
+    def settle(self, arena: Arena | None = None) -> None:
+        """Change to a format that the native library multiplies with, if it is not in one, and move into `arena`.
+
+        No weight changes, and the tensors are what they were in every other respect: they can be saved, moved,
+        converted and offloaded.
+        """
+        tensors = self.packed()
+        if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+            return
+        if self.format not in CODINGS:
+            tensors = FORMATS["bitmask"].pack(self.unpack())
+            for suffix in FORMATS[self.format].suffixes:
+                del self._parameters[suffix]
+            self.format = "bitmask"
+        for suffix, tensor in tensors.items():
+            placed = tensor if arena is None else arena.place(tensor)
+            self.register_parameter(suffix, nn.Parameter(placed, requires_grad=False))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what points into memory: a copy prepares itself."""
+        return {
+            **self.__dict__,
+            "_prepared": None,
+            "_prepared_for": None,
+            "_gpu": None,
+            "_gpu_for": None,
+            "siblings": None,
+        }
 
     def dequantize(self) -> nn.Linear:
         """The same layer with its weight dense again, free to be changed."""
@@ -102,41 +177,29 @@ class SparseLinear(nn.Linear):
         text = f"{super().extra_repr()}, format={self.format}"
         if self._values().is_meta:
             return text
-        kept = sum(int(stored(values).sum()) for values in self.packed().values() if values.is_floating_point())
+        kept = sum(int(stored(part).sum()) for suffix, part in self.packed().items() if suffix.endswith("values"))
         return f"{text}, density={kept / (self.in_features * self.out_features):.4f}"
 
     def _values(self) -> Tensor:
-        return self.get_parameter("values")
+        return self.get_parameter(FORMATS[self.format].typed)
 
 
 class _Product(torch.autograd.Function):
-    """The product with an unpacked weight, which remembers the packed one for the way back."""
+    """The product with a way back to its input, for which the packed weight is remembered and not the dense one."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, bias: Tensor | None, format: str, shape: tuple[int, int], *packed: Tensor
-    ) -> Tensor:
-        ctx.format, ctx.shape = format, shape
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, linear: SparseLinear, *packed: Tensor) -> Tensor:
+        ctx.format, ctx.shape = linear.format, linear.shape
         ctx.save_for_backward(*packed)
-        return F.linear(input, _unpack(format, shape, packed), bias)
+        return linear.product(input)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         packed = ctx.saved_tensors  # read once: under gradient checkpointing a second time is an error
-        to_input = to_bias = None
-        if ctx.needs_input_grad[0]:
-            # Under autocast the product ran in a lower precision than the weight is kept in.
-            weight = _unpack(ctx.format, ctx.shape, packed).to(gradient.dtype)
-            to_input = gradient @ weight  # [..., out] @ [out, in]
-        if ctx.needs_input_grad[1]:
-            to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-        return to_input, to_bias, None, None, *(None for _ in packed)
-
-
-def _unpack(format: str, shape: tuple[int, int], packed: Sequence[Tensor]) -> Tensor:
-    """The dense weight `[out, in]` of a format's tensors, which come in the order of its suffixes."""
-    return FORMATS[format].unpack(dict(zip(FORMATS[format].suffixes, packed, strict=True)), shape)
+        format, shape = ctx.format, ctx.shape
+        to_input, to_bias = ops.gradients(gradient, lambda: ops.unpack(packed, format, shape), ctx.needs_input_grad[:2])
+        return to_input, to_bias, None, *(None for _ in packed)
 
 
 class UnpackedWeight(Tensor):
@@ -172,6 +235,6 @@ _READ_ONLY = (
 
 def _suffixes(format: str) -> tuple[str, ...]:
     """The tensors of a sparse format. Raises `UsageError` if there is no such format."""
-    if named(format) not in _SPARSE.values():
+    if named(format).name == "dense":
         raise ValueError("a dense matrix needs no SparseLinear; use nn.Linear")
     return named(format).suffixes

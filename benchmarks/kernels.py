@@ -1,0 +1,156 @@
+"""The kernels against torch: one table for few rows, one for many, on masks as WRP chooses them.
+
+    python benchmarks/kernels.py MODEL [--threads 2] [--rows 1,2,4,8,64,512] [--onnx]
+
+MODEL is a folder that `budwood prune` wrote with WRP. Its matrices are timed as they are, and tiled to larger ones with
+their statistics. Every round times each variant once, with weights that left the cache; `share` is bytes read a second
+against pure reading in the same round. Medians.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# transformers looks for a package called "kernels"; this file is none.
+sys.path = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from budwood.benching import COLD, in_turns, ratio
+from budwood.checkpoints.loading import load
+from budwood.environment import machine
+from budwood.formats import FORMATS, pack_as
+from budwood.kernels import native
+from budwood.kernels.arena import Arena, needed
+from budwood.kernels.head import multiply
+from budwood.kernels.linear import SparseLinear
+from budwood.kernels.native import AS_FEW, AS_MANY
+from budwood.kernels.packed import Packed, prepare
+
+LARGE = ((2048, 2048), (8192, 2048), (4096, 4096))  # [out, in]
+
+
+def tiled(weight: Tensor, out: int, width: int) -> Tensor:
+    """The matrix repeated to `[out, width]`, its rows and groups moved about so that nothing repeats exactly."""
+    rows, groups = weight.shape[0], weight.shape[1] // 4
+    across = weight.view(rows, groups, 4)
+    generator = torch.Generator().manual_seed(out + width)
+    row = torch.randint(rows, (out, 1), generator=generator)
+    group = torch.cat([torch.randperm(groups, generator=generator) for _ in range(-(-width // weight.shape[1]))])
+    return across[row, group[: width // 4]].reshape(out, width)
+
+
+def only_two_four(weight: Tensor) -> Tensor:
+    """Without the recovered weights."""
+    tensors = pack_as("two_four_compact", weight)
+    return FORMATS["two_four"].unpack(tensors, (weight.shape[0], weight.shape[1]))
+
+
+class Case:
+    """One shape: cold copies of it in every form."""
+
+    def __init__(self, weights: list[Tensor], threads: int):
+        self.shape = (weights[0].shape[0], weights[0].shape[1])
+        self.threads, self.weights = threads, weights
+        size = 2 * weights[0].numel()
+        self.copies = max(2, -(-COLD // size))
+        self.dense = [weights[i % len(weights)].clone() for i in range(self.copies)]
+        self.wide = [weights[i % len(weights)].float() for i in range(max(2, -(-COLD // (2 * size))))]
+        self.packed = {
+            "2:4 + recovered": self.forms("bitmask", weights),
+            "2:4 alone": self.forms("two_four", [only_two_four(weight) for weight in weights]),
+            "int8": self.forms("two_four_compact_int8", weights),
+        }
+        self.memory = torch.zeros(2 * COLD, dtype=torch.uint8)
+
+    def forms(self, format: str, weights: list[Tensor]) -> list[Packed]:
+        made = []
+        kinds = [FORMATS[format].nearest(weight) for weight in weights]
+        size = sum(needed(tensor) for kind in kinds for tensor in kind.values())
+        arena = Arena(size * (1 + self.copies // len(kinds)))
+        for i in range(self.copies):
+            tensors = {suffix: arena.place(tensor) for suffix, tensor in kinds[i % len(kinds)].items()}
+            packed = prepare(format, self.shape, tensors)
+            assert packed is not None, format
+            made.append(packed)
+        return made
+
+    def variants(self, rows: int) -> dict[str, Callable[[int], object]]:
+        x = torch.randn(rows, self.shape[1]).bfloat16()
+        wide = x.float()
+        found: dict[str, Callable[[int], object]] = {
+            "torch bf16": lambda turn: F.linear(x, self.dense[turn % self.copies]),
+            "torch fp32": lambda turn: F.linear(wide, self.wide[turn % len(self.wide)]),
+        }
+        for name, forms in self.packed.items():
+            way = AS_FEW if rows <= 8 or not native.has_table() else AS_MANY
+            found[name] = lambda turn, forms=forms, way=way: forms[turn % self.copies].linear(x, None, way)
+        name = "2:4 + recovered, fp32"
+        forms = self.packed["2:4 + recovered"]
+        way = AS_FEW if rows <= 8 or not native.has_table() else AS_MANY
+        found[name] = lambda turn: forms[turn % self.copies].linear(wide, None, way)
+        if rows <= 8:
+            found["dense, ours"] = lambda turn: multiply(self.dense[turn % self.copies], x, None)
+        if rows == 1:
+            library, size = native.library(), self.bytes("2:4 + recovered")
+            assert library is not None
+            places = max(1, 2 * COLD // size - 1)
+            start = self.memory.data_ptr()
+            found["read"] = lambda turn: library.budwood_read(start + turn % places * size, size, self.threads)
+        return found
+
+    def bytes(self, name: str) -> int:
+        """Bytes that a product reads: values, places, where rows begin, and what else there is."""
+        return sum(tensor.nbytes for tensor in self.packed[name][0].held)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rows", default="1,2,4,8,64,512")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--small", action="store_true", help="the model's own shapes only")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    print(f"{machine()}\n{native.why()}")
+
+    layers = [
+        module for module in load(asked.model, dtype=torch.bfloat16).modules() if isinstance(module, SparseLinear)
+    ]
+    own: dict[tuple[int, int], list[Tensor]] = {}
+    for layer in layers:
+        own.setdefault(layer.shape, []).append(layer.unpack())
+    widest = max(own, key=lambda shape: shape[0] * shape[1])
+    cases = {shape: weights for shape, weights in own.items() if shape[0] * shape[1] >= 576 * 576}
+    if not asked.small:
+        cases |= {shape: [tiled(own[widest][i], *shape) for i in range(2)] for shape in LARGE}
+    for rows in map(int, asked.rows.split(",")):
+        print(f"\n{rows} rows, {asked.threads} threads, microseconds")
+        for shape, weights in cases.items():
+            case = Case(weights, asked.threads)
+            rounds = asked.rounds if rows <= 8 else max(7, asked.rounds // 4)
+            times = in_turns(case.variants(rows), rounds)
+            medians = ", ".join(f"{name} {statistics.median(found) * 1e6:.0f}" for name, found in times.items())
+            print(f"{shape[1]} -> {shape[0]}: {medians}")
+            ours = times["2:4 + recovered"]
+            line = [f"x {name} {ratio(times[name], ours):.2f}" for name in ("torch bf16", "torch fp32")]
+            line.append(f"recovered +{100 * (ratio(ours, times['2:4 alone']) - 1):.0f} %")
+            line.append(f"int8 x torch bf16 {ratio(times['torch bf16'], times['int8']):.2f}")
+            line.append(f"fp32 x torch fp32 {ratio(times['torch fp32'], times['2:4 + recovered, fp32']):.2f}")
+            if "dense, ours" in times:
+                line.append(f"x own dense {ratio(times['dense, ours'], ours):.2f}")
+            if "read" in times:
+                line.append(f"share {ratio(times['read'], ours):.2f}")
+                line.append(f"{case.bytes('2:4 + recovered') / statistics.median(ours) / 1e9:.1f} GB/s")
+            print("    " + ", ".join(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Which way a product goes: the kernel for few rows, the table for many, or unpack and multiply.
+
+Measured once a process on one matrix, for few numbers of rows, and kept. Without a measurement the numbers of rows
+decide alone.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from budwood.kernels import native
+from budwood.kernels.native import AS_FEW, AS_MANY
+from budwood.kernels.packed import Packed
+
+UNPACK = -1
+NAMES = {AS_FEW: "few", AS_MANY: "table", UNPACK: "unpack"}
+ROWS = (16, 64, 512)  # tried; a product goes the way of the nearest number not below its own
+ALWAYS_FEW = 8
+ROUNDS = 3
+
+Kind = tuple[torch.dtype, int]  # of the activations; of the values, as the library counts types
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The way that won, and the seconds of all that were tried, by name."""
+
+    way: int
+    seconds: dict[str, float]
+
+
+measured: dict[Kind, dict[int, Choice]] = {}
+
+
+def way(packed: Packed, rows: int, dtype: torch.dtype) -> int:
+    """How to multiply `rows` rows of activations of this type."""
+    if rows <= ALWAYS_FEW:
+        return AS_FEW
+    found = measured.get((dtype, packed.matrix.type))
+    if found:
+        return next((choice.way for limit, choice in found.items() if rows <= limit), found[ROWS[-1]].way)
+    if native.has_table():
+        return AS_FEW if rows <= 16 else AS_MANY
+    return UNPACK
+
+
+def linear(packed: Packed, input: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The product by the native library; None where unpacking is the better way."""
+    rows = input.numel() // packed.shape[1]
+    chosen = AS_FEW if rows <= ALWAYS_FEW else way(packed, rows, input.dtype)
+    return None if chosen == UNPACK else packed.linear(input, bias, chosen)
+
+
+def measure(packed: Packed, unpacked: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """Try the ways on this matrix and keep the fastest; does nothing where this kind was measured before.
+
+    unpacked: the product by unpacking the same matrix.
+    """
+    kind = (dtype, packed.matrix.type)
+    if kind in measured:
+        return
+    found = {}
+    for rows in ROWS:
+        input = torch.ones(rows, packed.shape[1], dtype=dtype)
+        ways: dict[int, Callable[[], Tensor | None]] = {UNPACK: partial(unpacked, input)}
+        if native.has_table():
+            ways[AS_MANY] = partial(packed.linear, input, None, AS_MANY)
+        if rows <= 64:
+            ways[AS_FEW] = partial(packed.linear, input, None, AS_FEW)
+        seconds = {NAMES[name]: timed(product) for name, product in ways.items()}
+        found[rows] = Choice(min(ways, key=lambda name: seconds[NAMES[name]]), seconds)
+    measured[kind] = found
+
+
+def timed(product: Callable[[], object]) -> float:
+    """Median seconds of a call, the first left out."""
+    product()
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

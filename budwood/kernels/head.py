@@ -1,0 +1,53 @@
+"""The vocabulary head, which is not pruned: a bfloat16 matrix that torch reads slower than memory gives it."""
+
+from ctypes import addressof
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from budwood.kernels import native
+from budwood.kernels.native import FEW, TYPES, Output
+
+
+class DenseLinear(nn.Linear):
+    """An `nn.Linear` that multiplies few rows of bfloat16 with our own kernel, and everything else as ever.
+
+    A layer becomes one by its class alone, so that its weight may stay tied to the embeddings.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, rows = self.weight, input.numel() // self.in_features
+        plain = (
+            weight.dtype == input.dtype == torch.bfloat16
+            and weight.device.type == input.device.type == "cpu"
+            and 0 < rows <= FEW
+            and not torch.compiler.is_compiling()
+            and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+            and weight.is_contiguous()
+        )
+        result = multiply(weight, input, self.bias) if plain and type(weight.data) is Tensor else None
+        return F.linear(input, weight, self.bias) if result is None else result
+
+
+def multiply(weight: Tensor, input: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`input [..., in] -> [..., out]` for bfloat16 `weight [out, in]` and few rows; None where no kernel can."""
+    library = native.library()
+    if library is None:
+        return None
+    x = input.contiguous()
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    output = Output(y.data_ptr(), None if bias is None else bias.data_ptr(), weight.shape[0], TYPES[y.dtype])
+    rows, threads = x.numel() // weight.shape[1], torch.get_num_threads()
+    done = library.budwood_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), rows, addressof(output), threads)
+    return y if done else None
+
+
+def quicken(model: nn.Module) -> None:
+    """Let the head of a model multiply with our kernel, where it is a plain linear."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if native.has_dense() and type(head) is nn.Linear:
+        cast(nn.Module, head).__class__ = DenseLinear

@@ -1,0 +1,149 @@
+"""The native library: found, opened and asked through ctypes. The mathematics lies in `native/*.cpp`.
+
+The environment variable BUDWOOD_KERNELS chooses: `auto` (what the processor has), `avx512`, `avx2`, `scalar`, or
+`reference` (unpack and multiply with torch, bit for bit what the dense model computes).
+"""
+
+import ctypes
+import os
+import sysconfig
+from ctypes import Structure, c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from budwood.errors import UsageError
+
+VARIABLE = "BUDWOOD_KERNELS"
+CHOICES = ("auto", "avx512", "avx2", "scalar", "reference")
+NAME = "libbudwood.so"
+INTERFACE = 2  # of the library this file was written for
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+INT8 = TYPES[torch.int8]
+BITMASK, NIBBLES = 0, 1  # how `places` names the columns
+FEW = 8  # rows of x up to which they are multiplied as they are
+
+BY_ROWS, AS_FEW, AS_MANY = 0, 1, 2  # ways to multiply
+
+
+class Matrix(Structure):
+    """One packed matrix, as `native/kernels.h` declares it."""
+
+    _fields_ = [
+        ("values", c_void_p),
+        ("places", c_void_p),
+        ("starts", c_void_p),
+        ("scales", c_void_p),
+        ("more_counts", c_void_p),
+        ("more_columns", c_void_p),
+        ("more_values", c_void_p),
+        ("more_starts", c_void_p),
+        ("out", c_int64),
+        ("in_", c_int64),
+        ("count", c_int64),
+        ("stride", c_int64),
+        ("type", c_int32),
+        ("coding", c_int32),
+        ("more_type", c_int32),
+    ]
+
+
+class Output(Structure):
+    """Where products go."""
+
+    _fields_ = [("y", c_void_p), ("bias", c_void_p), ("stride", c_int64), ("type", c_int32)]
+
+
+def file() -> Path | None:
+    """The library that was built with the package: beside this file, or where an editable install puts it."""
+    places = (Path(__file__).parent, Path(sysconfig.get_path("platlib")) / "budwood" / "kernels")
+    return next((place / NAME for place in places if (place / NAME).is_file()), None)
+
+
+def library() -> ctypes.CDLL | None:
+    """The library with its path chosen; None where the reference is to run. Raises UsageError for a wrong choice."""
+    global _chosen
+    wanted = os.environ.get(VARIABLE, "auto").lower()
+    native = opened(wanted)
+    if native is not None and wanted != _chosen:
+        native.budwood_choose(wanted.encode())
+        _chosen = wanted
+    return native
+
+
+_chosen = ""
+
+
+@cache
+def opened(wanted: str) -> ctypes.CDLL | None:
+    """The library, with the path chosen that the variable asks for."""
+    if wanted not in CHOICES:
+        raise UsageError(f"{VARIABLE} is '{wanted}'; set it to one of {', '.join(CHOICES)}")
+    found = file()
+    if wanted == "reference" or found is None:
+        if wanted not in ("auto", "reference"):
+            raise UsageError(
+                f"{VARIABLE} asks for {wanted}, but the native library is not built; install a C++ compiler"
+            )
+        return None
+    try:
+        native = ctypes.CDLL(str(found))
+        if native.budwood_interface() != INTERFACE:
+            return None
+    except (OSError, AttributeError):
+        return None
+    native.budwood_path.restype = c_char_p
+    native.budwood_choose.argtypes = [c_char_p]
+    native.budwood_starts.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p]
+    native.budwood_linear.argtypes = [c_void_p, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32]
+    native.budwood_read.argtypes = [c_void_p, c_int64, c_int32]
+    native.budwood_read.restype = c_int64
+    native.budwood_dense.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
+    if not native.budwood_choose(wanted.encode()):
+        raise UsageError(f"{VARIABLE} asks for {wanted}, which this processor cannot run; set it to auto")
+    return native
+
+
+def active() -> str:
+    """The path that runs: avx512, avx2, scalar or reference."""
+    native = library()
+    return "reference" if native is None else native.budwood_path().decode()
+
+
+def starts(places: Tensor, out: int, width: int, coding: int) -> Tensor | None:
+    """int32 [out + 1]: where the values of each row begin; None where 32 bits are too few for them."""
+    native = library()
+    assert native is not None
+    result = torch.empty(out + 1, dtype=torch.int32)
+    fits = native.budwood_starts(places.data_ptr(), out, width, places.shape[1], coding, result.data_ptr())
+    return result if fits else None
+
+
+def has_table() -> bool:
+    """Whether the path has a way of its own for many rows."""
+    native = library()
+    return native is not None and bool(native.budwood_has_table())
+
+
+def has_dense() -> bool:
+    """Whether the path multiplies bfloat16 matrices that were not pruned."""
+    native = library()
+    return native is not None and bool(native.budwood_has_dense())
+
+
+def why() -> str:
+    """Which kernels run and why, in one line."""
+    wanted = os.environ.get(VARIABLE, "auto").lower()
+    name = active()
+    if name != "reference":
+        return f"native, {name} path" + ("" if wanted == "auto" else f" ({VARIABLE}={wanted})")
+    if wanted == "reference":
+        return f"reference: unpack and multiply with torch ({VARIABLE}=reference)"
+    found = file()
+    if found is None:
+        return (
+            "reference: unpack and multiply with torch; the native library was not built (no C++ compiler at install)"
+        )
+    return f"reference: unpack and multiply with torch; {found.name} cannot be opened here, install budwood again"

@@ -1,0 +1,246 @@
+// The C interface: chooses the path by what the processor has, brings the activations into its type, splits the rows of
+// the matrices among threads.
+#include "kernels.h"
+
+#include <cstdlib>
+#include <new>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace budwood {
+namespace {
+
+struct Room {
+    void* data = nullptr;
+    size_t bytes = 0;
+    ~Room() { std::free(data); }
+};
+
+const Path* best() {
+#ifdef BUDWOOD_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") &&
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512dq")) {
+        return &avx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &avx2;
+#endif
+    return &scalar;
+}
+
+const Path* path = best();
+
+// The first row from which a share `part / parts` of the values lies behind: threads get the same number of bytes.
+int64_t border(const Matrix& a, int part, int parts) {
+    if (part == 0) return 0;
+    if (part == parts) return a.out;
+    const int64_t wanted = (int64_t(a.starts[a.out]) + a.out) * part / parts;
+    int64_t low = 0, high = a.out;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        int64_t bytes = int64_t(a.starts[middle]) + middle;  // + middle: rows without values cost something too
+        bytes < wanted ? low = middle + 1 : high = middle;
+    }
+    return low;
+}
+
+// x [rows, in] of `type` -> float32 or bfloat16 [rows, stride], zeros behind each row. The rows [first, last).
+void widen(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        if (to.bfloat16) {
+            uint16_t* into = static_cast<uint16_t*>(const_cast<void*>(to.data)) + row * to.stride;
+            std::memcpy(into, static_cast<const uint16_t*>(x) + row * in, size_t(in) * 2);
+            std::memset(into + in, 0, size_t(to.stride - in) * 2);
+            continue;
+        }
+        float* into = static_cast<float*>(const_cast<void*>(to.data)) + row * to.stride;
+        if (type == FLOAT32) {
+            std::memcpy(into, static_cast<const float*>(x) + row * in, size_t(in) * 4);
+        } else {
+            const uint16_t* from = static_cast<const uint16_t*>(x) + row * in;
+            if (type == BFLOAT16) {
+                for (int64_t i = 0; i < in; ++i) into[i] = from_bfloat16(from[i]);
+            } else {
+                for (int64_t i = 0; i < in; ++i) into[i] = from_float16(from[i]);
+            }
+        }
+        std::memset(into + in, 0, size_t(to.stride - in) * 4);
+    }
+}
+
+size_t width(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
+
+int64_t share(int64_t whole, int part, int parts) { return whole * part / parts; }
+
+Input input_for(const void* x, int32_t type, int64_t rows, int64_t in, bool bfloat16) {
+    Input input = {x, rows, (in + 63) / 64 * 64, bfloat16};
+    const bool as_it_is = input.stride == in && type == (bfloat16 ? BFLOAT16 : FLOAT32);
+    if (!as_it_is) input.data = scratch(4, size_t(rows * input.stride) * (bfloat16 ? 2 : 4));
+    return input;
+}
+
+}  // namespace
+
+void* scratch(int slot, size_t bytes) {
+    static thread_local Room rooms[8];
+    Room& room = rooms[slot];
+    if (room.bytes < bytes) {
+        std::free(room.data);
+        room.bytes = (bytes + bytes / 2 + 4095) / 4096 * 4096;
+        room.data = std::aligned_alloc(4096, room.bytes);
+        if (!room.data) std::abort();
+    }
+    return room.data;
+}
+
+}  // namespace budwood
+
+using namespace budwood;
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// Changes with every change of what follows or of `Matrix`.
+EXPORT int32_t budwood_interface() { return 2; }
+
+EXPORT const char* budwood_path() { return path->name; }
+
+// Takes the named path, or the best for "auto"; 0 where this processor cannot run it.
+EXPORT int32_t budwood_choose(const char* name) {
+    const Path* widest = best();
+    if (!std::strcmp(name, "auto")) return path = widest, 1;
+    if (!std::strcmp(name, scalar.name)) return path = &scalar, 1;
+#ifdef BUDWOOD_X86
+    if (!std::strcmp(name, avx2.name) && widest != &scalar) return path = &avx2, 1;
+    if (!std::strcmp(name, avx512.name) && widest == &avx512) return path = &avx512, 1;
+#endif
+    return 0;
+}
+
+// Whether the path has a way of its own for many rows of x.
+EXPORT int32_t budwood_has_table() { return path->many != nullptr; }
+EXPORT int32_t budwood_has_dense() { return path->dense != nullptr; }
+
+// Counts the values of every row: starts [out + 1]. Returns 0 where they are too many for 32 bits.
+EXPORT int32_t budwood_starts(const uint8_t* places, int64_t out, int64_t in, int64_t stride, int32_t coding, int32_t* starts) {
+    Matrix a = {};
+    a.places = places, a.in = in, a.out = out, a.stride = stride, a.coding = coding;
+    int64_t total = 0;
+    for (int64_t row = 0; row < out; ++row) {
+        starts[row] = int32_t(total);
+        if (coding == NIBBLES) {
+            total += in / 2;
+        } else {
+            int64_t word = 0;
+            for (; 64 * word + 64 <= in; ++word) {
+                uint64_t bits;
+                std::memcpy(&bits, places + row * stride + 8 * word, 8);
+                total += __builtin_popcountll(bits);
+            }
+            for (int64_t half = 2 * word; 32 * half < in; ++half) total += __builtin_popcount(mask_word(a, row, half));
+        }
+        if (total > INT32_MAX - 64) return 0;
+    }
+    starts[out] = int32_t(total);
+    return 1;
+}
+
+// y = x W^T + bias for several matrices that share x [rows, in] of `type`. way: 0 by the number of rows, 1 the kernel for
+// few, 2 the table. Returns 0 where the path has no such way.
+EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows,
+                       const Output* outputs, int32_t threads, int32_t way) {
+    const int64_t in = matrices[0].in;
+    bool bfloat16 = path->multiplies_bfloat16 && type == BFLOAT16;
+    for (int32_t i = 0; i < count; ++i) bfloat16 = bfloat16 && matrices[i].type == BFLOAT16;
+    const bool table = way == 2 || (way == 0 && rows > FEW && path->many);
+    if (table && !path->many) return 0;
+    const Input input = input_for(x, type, rows, in, bfloat16);
+    const bool copy = input.data != x;
+    char* room = table ? static_cast<char*>(scratch(5, path->table_bytes(matrices[0], input))) : nullptr;
+    const int64_t parts = table ? path->tables(matrices[0], input) : 0;
+    const int64_t at_once = path == &scalar ? rows : FEW;
+    if (copy && !table) widen(x, type, in, input, 0, rows);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#ifdef _OPENMP
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+#else
+        const int me = 0, all = 1;
+#endif
+        if (table) {
+            if (copy) {
+                widen(x, type, in, input, share(rows, me, all), share(rows, me + 1, all));
+#pragma omp barrier
+            }
+            path->tabulate(input, room, share(parts, me, all), share(parts, me + 1, all));
+#pragma omp barrier
+        }
+        for (int32_t i = 0; i < count; ++i) {
+            const Matrix& a = matrices[i];
+            const int64_t first = border(a, me, all), last = border(a, me + 1, all);
+            if (first >= last) continue;
+            if (table) {
+                path->many(a, input, room, outputs[i], first, last);
+                continue;
+            }
+            for (int64_t row = 0; row < rows; row += at_once) {
+                Input some = input;
+                some.rows = rows - row < at_once ? rows - row : at_once;
+                some.data = static_cast<const char*>(input.data) + size_t(row * input.stride) * (bfloat16 ? 2 : 4);
+                Output out = outputs[i];
+                out.y = static_cast<char*>(out.y) + size_t(row * out.stride) * width(out.type);
+                path->few(a, some, out, first, last);
+            }
+        }
+    }
+    return 1;
+}
+
+// Reads `bytes` and adds them up: what memory gives, to measure the others by.
+EXPORT int64_t budwood_read(const void* data, int64_t bytes, int32_t threads) {
+    const uint64_t* words = static_cast<const uint64_t*>(data);
+    const int64_t count = bytes / 64 * 8;
+    uint64_t total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total) if (threads > 1)
+    {
+#ifdef _OPENMP
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+#else
+        const int me = 0, all = 1;
+#endif
+        const int64_t first = share(count / 8, me, all) * 8, last = share(count / 8, me + 1, all) * 8;
+        const int64_t half = (last - first) / 16 * 8;  // two streams, as the kernels read
+        uint64_t sums[16] = {};
+        for (int64_t i = 0; i < half; i += 8) {
+            __builtin_prefetch(words + first + i + 256);
+            __builtin_prefetch(words + first + half + i + 256);
+            for (int k = 0; k < 8; ++k) sums[k] += words[first + i + k], sums[8 + k] += words[first + half + i + k];
+        }
+        for (int k = 0; k < 16; ++k) total += sums[k];
+    }
+    return int64_t(total);
+}
+
+// y = x W^T for a bfloat16 matrix [out, in] that was not pruned and at most FEW rows of bfloat16 x.
+EXPORT int32_t budwood_dense(const uint16_t* weight, int64_t out, int64_t in, const void* x, int64_t rows, const Output* output,
+                      int32_t threads) {
+    if (!path->dense || rows > FEW) return 0;
+    const Input input = input_for(x, BFLOAT16, rows, in, path->multiplies_bfloat16);
+    if (input.data != x) widen(x, BFLOAT16, in, input, 0, rows);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#ifdef _OPENMP
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+#else
+        const int me = 0, all = 1;
+#endif
+        const int64_t first = share(out, me, all), last = share(out, me + 1, all);
+        if (first < last) path->dense(weight, in, input, *output, first, last);
+    }
+    return 1;
+}
+
+}  // extern "C"

@@ -1,0 +1,189 @@
+// What the translation units share. One of them exists per instruction set; `entry.cpp` chooses among them.
+//
+// Everything works on the union bitmask: the values that stay, row by row, and a bit (or for 2:4 a nibble per group of
+// four) that says where they belong. It is what lies in the file, so nothing is packed again on loading.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace budwood {
+
+enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
+enum Coding : int32_t { BITMASK = 0, NIBBLES = 1 };
+
+constexpr int SEGMENT = 256;  // columns that share a scale of int8 values
+constexpr int FEW = 8;        // rows of x that are multiplied as they are; more of them go through a table
+
+// One packed matrix [out, in]. Filled by the caller (Python, ctypes): the order of the fields is the interface.
+struct Matrix {
+    const void* values;          // [count] of `type`, row-major
+    const uint8_t* places;       // [out, stride]: BITMASK one bit a column, NIBBLES two 2-bit places a group of four
+    const int32_t* starts;       // [out + 1]: where each row's values begin
+    const float* scales;         // INT8: [out, ceil(in / SEGMENT)]
+    const uint8_t* more_counts;  // beside int8 values, recovered weights: how many in each segment of a row,
+    const uint8_t* more_columns;  // their columns inside it,
+    const void* more_values;      // and values of `more_type`, row-major
+    const int32_t* more_starts;  // [out + 1], or null
+    int64_t out, in, count, stride;
+    int32_t type, coding, more_type;
+};
+
+// Activations, brought into the type that the path multiplies in: [rows, stride], padded with zeros.
+struct Input {
+    const void* data;
+    int64_t rows, stride;
+    bool bfloat16;  // else float32
+};
+
+// Where the products go: y[row of x][row of the matrix], plus bias.
+struct Output {
+    void* y;
+    const void* bias;  // [out] of `type`, or null
+    int64_t stride;
+    int32_t type;
+};
+
+inline float from_bfloat16(uint16_t bits) {
+    uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even, as torch rounds
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float from_float16(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000) << 16;
+    const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
+    uint32_t bits;
+    if (exponent == 31) {
+        bits = sign | 0x7f800000 | (fraction << 13);
+    } else if (exponent) {
+        bits = sign | ((exponent + 112) << 23) | (fraction << 13);
+    } else {
+        float value = float(fraction) * 5.9604644775390625e-8f;  // 2^-24, exact
+        std::memcpy(&bits, &value, 4);
+        bits |= sign;
+    }
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t to_float16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to infinity
+    if (bits < 0x38800000) {                       // subnormal: adding this constant rounds at the right place
+        float magnitude, shifted;
+        std::memcpy(&magnitude, &bits, 4);
+        shifted = magnitude + 0.5f;
+        std::memcpy(&bits, &shifted, 4);
+        return uint16_t(sign | (bits - 0x3f000000));
+    }
+    return uint16_t(sign | ((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13));
+}
+
+inline float load(const void* data, int32_t type, int64_t index) {
+    switch (type) {
+        case FLOAT32: return static_cast<const float*>(data)[index];
+        case BFLOAT16: return from_bfloat16(static_cast<const uint16_t*>(data)[index]);
+        case FLOAT16: return from_float16(static_cast<const uint16_t*>(data)[index]);
+        default: return float(static_cast<const int8_t*>(data)[index]);
+    }
+}
+
+inline void store(const Output& out, int64_t token, int64_t row, float value) {
+    if (out.bias) value += load(out.bias, out.type, row);
+    const int64_t index = token * out.stride + row;
+    switch (out.type) {
+        case FLOAT32: static_cast<float*>(out.y)[index] = value; break;
+        case BFLOAT16: static_cast<uint16_t*>(out.y)[index] = to_bfloat16(value); break;
+        default: static_cast<uint16_t*>(out.y)[index] = to_float16(value);
+    }
+}
+
+// Two places in a nibble, p | q << 2, as set bits of a nibble.
+inline uint32_t covered(uint32_t nibble) { return (1u << (nibble & 3)) | (1u << (nibble >> 2)); }
+
+// 32 columns of a row as set bits; `word` counts from the row's beginning. Columns beyond the row are unset.
+inline uint32_t mask_word(const Matrix& a, int64_t row, int64_t word) {
+    const uint8_t* at = a.places + row * a.stride + 4 * word;
+    const int64_t left = a.stride - 4 * word;
+    uint32_t bits = 0;
+    std::memcpy(&bits, at, left < 4 ? size_t(left) : 4);
+    if (a.coding == NIBBLES) {
+        uint32_t unfolded = 0;
+        for (int group = 0; group < 8; ++group) unfolded |= covered((bits >> (4 * group)) & 15) << (4 * group);
+        bits = unfolded;
+    }
+    const int64_t columns = a.in - 32 * word;
+    return columns < 32 ? bits & ((1u << columns) - 1) : bits;
+}
+
+inline int64_t segments_of(const Matrix& a) { return (a.in + SEGMENT - 1) / SEGMENT; }
+
+// Calls use(column, value) for every weight that a row has beside its int8 values.
+template <class Use>
+inline void each_more(const Matrix& a, int64_t row, Use use) {
+    if (!a.more_starts) return;
+    int64_t next = a.more_starts[row];
+    for (int64_t segment = 0; segment < segments_of(a); ++segment) {
+        for (int n = a.more_counts[row * segments_of(a) + segment]; n; --n, ++next) {
+            use(segment * SEGMENT + a.more_columns[next], load(a.more_values, a.more_type, next));
+        }
+    }
+}
+
+// The recovered weights of a row, block of columns by block; blocks divide a segment.
+struct More {
+    int64_t row = 0, segment = 0, next = 0, stop = 0, end = 0;  // [next, stop): those of the block; end: of the segment
+    bool any = false;
+    More() = default;
+    More(const Matrix& a, int64_t row) : row(row), any(a.more_starts != nullptr) {
+        if (any) next = stop = end = a.more_starts[row];
+    }
+    void upto(const Matrix& a, int64_t column) {  // the block that ends before `column`
+        if (!any) return;
+        while (segment * SEGMENT < column && segment < segments_of(a)) {
+            end += a.more_counts[row * segments_of(a) + segment++];
+        }
+        const int64_t within = column - (segment - 1) * SEGMENT;
+        while (stop < end && a.more_columns[stop] < within) ++stop;
+    }
+};
+
+// What one instruction set offers. `few` computes rows [first, last) of the matrix for up to FEW rows of x; `many` does
+// so for any number, from a table that `tabulate` has made of x (parts [first, last) of `tables`); null where a path has
+// none. `dense`: a matrix [out, in] of bfloat16 that was never pruned.
+struct Path {
+    const char* name;
+    bool multiplies_bfloat16;  // takes bfloat16 activations as they are, where the values are bfloat16 too
+    void (*few)(const Matrix&, const Input&, const Output&, int64_t first, int64_t last);
+    size_t (*table_bytes)(const Matrix&, const Input&);
+    int64_t (*tables)(const Matrix&, const Input&);
+    void (*tabulate)(const Input&, char* table, int64_t first, int64_t last);
+    void (*many)(const Matrix&, const Input&, const char* table, const Output&, int64_t first, int64_t last);
+    void (*dense)(const uint16_t* weight, int64_t in, const Input&, const Output&, int64_t first, int64_t last);
+};
+
+extern const Path scalar;
+#ifdef BUDWOOD_X86
+extern const Path avx2;
+extern const Path avx512;
+#endif
+
+// Memory that a thread keeps from call to call; 64-byte aligned.
+void* scratch(int slot, size_t bytes);
+
+}  // namespace budwood

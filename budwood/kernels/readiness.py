@@ -1,0 +1,52 @@
+"""A loaded model made ready for the native kernels, once, and where they cannot run left as it is."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from budwood.kernels import dispatch, native
+from budwood.kernels.arena import Arena, needed
+from budwood.kernels.head import quicken
+from budwood.kernels.linear import SparseLinear
+from budwood.kernels.siblings import acquaint
+
+SMALL = 1 << 18  # weights below which a matrix says nothing about speed
+LARGE = 1 << 24  # and above which it need not be
+
+
+def ready(model: nn.Module) -> dict[str, str]:
+    """Move packed weights into one arena, in formats the kernels read; returns name -> format of what was changed."""
+    if native.library() is None:
+        return {}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    here = {name: layer for name, layer in layers.items() if resident(layer)}
+    before = {name: layer.format for name, layer in here.items()}
+    for layer in here.values():
+        layer.settle()
+    arena = Arena(sum(needed(tensor) for layer in here.values() for tensor in layer.packed().values()))
+    for layer in here.values():
+        layer.settle(arena)
+    acquaint(here.items())
+    quicken(model)
+    fitting = [layer for layer in here.values() if SMALL <= layer.in_features * layer.out_features <= LARGE]
+    if fitting:
+        largest = max(fitting, key=lambda layer: layer.in_features * layer.out_features)
+        measure(largest, next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
+    return {name: layer.format for name, layer in here.items() if layer.format != before[name]}
+
+
+def resident(layer: SparseLinear) -> bool:
+    """Whether all of a layer is in main memory, not offloaded or on a device."""
+    return all(tensor.device.type == "cpu" for tensor in layer.packed().values())
+
+
+def measure(layer: SparseLinear, dtype: torch.dtype) -> None:
+    """Measure the ways on this layer, for activations of this type."""
+
+    def unpacked(x: Tensor) -> Tensor:
+        return F.linear(x, layer.unpack().to(dtype))
+
+    kernel = layer.kernel()
+    if kernel is not None and dtype.is_floating_point:
+        with torch.no_grad():
+            dispatch.measure(kernel, unpacked, dtype)

@@ -1,0 +1,116 @@
+"""The Triton kernels equal the product of the dense matrix, in Triton's interpreter: `make gpu-check`."""
+
+import os
+
+import pytest
+import torch
+from matrices import SHAPES, pruned, relative
+
+pytest.importorskip("triton", reason="triton is not installed; `make gpu-check` brings it")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("these run in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
+
+from budwood.kernels import gpu, gpu_products
+from budwood.kernels.gpu_layouts import pack_bitmask, pack_two_four
+
+# The same numbers summed in float32 in another order; nothing else may differ.
+EXACT = 1e-5
+TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+KERNELS = {
+    "two_four": (True, gpu_products.two_four_linear),
+    "bitmask": (False, gpu_products.bitmask_linear),
+    "dot": (True, lambda *args, **options: gpu_products.two_four_some(*args, **options, wide=True)),
+}
+
+
+def product(name, weight, base, x, bias=None, dtype=torch.float32):
+    """The kernel's result and the one in double precision."""
+    two_four, linear = KERNELS[name]
+    result = linear(pack_two_four(weight, base) if two_four else pack_bitmask(weight), x, bias, dtype=dtype)
+    expected = x.double() @ weight.double().T
+    return result, expected if bias is None else expected + bias.double()
+
+
+@TYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_any_shape(name, shape, dtype):
+    weight, base = pruned(*shape, dtype)
+    x, bias = torch.randn(3, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    assert relative(*product(name, weight, base, x, bias)) < EXACT
+    assert relative(*product(name, weight, base, x[:1])) < EXACT
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 13, 16])
+@pytest.mark.parametrize("name", KERNELS)
+def test_any_number_of_rows(name, rows):
+    weight, base = pruned(36, 100, 0.05, torch.bfloat16)
+    x = torch.randn(rows, 100).bfloat16()
+    assert relative(*product(name, weight, base, x)) < EXACT
+
+
+@pytest.mark.parametrize("rows", [17, 33, 64])
+def test_the_dot_kernel_takes_up_to_64_rows(rows):
+    weight, base = pruned(36, 260, 0.05, torch.float16)
+    x = torch.randn(rows, 260).half()
+    assert relative(*product("dot", weight, base, x)) < EXACT
+    narrow = gpu_products.two_four_some(pack_two_four(weight, base), x, dtype=torch.float32)
+    assert relative(narrow, x.double() @ weight.double().T) < EXACT  # fp16 products are exact in float32
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_matrix_of_zeros_and_a_row_of_everything(name):
+    weight, base = pruned(32, 64, 0.0, torch.bfloat16)
+    x = torch.randn(2, 64).bfloat16()
+    result, _ = product(name, torch.zeros_like(weight), base, x)
+    assert not result.any()
+    weight[31] = torch.randn(64).bfloat16()
+    assert relative(*product(name, weight, base, x)) < EXACT
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_rows_that_do_not_lie_one_after_another(name):
+    weight, base = pruned(32, 64, 0.1, torch.bfloat16)
+    x = torch.randn(64, 3).bfloat16().T
+    assert relative(*product(name, weight, base, x)) < EXACT
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_result_has_the_type_of_x(name):
+    weight, base = pruned(32, 64, 0.1, torch.float16)
+    result, expected = product(name, weight, base, torch.randn(2, 64).half(), dtype=None)
+    assert result.dtype == torch.float16
+    assert relative(result, expected) < 1e-3  # rounded to fp16
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_x_that_does_not_fit_is_refused(name):
+    weight, base = pruned(32, 64, 0.1, torch.float16)
+    for x in (torch.randn(2, 60).half(), torch.randn(65, 64).half(), torch.randn(2, 64).bfloat16()):
+        with pytest.raises(ValueError, match="this kernel takes"):
+            product(name, weight, base, x)
+
+
+@pytest.mark.parametrize(
+    ("rows", "free", "names"),
+    [
+        (1, True, {"unpack", "triton"}),
+        (1, False, {"unpack", "triton"}),
+        (8, False, {"unpack", "triton", "triton dot"}),
+        (64, False, {"unpack", "triton dot", "semi-structured"}),
+        (64, True, {"unpack"}),
+    ],
+)
+def test_the_dispatch_tries_all_that_fit(rows, free, names, monkeypatch):
+    monkeypatch.setattr(gpu, "outcomes", {})
+    monkeypatch.setattr(gpu, "usable", lambda tensor: True)
+    weight, base = pruned(64, 128, 0.05, torch.float16)
+    layer = gpu.prepare(weight, None if free else base)
+    assert set(layer.candidates(rows)) == names
+    x = torch.randn(rows, 128).half()
+    for name, way in layer.candidates(rows).items():
+        if name != "semi-structured":  # torch has it on devices only
+            assert relative(way(x, None), x.double() @ weight.double().T) < 1e-3  # rounded to fp16
+    assert relative(layer.linear(x), x.double() @ weight.double().T) < 1e-3
+    for outcome in gpu.outcomes.values():
+        assert set(outcome.dropped) <= {"semi-structured"}

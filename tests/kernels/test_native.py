@@ -1,0 +1,271 @@
+"""Every native path computes what the reference computes, for all shapes, types, ways and numbers of threads."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from budwood.errors import UsageError
+from budwood.formats import FORMATS, LOSSLESS, pack_as
+from budwood.kernels import dispatch, native
+from budwood.kernels.linear import SparseLinear
+from budwood.kernels.native import AS_FEW, AS_MANY
+from budwood.kernels.packed import Packed, linears, prepare
+from budwood.kernels.readiness import ready
+
+SHAPES = [(8, 32), (7, 64), (130, 36), (33, 100), (1, 4), (257, 130), (64, 1000), (5, 7), (300, 576)]
+ROWS = [1, 2, 3, 5, 8, 9, 16, 17, 33, 65]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def weights(out: int, width: int, extra: float, dtype: torch.dtype) -> Tensor:
+    """2:4 with a share of recovered weights, a row without any and a row with all."""
+    weight = torch.randn(out, width).to(dtype)
+    keep = torch.rand(out, width) < 0.5
+    if width % 4 == 0:
+        groups = weight.float().abs().view(-1, 4)
+        keep = torch.zeros(groups.shape, dtype=torch.bool).scatter_(1, groups.topk(2).indices, True).view(out, width)
+        keep |= torch.rand(out, width) < 2 * extra
+    if out > 2 and extra:
+        keep[1], keep[2] = False, True
+    return torch.where(keep, weight, 0)
+
+
+def packed(weight: Tensor, format: str = "bitmask") -> Packed:
+    matrix = prepare(format, (weight.shape[0], weight.shape[1]), pack_as(format, weight))
+    assert matrix is not None
+    return matrix
+
+
+def error(product: Tensor, x: Tensor, weight: Tensor) -> float:
+    """Largest difference to the product in float64, relative to the sum of the magnitudes that were added."""
+    exact = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    return float(((product.double() - exact).abs() / size.clamp(min=1e-30)).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_equal_the_reference(path, shape, dtype):
+    torch.manual_seed(0)
+    for extra in (0.0, 0.015, 0.3):
+        weight = weights(*shape, extra, dtype)
+        formats = ["bitmask"] + (["two_four"] if extra == 0 and shape[1] % 4 == 0 else [])
+        for matrix in (packed(weight, format) for format in formats):
+            for rows in ROWS:
+                x = torch.randn(rows, shape[1], dtype=dtype)
+                ways = [AS_FEW] + ([AS_MANY] if native.has_table() else [])
+                for way in ways:
+                    product = matrix.linear(x, None, way)
+                    assert product is not None
+                    # float32 sums, rounded once to the type of the activations
+                    rounded = torch.finfo(dtype).eps if dtype != torch.float32 else 0
+                    assert error(product, x, weight) < 1e-5 + rounded
+
+
+@pytest.mark.parametrize("way", [AS_FEW, AS_MANY])
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_threads_change_no_bit(path, threads, way):
+    if way == AS_MANY and not native.has_table():
+        pytest.skip("the path has no table")
+    torch.manual_seed(1)
+    weight = weights(11, 96, 0.1, torch.bfloat16)
+    matrix, x = packed(weight), torch.randn(20, 96, dtype=torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = matrix.linear(x, None, way)
+        torch.set_num_threads(threads)
+        assert torch.equal(matrix.linear(x, None, way), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bias_and_leading_dimensions(path, dtype):
+    torch.manual_seed(2)
+    weight, bias = weights(40, 64, 0.05, dtype), torch.randn(40, dtype=dtype)
+    layer = SparseLinear.from_dense(weight, bias, "bitmask")
+    for shape in ((64,), (3, 64), (2, 3, 64), (2, 40, 64), (0, 64)):
+        x = torch.randn(shape, dtype=dtype)
+        with torch.no_grad():
+            product = layer(x)
+        assert product.shape == (*shape[:-1], 40)
+        torch.testing.assert_close(
+            product.float(), F.linear(x.float(), weight.float(), bias.float()), rtol=2e-2, atol=2e-2
+        )
+
+
+def test_several_matrices_in_one_call_equal_each_alone(path):
+    torch.manual_seed(3)
+    matrices = [packed(weights(out, 64, 0.02, torch.bfloat16)) for out in (48, 16, 5)]
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    biases = [torch.randn(48, dtype=torch.bfloat16), None, None]
+    together = linears(matrices, x, biases)
+    for matrix, bias, product in zip(matrices, biases, together, strict=True):
+        assert torch.equal(product, matrix.linear(x, bias))
+
+
+def test_not_finite_inputs_come_out_as_they_should(path):
+    layer = SparseLinear.from_dense(weights(8, 64, 0.0, torch.float32), format="two_four")
+    with torch.no_grad():
+        assert layer(torch.full((1, 64), float("nan"))).isnan().all()
+
+
+@pytest.mark.parametrize("format", sorted(set(LOSSLESS) - {"dense"}))
+def test_every_format_is_settled_into_one_the_library_reads(fastest, format):
+    weight = weights(32, 256, 0.0 if format == "two_four" else 0.03, torch.bfloat16)
+    layer = SparseLinear.from_dense(weight, format=format)
+    layer.settle()
+    assert layer.kernel() is not None
+    assert torch.equal(layer.unpack(), weight)
+    x = torch.randn(2, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert error(layer(x), x, weight) < 1e-2
+
+
+def test_gradients_are_those_of_the_reference(fastest, monkeypatch):
+    weight = weights(32, 64, 0.05, torch.float32)
+    layer = SparseLinear.from_dense(weight, torch.randn(32), "bitmask")
+    x = torch.randn(5, 64, requires_grad=True)
+    layer(x).square().sum().backward()
+    found, layer.bias.grad = (x.grad, layer.bias.grad), None
+    x.grad = None
+    monkeypatch.setenv(native.VARIABLE, "reference")
+    layer = copy.deepcopy(layer)  # prepares itself anew
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(found, (x.grad, layer.bias.grad), rtol=1e-4, atol=1e-3)
+
+
+def test_a_copy_and_a_cast_prepare_themselves(fastest):
+    layer = SparseLinear.from_dense(weights(32, 64, 0.05, torch.bfloat16), format="bitmask")
+    x = torch.randn(1, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(copy.deepcopy(layer)(x), expected)
+        torch.testing.assert_close(layer.float()(x.float()), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_changed_in_place_weights_are_seen(fastest):
+    layer = SparseLinear.from_dense(weights(32, 64, 0.05, torch.float32), format="bitmask")
+    x = torch.randn(1, 64)
+    with torch.no_grad():
+        before = layer(x)
+        layer.values.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * before)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name, out in (("q_proj", 64), ("k_proj", 16), ("v_proj", 16)):
+            setattr(self, name, SparseLinear.from_dense(weights(out, 64, 0.02, torch.float32), format="bitmask"))
+
+    def forward(self, x):
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+
+def test_siblings_share_a_call_and_no_result_is_stale(fastest):
+    model = Attention()
+    alone = copy.deepcopy(model)
+    ready(model)
+    assert model.q_proj.siblings is model.v_proj.siblings is not None
+    assert alone.q_proj.siblings is None
+    with torch.no_grad():
+        x = torch.randn(1, 64)
+        assert torch.equal(model(x), alone(x))
+        first = model.q_proj(x)
+        x.mul_(2)  # what waits for k_proj was computed from something else
+        assert torch.equal(model.k_proj(x), alone.k_proj(x))
+        assert not torch.equal(first, alone.q_proj(x))
+        other = torch.randn(1, 64)
+        assert torch.equal(model.v_proj(other), alone.v_proj(other))
+
+
+def test_the_ways_are_measured_once(fastest, monkeypatch):
+    monkeypatch.setattr(dispatch, "measured", {})
+    matrix = packed(weights(64, 64, 0.02, torch.float32))
+    calls = []
+    dispatch.measure(matrix, lambda x: calls.append(len(x)), torch.float32)
+    (found,) = dispatch.measured.values()
+    assert set(found) == set(dispatch.ROWS)
+    seen = len(calls)
+    dispatch.measure(matrix, lambda x: calls.append(len(x)), torch.float32)
+    assert len(calls) == seen
+    for rows, choice in found.items():
+        assert choice.seconds[dispatch.NAMES[choice.way]] == min(choice.seconds.values())
+        assert dispatch.way(matrix, rows, torch.float32) == choice.way
+
+
+def test_a_wrong_choice_of_path_is_one_sentence(monkeypatch):
+    monkeypatch.setenv(native.VARIABLE, "quick")
+    with pytest.raises(UsageError, match="BUDWOOD_KERNELS is 'quick'; set it to one of auto"):
+        native.library()
+
+
+def test_without_the_library_the_reference_runs_and_says_so(monkeypatch):
+    monkeypatch.setattr(native, "file", lambda: None)
+    native.opened.cache_clear()
+    monkeypatch.setenv(native.VARIABLE, "auto")
+    try:
+        assert native.active() == "reference"
+        assert "no C++ compiler" in native.why()
+        monkeypatch.setenv(native.VARIABLE, "scalar")
+        with pytest.raises(UsageError, match="not built"):
+            native.library()
+    finally:
+        native.opened.cache_clear()
+
+
+def test_compile_sees_one_node(fastest):
+    layer = SparseLinear.from_dense(weights(32, 64, 0.05, torch.float32), torch.randn(32), "bitmask")
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("format", ["bitmask", "two_four_csr"])
+def test_opcheck(fastest, format):
+    layer = SparseLinear.from_dense(weights(32, 64, 0.05, torch.float32), torch.randn(32), format)
+    arguments = (torch.randn(3, 64, requires_grad=True), layer.bias, list(layer.packed().values()), format, 32, 64)
+    torch.library.opcheck(torch.ops.budwood.linear.default, arguments)
+
+
+def test_one_openmp_runtime_is_in_the_process(fastest):
+    """A second one would bring a pool of threads of its own."""
+    code = (
+        "import torch; from budwood.kernels import native; native.library(); "
+        "names = {line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'libomp' in line}; "
+        "print(len(names))"
+    )
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("needs /proc")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize("format", ["bitmask_int8", "two_four_int8", "two_four_compact_int8"])
+@pytest.mark.parametrize("shape", [(9, 64), (40, 300), (33, 576)], ids=str)
+def test_int8_values_and_what_is_recovered_beside_them(path, format, shape):
+    torch.manual_seed(4)
+    weight = weights(*shape, 0.0 if format == "two_four_int8" else 0.03, torch.float32)
+    if format == "two_four_compact_int8":
+        weight[2] = 0  # at most two of a group are recovered there as elsewhere, but none in this row
+    tensors = FORMATS[format].nearest(weight)
+    rounded = FORMATS[format].unpack(tensors, shape)  # float32: what the kernel computes with
+    matrix = prepare(format, shape, tensors)
+    assert matrix is not None
+    for rows in (1, 2, 7, 20, 70):
+        for way in [AS_FEW] + ([AS_MANY] if native.has_table() else []):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.randn(rows, shape[1]).to(dtype)
+                product = matrix.linear(x, None, way)
+                assert product is not None
+                assert error(product, x, rounded) < 1e-5 + (torch.finfo(dtype).eps if dtype != torch.float32 else 0)
