@@ -13,6 +13,7 @@ their own.
 import argparse
 import json
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -40,7 +41,6 @@ ROWS = {
     "WRP, 9.75 bits": f'wrp(density={SAME_BYTES}, scope="matrix")',
     "+ re-fit": f'refit(wrp(density={SAME_BYTES}, scope="matrix"))',
     "+ allocation": f'refit(wrp(density={SAME_BYTES}, scope="matrix", allocate="global"))',
-    "+ choice by what is left": "graft(steps=0)",
     "graft 9.75": "graft(bits=9.75)",
     "graft 9.75, undivided": 'graft(bits=9.75, allocate="uniform")',
     "graft 9.0": "graft(bits=9.0)",
@@ -78,19 +78,22 @@ def main() -> None:
         known = {(cell["row"], cell["draw"]) for cell in cells}
         wanted = [(row, draw) for draw in range(asked.draws) for row in asked.row or ROWS if draw == 0 or ROWS[row]]
         for row, draw in [place for place in wanted if place not in known][: asked.cells]:
-            cells.append({"row": row, "draw": draw} | measured(ROWS[row], draw, texts, asked))
+            cells.append({"row": row, "draw": draw} | measured(row, draw, texts, asked))
             with file.open("a") as lines:
                 lines.write(json.dumps(cells[-1]) + "\n")
             print(json.dumps(cells[-1]), file=sys.stderr, flush=True)
     print(table(cells))
 
 
-def measured(method: str | None, draw: int, texts: Mapping[str, str], asked: argparse.Namespace) -> Cell:
-    """One cell: pruned in a process of its own, so that its time and memory are its own, then measured here."""
-    target, pruning = asked.folder / "pruned", {"bits": 16.0, "seconds": 0.0, "memory": None}
+def measured(row: str, draw: int, texts: Mapping[str, str], asked: argparse.Namespace) -> Cell:
+    """One cell: pruned in a process of its own, so that its time and memory are its own, then measured here.
+
+    Pruning that was cut off goes on where it was; its seconds are then those of the last run alone.
+    """
+    method, pruning = ROWS[row], {"bits": 16.0, "seconds": 0.0, "memory": None}
+    target = asked.folder / f"{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}-{draw}"
     folder = asked.model
     if method:
-        shutil.rmtree(target, ignore_errors=True)
         options = {
             "--num-samples": asked.num_samples,
             "--seq-length": asked.seq_length,
@@ -113,11 +116,13 @@ def measured(method: str | None, draw: int, texts: Mapping[str, str], asked: arg
         name: budwood.evaluate(folder, data, seq_length=2048, limit=asked.windows, dtype=asked.dtype)["perplexity"]
         for name, data in texts.items()
     }
+    kl = divergences(asked.model, folder, texts, asked.dtype) if asked.kl and method else {}
+    shutil.rmtree(target, ignore_errors=True)
     return {
         "method": method,
         **pruning,
         "perplexity": perplexity,
-        "kl": divergences(asked.model, folder, texts, asked.dtype) if asked.kl and method else {},
+        "kl": kl,
         "calibration": f"{asked.calibration}, {asked.num_samples} x {asked.seq_length}, random by the draw",
         "evaluation": f"plain, {asked.windows} x 2048, {asked.dtype}",
         "evaluated_in": time.perf_counter() - before,

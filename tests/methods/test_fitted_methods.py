@@ -1,8 +1,11 @@
 """refit, alps and graft on a block made of tensors: masks, budgets, passes, refusals."""
 
+import shutil
+
 import pytest
 import torch
 from families import save_model
+from safetensors.torch import load_file, save_file
 from stand_in import random_block
 
 from budwood.calibration.beside import Beside
@@ -134,6 +137,22 @@ def test_the_survey_spends_all_and_matrices_differ(llama):
     assert counts == kept_counts(model, ids, method.pattern_for, None, total)
     assert all(0 <= count <= shapes[name][0] * shapes[name][1] for name, count in counts.items())
     assert len({count / (shapes[name][0] * shapes[name][1]) for name, count in counts.items()}) > 1
+
+
+def test_what_nobody_hears_gets_nothing_beside_the_pattern(llama, tmp_path):
+    """With the output projection at 0, nothing in the attention of a block moves anything."""
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = Model(open_source(tmp_path))
+    ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(0))
+    method = parse_method("graft(bits=9.75)")
+    shapes = model.anatomy.shapes
+    counts = kept_counts(model, ids, method.pattern_for, method.base, sum(map(method.count_for, shapes.values())))
+    beside = {name: count - shapes[name][0] * shapes[name][1] // 2 for name, count in counts.items()}
+    assert not any(count for name, count in beside.items() if "layers.1.self_attn." in name)
+    assert sum(beside.values()) > 0
 
 
 def test_a_divided_budget_is_kept_and_inspect_shows_it(llama, tmp_path):
