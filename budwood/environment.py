@@ -57,6 +57,7 @@ def environment() -> dict[str, Any]:
         "disk_free": shutil.disk_usage(Path.cwd()).free,
         "plug_in": plug_in(),
         "kernels": kernels(),
+        **{f"products in {dtype}": words for dtype, words in products().items()},
         "versions": {name: installed(name) for name in NEEDED + OPTIONAL},
     }
 
@@ -111,6 +112,13 @@ def kernels() -> str:
     from budwood.kernels import native
 
     return native.why()
+
+
+def products() -> dict[str, str]:
+    """Which way of multiplying wins here, by type; nothing where torch multiplies anyway."""
+    from budwood.kernels.readiness import ways_here
+
+    return ways_here()
 
 
 def installed(name: str) -> str | None:

@@ -51,3 +51,17 @@ def measure(layer: SparseLinear, dtype: torch.dtype) -> None:
     if kernel is not None and dtype.is_floating_point:
         with torch.no_grad():
             dispatch.measure(kernel, unpacked, dtype)
+
+
+def ways_here(width: int = 1024) -> dict[str, str]:
+    """What wins on this machine for a matrix `[width, width]` pruned to half, by type: for people, in words."""
+    weight = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    weight[torch.rand(width, width, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
+    for dtype in (torch.bfloat16, torch.float32):
+        measure(SparseLinear.from_dense(weight.to(dtype), format="bitmask"), dtype)
+    return {
+        str(dtype).removeprefix("torch."): ", ".join(
+            f"{rows} rows: {dispatch.NAMES[choice.way]}" for rows, choice in found.items()
+        )
+        for (dtype, _), found in dispatch.measured.items()
+    }

@@ -268,4 +268,5 @@ def test_int8_values_and_what_is_recovered_beside_them(path, format, shape):
                 x = torch.randn(rows, shape[1]).to(dtype)
                 product = matrix.linear(x, None, way)
                 assert product is not None
-                assert error(product, x, rounded) < 1e-5 + (torch.finfo(dtype).eps if dtype != torch.float32 else 0)
+                # few rows may be rounded to 16-bit integers, 256 of them with one scale
+                assert error(product, x, rounded) < 5e-5 + (torch.finfo(dtype).eps if dtype != torch.float32 else 0)

@@ -133,6 +133,13 @@ INLINE const uint8_t* padded_mask(const Matrix& a, int64_t row, uint8_t* room) {
     return room;
 }
 
+// Places are a stream beside the values, a short piece of each row: it is fetched some rows ahead.
+INLINE void prefetch_places(const Matrix& a, int64_t row) {
+    const int64_t ahead = 4096 / a.stride < 2 ? 2 : 4096 / a.stride;
+    const char* at = reinterpret_cast<const char*>(a.places + (row + ahead) * a.stride);
+    for (int64_t byte = 0; byte < a.stride; byte += 64) _mm_prefetch(at + byte, _MM_HINT_T0);
+}
+
 INLINE uint32_t word_at(const uint8_t* mask, int64_t word) {
     uint32_t bits;
     std::memcpy(&bits, mask + 4 * word, 4);
@@ -226,6 +233,8 @@ void few_rows(const Matrix& a, const Input& in, const Output& out, int64_t first
                     mask[p][1] = mask_bytes(a, row1, folded + (2 * p + 1) * room);
                     at[p][0] = values + a.starts[row0];
                     at[p][1] = values + a.starts[row1];
+                    prefetch_places(a, row0);
+                    prefetch_places(a, row1);
 #pragma GCC unroll 8
                     for (int m = 0; m < M; ++m) sums0[m] = sums1[m] = _mm512_setzero_ps();
                 } else {
@@ -276,25 +285,35 @@ void few_of(const Matrix& a, const Input& in, const Output& out, int64_t first, 
     }
 }
 
-// int8: a segment's sum is multiplied by its scale. The values are spread as bytes and widened.
+// int8: the activations are 16-bit integers with a scale for every SEGMENT of columns, as the values have one. Their
+// products are summed exactly; each segment's sum is multiplied by both scales. What a 16-bit integer loses of an
+// activation is less than a thousandth of what bfloat16 did.
+template <bool SAFE>
+INLINE __m512i spread_bytes(uint32_t bits, const int8_t*& at, const int8_t* end) {
+    __m256i packed;
+    if (SAFE) {
+        const int64_t left = end - at;
+        packed = _mm256_maskz_loadu_epi8(left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1, at);
+    } else {
+        packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        asm("" : "+v"(packed));  // vpexpand straight from memory is many times slower than from a register
+    }
+    at += __builtin_popcount(bits);
+    return _mm512_cvtepi8_epi16(_mm256_maskz_expand_epi8(bits, packed));
+}
+
 template <bool SAFE, int M>
-INLINE void int8_words(const uint8_t* mask, const int8_t*& at, const int8_t* end, const float* x, int64_t ldx, int words,
-                       __m512* sums) {
+INLINE void int8_segment(const uint8_t* mask0, const uint8_t* mask1, const int8_t*& at0, const int8_t*& at1,
+                         const int8_t* end, const int16_t* x, int64_t ldx, int words, __m512i* sums0, __m512i* sums1) {
     for (int word = 0; word < words; ++word) {
-        const uint32_t bits = word_at(mask, word);
-        __m256i packed;
-        if (SAFE) {
-            const int64_t left = end - at;
-            packed = _mm256_maskz_loadu_epi8(left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1, at);
-        } else {
-            packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-            asm("" : "+v"(packed));  // vpexpand straight from memory is many times slower than from a register
+        const __m512i w0 = spread_bytes<SAFE>(word_at(mask0, word), at0, end);
+        const __m512i w1 = spread_bytes<SAFE>(word_at(mask1, word), at1, end);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const __m512i input = _mm512_loadu_si512(x + m * ldx + 32 * word);
+            sums0[m] = _mm512_dpwssd_epi32(sums0[m], w0, input);
+            sums1[m] = _mm512_dpwssd_epi32(sums1[m], w1, input);
         }
-        const __m256i spread = _mm256_maskz_expand_epi8(bits, packed);
-        at += __builtin_popcount(bits);
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(spread)));
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(spread, 1)));
-        add32<M>(low, high, x + 32 * word, ldx, sums);
     }
 }
 
@@ -302,7 +321,7 @@ template <int M>
 void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last) {
     const int8_t* values = static_cast<const int8_t*>(a.values);
     const int8_t* end = values + a.count;
-    const float* x = static_cast<const float*>(in.data);
+    const int16_t* x = static_cast<const int16_t*>(in.data);
     const int64_t half = (last - first + 1) / 2, segments = segments_of(a), room = (a.stride + 191) / 64 * 64;
     uint8_t* folded = static_cast<uint8_t*>(scratch(0, size_t(2 * room)));
     for (int64_t p = 0; p < half; ++p) {
@@ -311,6 +330,8 @@ void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first
         const uint8_t* mask0 = padded_mask(a, row0, folded);
         const uint8_t* mask1 = padded_mask(a, row1, folded + room);
         const int8_t *at0 = values + a.starts[row0], *at1 = values + a.starts[row1];
+        prefetch_places(a, row0);
+        prefetch_places(a, row1);
         const bool safe = a.starts[row1 + 1] + 32 > a.count || a.starts[row0 + 1] + 32 > a.count;
         __m512 total0[M], total1[M];
 #pragma GCC unroll 8
@@ -318,43 +339,36 @@ void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first
         for (int64_t segment = 0; segment < segments; ++segment) {
             const int64_t column = segment * SEGMENT, left = (a.in - column + 31) / 32;
             const int words = int(left < SEGMENT / 32 ? left : SEGMENT / 32);
-            __m512 sums0[M], sums1[M];
+            __m512i sums0[M], sums1[M];
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) sums0[m] = sums1[m] = _mm512_setzero_ps();
-            _mm_prefetch(reinterpret_cast<const char*>(at0) + AHEAD, _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(at0) + AHEAD + 64, _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(at1) + AHEAD, _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(at1) + AHEAD + 64, _MM_HINT_T0);
-            if (safe) {
-                int8_words<true, M>(mask0 + column / 8, at0, end, x + column, in.stride, words, sums0);
-                int8_words<true, M>(mask1 + column / 8, at1, end, x + column, in.stride, words, sums1);
-            } else {
-                int8_words<false, M>(mask0 + column / 8, at0, end, x + column, in.stride, words, sums0);
-                int8_words<false, M>(mask1 + column / 8, at1, end, x + column, in.stride, words, sums1);
+            for (int m = 0; m < M; ++m) sums0[m] = sums1[m] = _mm512_setzero_si512();
+            for (int line = 0; line < 128; line += 64) {
+                _mm_prefetch(reinterpret_cast<const char*>(at0) + AHEAD + line, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(at1) + AHEAD + line, _MM_HINT_T0);
             }
-            const __m512 scale0 = _mm512_set1_ps(a.scales[row0 * segments + segment]);
-            const __m512 scale1 = _mm512_set1_ps(a.scales[row1 * segments + segment]);
+            const uint8_t *m0 = mask0 + column / 8, *m1 = mask1 + column / 8;
+            safe ? int8_segment<true, M>(m0, m1, at0, at1, end, x + column, in.stride, words, sums0, sums1)
+                 : int8_segment<false, M>(m0, m1, at0, at1, end, x + column, in.stride, words, sums0, sums1);
+            const float scale0 = a.scales[row0 * segments + segment], scale1 = a.scales[row1 * segments + segment];
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
-                total0[m] = _mm512_fmadd_ps(scale0, sums0[m], total0[m]);
-                total1[m] = _mm512_fmadd_ps(scale1, sums1[m], total1[m]);
+                const float scale = in.scales[m * segments + segment];
+                total0[m] = _mm512_fmadd_ps(_mm512_set1_ps(scale0 * scale), _mm512_cvtepi32_ps(sums0[m]), total0[m]);
+                total1[m] = _mm512_fmadd_ps(_mm512_set1_ps(scale1 * scale), _mm512_cvtepi32_ps(sums1[m]), total1[m]);
             }
         }
-        float result0[M], result1[M];
+        const int64_t rows[2] = {row0, row1};
+        for (int r = 0; r < (row1 == row0 ? 1 : 2); ++r) {
+            float result[M];
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            result0[m] = _mm512_reduce_add_ps(total0[m]);
-            result1[m] = _mm512_reduce_add_ps(total1[m]);
+            for (int m = 0; m < M; ++m) result[m] = _mm512_reduce_add_ps(r ? total1[m] : total0[m]);
+            each_more(a, rows[r], [&](int64_t column, float value) {
+                for (int m = 0; m < M; ++m) {
+                    result[m] += value * in.scales[m * segments + column / SEGMENT] * float(x[m * in.stride + column]);
+                }
+            });
+            for (int m = 0; m < M; ++m) store(out, m, rows[r], result[m]);
         }
-        each_more(a, row0, [&](int64_t column, float value) {
-            for (int m = 0; m < M; ++m) result0[m] += value * x[m * in.stride + column];
-        });
-        for (int m = 0; m < M; ++m) store(out, m, row0, result0[m]);
-        if (row1 == row0) continue;
-        each_more(a, row1, [&](int64_t column, float value) {
-            for (int m = 0; m < M; ++m) result1[m] += value * x[m * in.stride + column];
-        });
-        for (int m = 0; m < M; ++m) store(out, m, row1, result1[m]);
     }
 }
 
@@ -779,6 +793,8 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                 const char* part = table + size_t(block * tiles + pass) * bytes;
                 const int64_t each = (lines * R + rows - 1) / rows;
                 for (int64_t tile = 0; tile < here; ++tile, part += bytes) {
+                    // The next part comes nearer while this one is worked with.
+                    const char* next = tile + 1 < here ? part + bytes : table + size_t((block + 1) % blocks * tiles + pass) * bytes;
                     const List<R>* its = lists;
                     const Rest<R>* own = rests;
                     for (int i = 0; i < rows; i += R) {
@@ -786,10 +802,8 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                         float* to[R];
 #pragma GCC unroll 8
                         for (int k = 0; k < R; ++k) to[k] = sums + tile * tile_sums + order[i + k] * TOKENS;
-                        if (tile + 1 < here) {  // the next part comes nearer while this one is worked with
-                            const char* next = part + bytes + i / R * each * 64;
-                            for (int64_t line = 0; line < each; ++line) _mm_prefetch(next + 64 * line, _MM_HINT_T1);
-                        }
+                        const char* lines_here = next + i / R * each * 64;
+                        for (int64_t line = 0; line < each; ++line) _mm_prefetch(lines_here + 64 * line, _MM_HINT_T1);
                         if (PAIRS) {
                             micro<PAIRS, V, R>(its, 16, own, longest, part, to, block == 0);
                             ++its;
@@ -874,6 +888,6 @@ void dense(const uint16_t* weight, int64_t in, const Input& x, const Output& out
 
 }  // namespace
 
-const Path avx512 = {"avx512", true, few, table_bytes, tables, tabulate, many, dense};
+const Path avx512 = {"avx512", true, true, few, table_bytes, tables, tabulate, many, dense};
 
 }  // namespace budwood

@@ -2,6 +2,7 @@
 // the matrices among threads.
 #include "kernels.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <new>
 #ifdef _OPENMP
@@ -21,7 +22,7 @@ const Path* best() {
 #ifdef BUDWOOD_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") &&
-        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512dq")) {
         return &avx512;
     }
@@ -70,12 +71,35 @@ void widen(const void* x, int32_t type, int64_t in, const Input& to, int64_t fir
     }
 }
 
+// x -> 16-bit integers [rows, stride] and a scale for every row and SEGMENT of columns.
+void to_integers(const void* x, int32_t type, int64_t in, int64_t rows, int64_t stride, int16_t* to, float* scales) {
+    const int64_t segments = (in + SEGMENT - 1) / SEGMENT;
+    float values[SEGMENT];
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t segment = 0; segment < segments; ++segment) {
+            const int64_t from = segment * SEGMENT, count = in - from < SEGMENT ? in - from : SEGMENT;
+            float largest = 0;
+            for (int64_t i = 0; i < count; ++i) values[i] = load(x, type, row * in + from + i);
+            for (int64_t i = 0; i < count; ++i) largest = std::fmax(largest, std::fabs(values[i]));
+            bool finite = true;
+            for (int64_t i = 0; i < count; ++i) finite = finite && std::isfinite(values[i]);
+            const float scale = largest / 32767, inverse = largest > 0 ? 32767 / largest : 0;
+            const bool usable = finite && std::isfinite(inverse);
+            for (int64_t i = 0; i < count; ++i) {
+                to[row * stride + from + i] = usable ? int16_t(std::lrintf(values[i] * inverse)) : int16_t(finite ? 0 : 1);
+            }
+            scales[row * segments + segment] = finite ? scale : NAN;
+        }
+        std::memset(to + row * stride + in, 0, size_t(stride - in) * sizeof(int16_t));
+    }
+}
+
 size_t width(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
 
 int64_t share(int64_t whole, int part, int parts) { return whole * part / parts; }
 
 Input input_for(const void* x, int32_t type, int64_t rows, int64_t in, bool bfloat16) {
-    Input input = {x, rows, (in + 63) / 64 * 64, bfloat16};
+    Input input = {x, rows, (in + 63) / 64 * 64, bfloat16, nullptr};
     const bool as_it_is = input.stride == in && type == (bfloat16 ? BFLOAT16 : FLOAT32);
     if (!as_it_is) input.data = scratch(4, size_t(rows * input.stride) * (bfloat16 ? 2 : 4));
     return input;
@@ -154,11 +178,23 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
                        const Output* outputs, int32_t threads, int32_t way) {
     const int64_t in = matrices[0].in;
     bool bfloat16 = path->multiplies_bfloat16 && type == BFLOAT16;
-    for (int32_t i = 0; i < count; ++i) bfloat16 = bfloat16 && matrices[i].type == BFLOAT16;
     const bool table = way == 2 || (way == 0 && rows > FEW && path->many);
     if (table && !path->many) return 0;
-    const Input input = input_for(x, type, rows, in, bfloat16);
-    const bool copy = input.data != x;
+    int32_t int8 = 0;
+    for (int32_t i = 0; i < count; ++i) {
+        bfloat16 = bfloat16 && matrices[i].type == BFLOAT16;
+        int8 += matrices[i].type == INT8;
+    }
+    const bool integers = path->multiplies_int16 && !table && int8;
+    if (integers && int8 < count) return 0;  // they want the activations in different types
+    Input input = input_for(x, type, rows, in, bfloat16);
+    const bool copy = input.data != x && !integers;
+    if (integers) {
+        int16_t* to = static_cast<int16_t*>(scratch(6, size_t(rows * input.stride) * sizeof(int16_t)));
+        float* scales = static_cast<float*>(scratch(7, size_t(rows * ((in + SEGMENT - 1) / SEGMENT)) * sizeof(float)));
+        to_integers(x, type, in, rows, input.stride, to, scales);
+        input.data = to, input.scales = scales;
+    }
     char* room = table ? static_cast<char*>(scratch(5, path->table_bytes(matrices[0], input))) : nullptr;
     const int64_t parts = table ? path->tables(matrices[0], input) : 0;
     const int64_t at_once = path == &scalar ? rows : FEW;
@@ -189,7 +225,9 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
             for (int64_t row = 0; row < rows; row += at_once) {
                 Input some = input;
                 some.rows = rows - row < at_once ? rows - row : at_once;
-                some.data = static_cast<const char*>(input.data) + size_t(row * input.stride) * (bfloat16 ? 2 : 4);
+                const size_t element = bfloat16 || integers ? 2 : 4;
+                some.data = static_cast<const char*>(input.data) + size_t(row * input.stride) * element;
+                if (integers) some.scales = input.scales + row * segments_of(a);
                 Output out = outputs[i];
                 out.y = static_cast<char*>(out.y) + size_t(row * out.stride) * width(out.type);
                 path->few(a, some, out, first, last);

@@ -34,7 +34,8 @@ struct Matrix {
 struct Input {
     const void* data;
     int64_t rows, stride;
-    bool bfloat16;  // else float32
+    bool bfloat16;        // else float32, or
+    const float* scales;  // where not null, 16-bit integers: one scale for each row and SEGMENT of columns
 };
 
 // Where the products go: y[row of x][row of the matrix], plus bias.
@@ -169,6 +170,7 @@ struct More {
 struct Path {
     const char* name;
     bool multiplies_bfloat16;  // takes bfloat16 activations as they are, where the values are bfloat16 too
+    bool multiplies_int16;     // takes few rows of activations as 16-bit integers, where the values are int8
     void (*few)(const Matrix&, const Input&, const Output&, int64_t first, int64_t last);
     size_t (*table_bytes)(const Matrix&, const Input&);
     int64_t (*tables)(const Matrix&, const Input&);
