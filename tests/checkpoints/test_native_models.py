@@ -26,21 +26,21 @@ def fastest(monkeypatch):
 @pytest.fixture(params=["two_four_compact", "two_four_csr", "bitmask", "two_four_compact_int8"])
 def written(tmp_path, request):
     folder, model = write_packed(tmp_path / "packed", format=request.param)
-    return folder, model.float()
+    # Int8 layers multiply with values that are not rounded to bfloat16 first, as the dense model's are.
+    return folder, model.float(), 0.08 if "int8" in request.param else 1e-3
 
 
 def opened(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options})
 
 
-def close(found, expected) -> None:
-    # Int8 layers multiply with values that are not rounded to bfloat16 first, as the dense model's are.
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.08)
+def close(found, expected, tolerance) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def test_logits_are_near_and_every_layer_is_native(written):
     packed = opened(written[0])
-    close(logits(packed), logits(written[1]))
+    close(logits(packed), logits(written[1]), written[2])
     layers = [module for module in packed.modules() if isinstance(module, SparseLinear)]
     assert layers
     assert all(layer.kernel() is not None for layer in layers)
@@ -60,13 +60,13 @@ def test_saved_again_copied_and_cast(written, tmp_path):
     packed = opened(written[0])
     expected = logits(packed)
     packed.save_pretrained(tmp_path / "again")
-    close(logits(opened(tmp_path / "again")), expected)
+    close(logits(opened(tmp_path / "again")), expected, written[2])
     assert torch.equal(logits(copy.deepcopy(packed)), expected)
     half = copy.deepcopy(packed).to(torch.bfloat16)
     torch.testing.assert_close(logits(half).float(), expected, rtol=0.1, atol=0.1)
     plain = copy.deepcopy(packed).dequantize()
     assert not any(isinstance(module, SparseLinear) for module in plain.modules())
-    close(logits(plain), expected)
+    close(logits(plain), expected, written[2])
 
 
 def test_generation_is_that_of_the_dense_model(written):
@@ -80,7 +80,7 @@ def test_offloaded_to_disk(written, tmp_path):
     places |= {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(4)}
     packed = opened(written[0], device_map=places, offload_folder=tmp_path / "offload")
     assert packed.get_submodule(LINEAR).get_parameter("values").is_meta
-    close(logits(packed), logits(written[1]))
+    close(logits(packed), logits(written[1]), written[2])
 
 
 def test_adapters_train_on_top(written):
@@ -103,4 +103,4 @@ def test_compiled(written):
     packed = opened(written[0])
     expected = logits(packed)
     packed.forward = torch.compile(packed.forward, backend="eager")
-    close(logits(packed), expected)
+    close(logits(packed), expected, written[2])
