@@ -18,6 +18,7 @@ from budwood.data.evaluation import Variant, evaluation_windows
 from budwood.data.sources import Data
 from budwood.data.tokens import Bos, tokenizer_for
 from budwood.errors import RunError
+from budwood.kernels.dispatch import exact
 from budwood.progress import Progress, Silent
 
 BOS_GAIN = 0.1  # share of the loss that a BOS must save to be worth a word
@@ -153,7 +154,8 @@ def resident(source: Source, compute: torch.dtype, device: torch.device) -> Loss
         try:
             for index, window in enumerate(ids.unsqueeze(1)):
                 start = time.perf_counter()
-                with torch.no_grad():
+                # A perplexity tells of the weights, not of the kernels: the same resident, streamed, and elsewhere.
+                with torch.no_grad(), exact():
                     losses.append(window_loss(model(window.to(device), use_cache=False).logits, window))
                 progress.block(index, f"window {index}", time.perf_counter() - start)
         finally:

@@ -6,7 +6,9 @@ decide alone.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +36,24 @@ class Choice:
     seconds: dict[str, float]
 
 
+_exact: ContextVar[bool] = ContextVar("exact", default=False)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Inside, packed weights are unpacked and multiplied by torch: bit for bit what the dense model computes."""
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def is_exact() -> bool:
+    """Whether products are to be torch's own."""
+    return _exact.get()
+
+
 measured: dict[Kind, dict[int, Choice]] = {}
 
 
@@ -51,6 +71,8 @@ def way(packed: Packed, rows: int, dtype: torch.dtype) -> int:
 
 def linear(packed: Packed, input: Tensor, bias: Tensor | None) -> Tensor | None:
     """The product by the native library; None where unpacking is the better way."""
+    if is_exact():
+        return None
     rows = input.numel() // packed.shape[1]
     chosen = AS_FEW if rows <= ALWAYS_FEW else way(packed, rows, input.dtype)
     return None if chosen == UNPACK else packed.linear(input, bias, chosen)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from budwood.kernels import dispatch
 from budwood.kernels.native import AS_FEW, FEW
 from budwood.kernels.packed import linears
 
@@ -32,7 +33,7 @@ class Siblings:
 
     def product(self, layer: "SparseLinear", input: Tensor) -> Tensor | None:
         """The product of one of the layers; None where it should go its own way."""
-        if input.is_inference():  # has no version: a change in between would go unseen
+        if dispatch.is_exact() or input.is_inference():  # has no version: a change in between would go unseen
             return None
         waiting = self.waiting
         if waiting is not None and waiting[0]() is input and waiting[1] == input._version:

@@ -270,3 +270,11 @@ def test_int8_values_and_what_is_recovered_beside_them(path, format, shape):
                 assert product is not None
                 # few rows may be rounded to 16-bit integers, 256 of them with one scale
                 assert error(product, x, rounded) < 5e-5 + (torch.finfo(dtype).eps if dtype != torch.float32 else 0)
+
+
+def test_inside_exact_the_products_are_those_of_torch(fastest):
+    weight = weights(300, 576, 0.02, torch.float32)
+    layer = SparseLinear.from_dense(weight, format="bitmask")
+    x = torch.randn(33, 576)
+    with torch.no_grad(), dispatch.exact():
+        assert torch.equal(layer(x), F.linear(x, weight))
