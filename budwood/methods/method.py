@@ -51,7 +51,7 @@ class Method:
     @property
     def published(self) -> bool:
         """Whether the figures of a published program are to be met, whose products are all torch's own."""
-        return "published" in (getattr(self, "tie", None), getattr(self, "parity", False) and "published")
+        return getattr(self, "tie", None) == "published" or bool(getattr(self, "parity", False))
 
     def check(self, linears: Mapping[str, Shape]) -> None:
         """Raise UsageError where a linear (full name: [out, in]) cannot be pruned as asked."""

@@ -273,16 +273,7 @@ void few_rows(const Matrix& a, const Input& in, const Output& out, int64_t first
 
 template <class Step>
 void few_of(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last) {
-    switch (in.rows) {
-        case 1: return few_rows<Step, 1>(a, in, out, first, last);
-        case 2: return few_rows<Step, 2>(a, in, out, first, last);
-        case 3: return few_rows<Step, 3>(a, in, out, first, last);
-        case 4: return few_rows<Step, 4>(a, in, out, first, last);
-        case 5: return few_rows<Step, 5>(a, in, out, first, last);
-        case 6: return few_rows<Step, 6>(a, in, out, first, last);
-        case 7: return few_rows<Step, 7>(a, in, out, first, last);
-        default: return few_rows<Step, 8>(a, in, out, first, last);
-    }
+    by_rows(in.rows, [&](auto rows) { few_rows<Step, rows()>(a, in, out, first, last); });
 }
 
 // int8: the activations are 16-bit integers with a scale for every SEGMENT of columns, as the values have one. Their
@@ -373,16 +364,7 @@ void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first
 }
 
 void few_int8_of(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last) {
-    switch (in.rows) {
-        case 1: return few_int8<1>(a, in, out, first, last);
-        case 2: return few_int8<2>(a, in, out, first, last);
-        case 3: return few_int8<3>(a, in, out, first, last);
-        case 4: return few_int8<4>(a, in, out, first, last);
-        case 5: return few_int8<5>(a, in, out, first, last);
-        case 6: return few_int8<6>(a, in, out, first, last);
-        case 7: return few_int8<7>(a, in, out, first, last);
-        default: return few_int8<8>(a, in, out, first, last);
-    }
+    by_rows(in.rows, [&](auto rows) { few_int8<rows()>(a, in, out, first, last); });
 }
 
 void few(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last) {
@@ -874,16 +856,7 @@ void dense_rows(const uint16_t* weight, int64_t in, const Input& x, const Output
 }
 
 void dense(const uint16_t* weight, int64_t in, const Input& x, const Output& out, int64_t first, int64_t last) {
-    switch (x.rows) {
-        case 1: return dense_rows<1>(weight, in, x, out, first, last);
-        case 2: return dense_rows<2>(weight, in, x, out, first, last);
-        case 3: return dense_rows<3>(weight, in, x, out, first, last);
-        case 4: return dense_rows<4>(weight, in, x, out, first, last);
-        case 5: return dense_rows<5>(weight, in, x, out, first, last);
-        case 6: return dense_rows<6>(weight, in, x, out, first, last);
-        case 7: return dense_rows<7>(weight, in, x, out, first, last);
-        default: return dense_rows<8>(weight, in, x, out, first, last);
-    }
+    by_rows(x.rows, [&](auto rows) { dense_rows<rows()>(weight, in, x, out, first, last); });
 }
 
 }  // namespace

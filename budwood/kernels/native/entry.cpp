@@ -96,6 +96,18 @@ void to_integers(const void* x, int32_t type, int64_t in, int64_t rows, int64_t 
 
 size_t width(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
 
+struct Team {
+    int me, all;
+};
+
+Team team() {  // which thread this is, of how many
+#ifdef _OPENMP
+    return {omp_get_thread_num(), omp_get_num_threads()};
+#else
+    return {0, 1};
+#endif
+}
+
 int64_t share(int64_t whole, int part, int parts) { return whole * part / parts; }
 
 Input input_for(const void* x, int32_t type, int64_t rows, int64_t in, bool bfloat16) {
@@ -201,11 +213,7 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     if (copy && !table) widen(x, type, in, input, 0, rows);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#ifdef _OPENMP
-        const int me = omp_get_thread_num(), all = omp_get_num_threads();
-#else
-        const int me = 0, all = 1;
-#endif
+        const auto [me, all] = team();
         if (table) {
             if (copy) {
                 widen(x, type, in, input, share(rows, me, all), share(rows, me + 1, all));
@@ -244,11 +252,7 @@ EXPORT int64_t budwood_read(const void* data, int64_t bytes, int32_t threads) {
     uint64_t total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total) if (threads > 1)
     {
-#ifdef _OPENMP
-        const int me = omp_get_thread_num(), all = omp_get_num_threads();
-#else
-        const int me = 0, all = 1;
-#endif
+        const auto [me, all] = team();
         const int64_t first = share(count / 8, me, all) * 8, last = share(count / 8, me + 1, all) * 8;
         const int64_t half = (last - first) / 16 * 8;  // two streams, as the kernels read
         uint64_t sums[16] = {};
@@ -270,11 +274,7 @@ EXPORT int32_t budwood_dense(const uint16_t* weight, int64_t out, int64_t in, co
     if (input.data != x) widen(x, BFLOAT16, in, input, 0, rows);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#ifdef _OPENMP
-        const int me = omp_get_thread_num(), all = omp_get_num_threads();
-#else
-        const int me = 0, all = 1;
-#endif
+        const auto [me, all] = team();
         const int64_t first = share(out, me, all), last = share(out, me + 1, all);
         if (first < last) path->dense(weight, in, input, *output, first, last);
     }

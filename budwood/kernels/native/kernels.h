@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace budwood {
 
@@ -130,6 +131,21 @@ inline uint32_t mask_word(const Matrix& a, int64_t row, int64_t word) {
     }
     const int64_t columns = a.in - 32 * word;
     return columns < 32 ? bits & ((1u << columns) - 1) : bits;
+}
+
+// Calls use(number of rows, known to the compiler): sums then live in registers.
+template <class Use>
+inline void by_rows(int64_t rows, Use use) {
+    switch (rows) {
+        case 1: return use(std::integral_constant<int, 1>());
+        case 2: return use(std::integral_constant<int, 2>());
+        case 3: return use(std::integral_constant<int, 3>());
+        case 4: return use(std::integral_constant<int, 4>());
+        case 5: return use(std::integral_constant<int, 5>());
+        case 6: return use(std::integral_constant<int, 6>());
+        case 7: return use(std::integral_constant<int, 7>());
+        default: return use(std::integral_constant<int, FEW>());
+    }
 }
 
 inline int64_t segments_of(const Matrix& a) { return (a.in + SEGMENT - 1) / SEGMENT; }
