@@ -1,6 +1,6 @@
 """How long pruning takes, in plain passes: forward passes of the blocks over the same tokens through transformers.
 
-    python benchmarks/prune_speed.py MODEL DATA [--rounds 3] [--compute-dtype float32]
+    python benchmarks/prune_speed.py MODEL DATA [--rounds 3] [--compute-dtype float32 bfloat16]
 
 Plain passes and runs alternate, so that a change of the machine's mood meets both; medians and ratios are printed.
 Time is that of the whole call: opening, first look, statistics, choice, packing, writing, report.
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--compute-dtype", default="float32")
+    parser.add_argument("--compute-dtype", nargs="+", default=["float32"], help="several are run in alternation")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     asked = parser.parse_args()
 
@@ -67,29 +67,33 @@ def main() -> None:
         seq_length=asked.seq_length,
         sampling="consecutive",
     ).ids
-    dtype = getattr(torch, "float32" if asked.compute_dtype == "auto" else asked.compute_dtype)
-    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=dtype).eval()
     few = ids[:16]
-    batch = min((1, 2, 4, 8, 16), key=lambda size: plain_pass(model, few, size))
-    print(f"{machine()}\nplain pass in {dtype}, batch {batch}, {ids.numel()} tokens")
+    models, batches = {}, {}
+    print(f"{machine()}\n{ids.numel()} tokens")
+    for name in asked.compute_dtype:
+        model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=getattr(torch, name)).eval()
+        batches[name] = min((1, 2, 4, 8, 16), key=lambda size, model=model: plain_pass(model, few, size))
+        models[name] = model
+        print(f"plain pass in {name}: batch {batches[name]}")
 
-    passes: list[float] = []
-    runs: dict[str, list[tuple[float, float]]] = {method: [] for method in asked.methods}
+    passes: dict[str, list[float]] = {name: [] for name in models}
+    runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range(asked.rounds):
         for method in asked.methods:
-            passes.append(plain_pass(model, ids, batch))
-            runs[method].append(
-                pruning(asked.model, asked.data, method, asked.num_samples, asked.seq_length, asked.compute_dtype)
-            )
-            whole, loop = runs[method][-1]
-            print(f"  pass {passes[-1]:.1f} s, {method} {whole:.1f} s (blocks {loop:.1f} s)", flush=True)
-    plain = statistics.median(passes)
-    print("\n| | seconds | plain passes | blocks alone, plain passes |\n| --- | --- | --- | --- |")
-    print(f"| plain pass | {plain:.1f} | 1 | |")
-    for method, times in runs.items():
-        whole = statistics.median(time for time, _ in times)
-        loop = statistics.median(time for _, time in times)
-        print(f"| {method} | {whole:.1f} | {whole / plain:.2f} | {loop / plain:.2f} |")
+            for name, model in models.items():
+                passes[name].append(plain_pass(model, ids, batches[name]))
+                whole, loop = pruning(asked.model, asked.data, method, asked.num_samples, asked.seq_length, name)
+                runs.setdefault((method, name), []).append((whole, loop))
+                print(
+                    f"  {name}: pass {passes[name][-1]:.1f} s, {method} {whole:.1f} s (blocks {loop:.1f} s)", flush=True
+                )
+    plain = {name: statistics.median(times) for name, times in passes.items()}
+    print("\n| | type | seconds | plain passes | blocks alone, plain passes |\n| --- | --- | ---: | ---: | ---: |")
+    for name, seconds in plain.items():
+        print(f"| plain pass | {name} | {seconds:.1f} | 1 | |")
+    for (method, name), times in runs.items():
+        whole, loop = (statistics.median(part) for part in zip(*times, strict=True))
+        print(f"| {method} | {name} | {whole:.1f} | {whole / plain[name]:.2f} | {loop / plain[name]:.2f} |")
 
 
 if __name__ == "__main__":

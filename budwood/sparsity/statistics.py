@@ -33,7 +33,7 @@ class SquaredNorm:
             self.count += sequence.shape[0]
             self.mean *= self.sequences / (self.sequences + 1)
             self.sequences += 1
-            self.mean += torch.linalg.vector_norm(sequence.float(), dim=0) ** 2 / self.sequences
+            self.mean += _squares(sequence) / self.sequences
 
     @property
     def total(self) -> Tensor:
@@ -50,6 +50,13 @@ class SquaredNorm:
     def check(self, name: str) -> None:
         """Raise RunError when calibration gave the linear `name` a value that is not finite."""
         _check(self.mean, name)
+
+
+def _squares(sequence: Tensor) -> Tensor:
+    """Sum of the squares of every feature over the tokens of [tokens, in], float32."""
+    if sequence.dtype == torch.float32:
+        return torch.linalg.vector_norm(sequence, dim=0) ** 2  # as published, to the last bit
+    return sequence.float().square_().sum(0)  # several times as fast
 
 
 class Gram:

@@ -34,8 +34,9 @@ def test_any_split_of_the_tokens_gives_the_same_sums(statistic, cut, width):
     torch.testing.assert_close(whole.sums()[0], parts.sums()[0], rtol=1e-5, atol=1e-3)
 
 
-def test_batches_do_not_matter_to_the_last_bit():
-    x = torch.randn(6, 50, 40, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_do_not_matter_to_the_last_bit(dtype):
+    x = torch.randn(6, 50, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     one, two, six = SquaredNorm(40), SquaredNorm(40), SquaredNorm(40)
     one.add(x)
     for pair in x.split(2):

@@ -47,6 +47,10 @@ struct Output {
     int32_t type;
 };
 
+// Everything with a body has a copy of its own in every file: were there one for all, it could be one that was compiled
+// for instructions which the processor at hand lacks.
+namespace {
+
 inline float from_bfloat16(uint16_t bits) {
     uint32_t wide = uint32_t(bits) << 16;
     float value;
@@ -179,6 +183,8 @@ struct More {
         while (stop < end && a.more_columns[stop] < within) ++stop;
     }
 };
+
+}  // namespace
 
 // What one instruction set offers. `few` computes rows [first, last) of the matrix for up to FEW rows of x; `many` does
 // so for any number, from a table that `tabulate` has made of x (parts [first, last) of `tables`); null where a path has

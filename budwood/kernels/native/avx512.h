@@ -1,0 +1,55 @@
+// What the AVX-512 files share: reading values and masks.
+#pragma once
+
+#include "kernels.h"
+
+#include <immintrin.h>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace budwood::with_avx512 {
+
+// The next values of a row: up to 32 from `at`, none beyond `end`.
+template <bool SAFE>
+INLINE __m512i read32(const uint16_t* at, const uint16_t* end) {
+    if (!SAFE) {
+        __m512i values = _mm512_loadu_si512(at);
+        asm("" : "+v"(values));  // vpexpand straight from memory is many times slower than from a register
+        return values;
+    }
+    const int64_t left = end - at;
+    const __mmask32 some = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
+    return _mm512_maskz_loadu_epi16(some, at);
+}
+
+// Nibbles of places -> nibbles of set bits, 64 bytes at a time. `to` has room for whole vectors.
+INLINE void unfold(const uint8_t* places, int64_t bytes, uint8_t* to) {
+    alignas(16) static const uint8_t set[16] = {1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8};
+    const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(set)));
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (int64_t byte = 0; byte < bytes; byte += 64) {
+        const __mmask64 some = bytes - byte >= 64 ? ~0ull : (1ull << (bytes - byte)) - 1;
+        const __m512i packed = _mm512_maskz_loadu_epi8(some, places + byte);
+        const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(packed, nibble));
+        const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble));
+        _mm512_storeu_si512(to + byte, _mm512_or_si512(low, _mm512_slli_epi16(high, 4)));
+    }
+}
+
+// A row's mask as bytes that may be read as words: where it lies, unless it has to be unfolded first.
+INLINE const uint8_t* mask_bytes(const Matrix& a, int64_t row, uint8_t* room) {
+    const uint8_t* places = a.places + row * a.stride;
+    if (a.coding == BITMASK) return places;
+    unfold(places, a.stride, room);
+    return room;
+}
+
+void few(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last);
+void dense(const uint16_t* weight, int64_t in, const Input& x, const Output& out, int64_t first, int64_t last);
+
+size_t table_bytes(const Matrix& a, const Input& in);
+int64_t tables(const Matrix& a, const Input& in);
+void tabulate(const Input& in, char* table, int64_t first, int64_t last);
+void many(const Matrix& a, const Input& in, const char* table, const Output& out, int64_t first, int64_t last);
+
+}  // namespace budwood::with_avx512
