@@ -22,6 +22,18 @@ INLINE __m512i read32(const uint16_t* at, const uint16_t* end) {
     return _mm512_maskz_loadu_epi16(some, at);
 }
 
+// Sixteen values from `index` on, those of `some`, as float32.
+INLINE __m512 read_values(const void* values, int32_t type, int64_t index, __mmask16 some) {
+    if (type == FLOAT32) return _mm512_maskz_loadu_ps(some, static_cast<const float*>(values) + index);
+    if (type == INT8) {
+        const __m128i raw = _mm_maskz_loadu_epi8(some, static_cast<const int8_t*>(values) + index);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
+    }
+    const __m256i raw = _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(values) + index);
+    if (type == FLOAT16) return _mm512_cvtph_ps(raw);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
 // Nibbles of places -> nibbles of set bits, 64 bytes at a time. `to` has room for whole vectors.
 INLINE void unfold(const uint8_t* places, int64_t bytes, uint8_t* to) {
     alignas(16) static const uint8_t set[16] = {1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8};

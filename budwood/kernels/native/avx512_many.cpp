@@ -9,8 +9,8 @@ namespace {
 constexpr int COLUMNS = 64;    // of x in one part of the table, which then stays in the first cache
 constexpr int GROUPS = COLUMNS / 4;
 constexpr int PASS = 512;      // rows of x whose sums are kept at a time
-constexpr int NEARBY = 192;    // bytes to fetch before they are needed
-constexpr int ROWS = 128;      // of the matrix whose sums are kept at a time
+constexpr int LINES = 2;       // to fetch before they are needed
+constexpr int ROWS = 256;      // of the matrix whose sums are kept at a time
 
 // Rows of x go in tiles of one, two or four vectors of sixteen.
 int vectors_for(int64_t rows) { return rows <= 16 ? 1 : rows <= 32 ? 2 : 4; }
@@ -173,17 +173,7 @@ INLINE void list_singles(const Matrix& a, int64_t row, int64_t block, int count,
     const float scale = a.type == INT8 ? a.scales[row * segments_of(a) + block * COLUMNS / SEGMENT] : 1;
     for (int i = 0; i < count; i += 16) {
         const __mmask16 some = count - i >= 16 ? 0xffff : __mmask16((1u << (count - i)) - 1);
-        __m512 values;
-        if (a.type == FLOAT32) {
-            values = _mm512_maskz_loadu_ps(some, static_cast<const float*>(a.values) + at + i);
-        } else if (a.type == INT8) {
-            const __m128i raw = _mm_maskz_loadu_epi8(some, static_cast<const int8_t*>(a.values) + at + i);
-            values = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw)));
-        } else {
-            const __m256i raw = _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(a.values) + at + i);
-            values = a.type == FLOAT16 ? _mm512_cvtph_ps(raw)
-                                       : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-        }
+        const __m512 values = _mm512_mul_ps(_mm512_set1_ps(scale), read_values(a.values, a.type, at + i, some));
         _mm512_storeu_ps(weights + i, values);
     }
 }
@@ -306,6 +296,7 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                 alignas(64) uint64_t bits[ROWS] = {}, chosen[ROWS];
                 alignas(64) uint8_t numbers[(ROWS + 1) * 16] = {};
                 uint8_t counts[ROWS];
+                const char* soon[ROWS][2];
                 int begin[LONGEST + 2] = {}, order[ROWS + R];
                 const int64_t left = a.in - block * COLUMNS;
                 for (int r = 0; r < rows; ++r) {
@@ -315,8 +306,16 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                         std::memcpy(&bits[r], mask[r] + 8 * block, size_t((left + 7) / 8));
                         bits[r] &= (1ull << left) - 1;
                     }
-                    // Each row is read a line at a time, too seldom for the processor to see it coming.
-                    _mm_prefetch(static_cast<const char*>(a.values) + at[r] * value_bytes + NEARBY, _MM_HINT_T0);
+                }
+                // Rows are read a line at a time, too seldom for the processor to see it coming: what the next blocks need,
+                // and near the end what the rows need that come in place of these.
+                const int64_t line = LINES + 1 + block - blocks;
+                const char* values = static_cast<const char*>(a.values);
+                for (int r = 0; r < rows; ++r) {
+                    const int64_t next = row + ROWS + r;
+                    soon[r][0] = values + at[r] * value_bytes + 64 * (LINES + 1);
+                    soon[r][1] = line >= 0 && next < last ? values + a.starts[next] * value_bytes + 64 * line
+                                                          : reinterpret_cast<const char*>(mask[r]) + 8 * block + 64;
                 }
                 // Rows of like length side by side: a count that seldom changes is a branch foreseen.
                 if (PAIRS) {
@@ -405,6 +404,10 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                         for (int k = 0; k < R; ++k) to[k] = sums + tile * tile_sums + order[i + k] * TOKENS;
                         const char* lines_here = next + i / R * each * 64;
                         for (int64_t line = 0; line < each; ++line) _mm_prefetch(lines_here + 64 * line, _MM_HINT_T1);
+                        for (int k = i; tile == 0 && k < i + R && k < rows; ++k) {
+                            _mm_prefetch(soon[k][0], _MM_HINT_T0);
+                            _mm_prefetch(soon[k][1], _MM_HINT_T0);
+                        }
                         if (PAIRS) {
                             micro<PAIRS, V, R>(its, 16, own, longest, part, to, block == 0);
                             ++its;

@@ -5,12 +5,17 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 namespace budwood {
 namespace {
+
+constexpr size_t HUGE_PAGE = 2 << 20;
 
 struct Room {
     void* data = nullptr;
@@ -71,13 +76,14 @@ void widen(const void* x, int32_t type, int64_t in, const Input& to, int64_t fir
     }
 }
 
-// x -> 16-bit integers [rows, stride] and a scale for every row and SEGMENT of columns.
-void to_integers(const void* x, int32_t type, int64_t in, int64_t rows, int64_t stride, int16_t* to, float* scales) {
+// x -> 16-bit integers [rows, stride] and a scale for every row and SEGMENT of columns, and float32 [rows, stride].
+void to_integers(const void* x, int32_t type, int64_t in, int64_t rows, int64_t stride, int16_t* to, float* scales,
+                 float* exact) {
     const int64_t segments = (in + SEGMENT - 1) / SEGMENT;
-    float values[SEGMENT];
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t segment = 0; segment < segments; ++segment) {
             const int64_t from = segment * SEGMENT, count = in - from < SEGMENT ? in - from : SEGMENT;
+            float* values = exact + row * stride + from;
             float largest = 0;
             for (int64_t i = 0; i < count; ++i) values[i] = load(x, type, row * in + from + i);
             for (int64_t i = 0; i < count; ++i) largest = std::fmax(largest, std::fabs(values[i]));
@@ -111,7 +117,7 @@ Team team() {  // which thread this is, of how many
 int64_t share(int64_t whole, int part, int parts) { return whole * part / parts; }
 
 Input input_for(const void* x, int32_t type, int64_t rows, int64_t in, bool bfloat16) {
-    Input input = {x, rows, (in + 63) / 64 * 64, bfloat16, nullptr};
+    Input input = {x, rows, (in + 63) / 64 * 64, bfloat16, nullptr, nullptr};
     const bool as_it_is = input.stride == in && type == (bfloat16 ? BFLOAT16 : FLOAT32);
     if (!as_it_is) input.data = scratch(4, size_t(rows * input.stride) * (bfloat16 ? 2 : 4));
     return input;
@@ -120,13 +126,17 @@ Input input_for(const void* x, int32_t type, int64_t rows, int64_t in, bool bflo
 }  // namespace
 
 void* scratch(int slot, size_t bytes) {
-    static thread_local Room rooms[8];
+    static thread_local Room rooms[9];
     Room& room = rooms[slot];
     if (room.bytes < bytes) {
         std::free(room.data);
-        room.bytes = (bytes + bytes / 2 + 4095) / 4096 * 4096;
-        room.data = std::aligned_alloc(4096, room.bytes);
+        const size_t page = bytes < HUGE_PAGE ? 4096 : HUGE_PAGE;
+        room.bytes = (bytes + bytes / 2 + page - 1) / page * page;
+        room.data = std::aligned_alloc(page, room.bytes);
         if (!room.data) std::abort();
+#ifdef MADV_HUGEPAGE
+        if (page == HUGE_PAGE) madvise(room.data, room.bytes, MADV_HUGEPAGE);  // a table is read all over the place
+#endif
     }
     return room.data;
 }
@@ -204,8 +214,9 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     if (integers) {
         int16_t* to = static_cast<int16_t*>(scratch(6, size_t(rows * input.stride) * sizeof(int16_t)));
         float* scales = static_cast<float*>(scratch(7, size_t(rows * ((in + SEGMENT - 1) / SEGMENT)) * sizeof(float)));
-        to_integers(x, type, in, rows, input.stride, to, scales);
-        input.data = to, input.scales = scales;
+        float* exact = static_cast<float*>(scratch(8, size_t(rows * input.stride) * sizeof(float)));
+        to_integers(x, type, in, rows, input.stride, to, scales, exact);
+        input.data = to, input.scales = scales, input.exact = exact;
     }
     char* room = table ? static_cast<char*>(scratch(5, path->table_bytes(matrices[0], input))) : nullptr;
     const int64_t parts = table ? path->tables(matrices[0], input) : 0;
@@ -235,7 +246,7 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
                 some.rows = rows - row < at_once ? rows - row : at_once;
                 const size_t element = bfloat16 || integers ? 2 : 4;
                 some.data = static_cast<const char*>(input.data) + size_t(row * input.stride) * element;
-                if (integers) some.scales = input.scales + row * segments_of(a);
+                if (integers) some.scales = input.scales + row * segments_of(a), some.exact = input.exact + row * input.stride;
                 Output out = outputs[i];
                 out.y = static_cast<char*>(out.y) + size_t(row * out.stride) * width(out.type);
                 path->few(a, some, out, first, last);

@@ -36,7 +36,8 @@ struct Input {
     const void* data;
     int64_t rows, stride;
     bool bfloat16;        // else float32, or
-    const float* scales;  // where not null, 16-bit integers: one scale for each row and SEGMENT of columns
+    const float* scales;  // where not null, 16-bit integers: one scale for each row and SEGMENT of columns,
+    const float* exact;   // and the activations as they came, float32 [rows, stride]
 };
 
 // Where the products go: y[row of x][row of the matrix], plus bias.
