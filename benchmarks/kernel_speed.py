@@ -4,7 +4,8 @@
 
 MODEL is a folder that `budwood prune` wrote with WRP. Its matrices are timed as they are, and tiled to larger ones with
 their statistics. Every round times each variant once, with weights that left the cache; `share` is bytes read a second
-against pure reading in the same round. Medians.
+against pure reading in the same round. Medians. --onnx: onnxruntime's dense float32 product too, its weights packed in
+advance (wants the packages onnx and onnxruntime).
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from budwood.benching import COLD, in_turns, ratio
+from budwood.benching import COLD
 from budwood.checkpoints.loading import load
 from budwood.environment import machine
 from budwood.formats import FORMATS, pack_as
@@ -25,6 +26,7 @@ from budwood.kernels.head import multiply
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import AS_FEW, AS_MANY
 from budwood.kernels.packed import Packed, prepare
+from budwood.timing import in_turns, ratio
 
 LARGE = ((2048, 2048), (8192, 2048), (4096, 4096))  # [out, in]
 
@@ -59,6 +61,7 @@ class Case:
             "2:4 + recovered": self.forms("bitmask", weights),
             "2:4 alone": self.forms("two_four", [only_two_four(weight) for weight in weights]),
             "int8": self.forms("two_four_compact_int8", weights),
+            "int8, recovered too": self.forms("bitmask_int8", weights),
         }
         self.memory = torch.zeros(2 * COLD, dtype=torch.uint8)
 
@@ -74,7 +77,7 @@ class Case:
             made.append(packed)
         return made
 
-    def variants(self, rows: int) -> dict[str, Callable[[int], object]]:
+    def variants(self, rows: int, onnx: bool = False) -> dict[str, Callable[[int], object]]:
         x = torch.randn(rows, self.shape[1]).bfloat16()
         wide = x.float()
         found: dict[str, Callable[[int], object]] = {
@@ -90,6 +93,9 @@ class Case:
         found[name] = lambda turn: forms[turn % self.copies].linear(wide, None, way)
         if rows <= 8:
             found["dense, ours"] = lambda turn: multiply(self.dense[turn % self.copies], x, None)
+        if onnx:
+            products = [onnx_product(weight, self.threads) for weight in self.wide[:4]]
+            found["onnxruntime fp32"] = lambda turn: products[turn % len(products)](wide)
         if rows == 1:
             library, size = native.library(), self.bytes("2:4 + recovered")
             assert library is not None
@@ -103,12 +109,33 @@ class Case:
         return sum(tensor.nbytes for tensor in self.packed[name][0].held)
 
 
+def onnx_product(weight: Tensor, threads: int) -> Callable[[Tensor], object]:
+    """x -> x weightT by onnxruntime, which packs its constants when a session opens."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, size])
+        for name, size in (("x", weight.shape[1]), ("y", weight.shape[0]))
+    )
+    constant = numpy_helper.from_array(weight.T.contiguous().numpy(), "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "product", [x], [y], [constant])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    onnx.checker.check_model(made)
+    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda input: session.run(None, {"x": input.numpy()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", default="1,2,4,8,64,512")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--onnx", action="store_true")
     parser.add_argument("--small", action="store_true", help="the model's own shapes only")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -131,14 +158,18 @@ def main() -> None:
         for shape, weights in cases.items():
             case = Case(weights, asked.threads)
             rounds = asked.rounds if rows <= 8 else max(7, asked.rounds // 4)
-            times = in_turns(case.variants(rows), rounds)
+            times = in_turns(case.variants(rows, asked.onnx), rounds)
             medians = ", ".join(f"{name} {statistics.median(found) * 1e6:.0f}" for name, found in times.items())
             print(f"{shape[1]} -> {shape[0]}: {medians}")
             ours = times["2:4 + recovered"]
             line = [f"x {name} {ratio(times[name], ours):.2f}" for name in ("torch bf16", "torch fp32")]
             line.append(f"recovered +{100 * (ratio(ours, times['2:4 alone']) - 1):.0f} %")
-            line.append(f"int8 x torch bf16 {ratio(times['torch bf16'], times['int8']):.2f}")
+            for name in ("int8", "int8, recovered too"):
+                line.append(f"{name} x torch bf16 {ratio(times['torch bf16'], times[name]):.2f}")
             line.append(f"fp32 x torch fp32 {ratio(times['torch fp32'], times['2:4 + recovered, fp32']):.2f}")
+            if asked.onnx:
+                gain = ratio(times["onnxruntime fp32"], times["2:4 + recovered, fp32"])
+                line.append(f"fp32 x onnxruntime fp32 {gain:.2f}")
             if "dense, ours" in times:
                 line.append(f"x own dense {ratio(times['dense, ours'], ours):.2f}")
             if "read" in times:

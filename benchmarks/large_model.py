@@ -1,6 +1,6 @@
-"""Peak memory of pruning a model much larger than it: a random Llama, its file written shard by shard.
+"""Peak memory of pruning a model much larger than it: a random Llama of the wanted size.
 
-    python benchmarks/large_model.py FOLDER [--gigabytes 8]
+    python benchmarks/large_model.py FOLDER [--gigabytes 8] [--method "wrp(alpha=0.25)"]
 
 Builds FOLDER/dense once (bfloat16), prunes it in a process of its own and prints the peak resident size.
 """
@@ -12,67 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from random_llama import build, write_text
 
-HIDDEN, WIDE, VOCABULARY = 2560, 6912, 32000
-WORDS = 400  # distinct words of the made-up calibration text
-
-
-def build(folder: Path, gigabytes: float) -> None:
-    block = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDE
-    blocks = int((gigabytes * 1e9 / 2 - 2 * VOCABULARY * HIDDEN) / block) + 1
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=WIDE,
-        num_hidden_layers=blocks,
-        num_attention_heads=20,
-        num_key_value_heads=20,
-        max_position_embeddings=2048,
-        dtype="bfloat16",
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-    )
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
-
-    weight_map: dict[str, str] = {}
-
-    def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / name, {"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-
-    write(
-        "model-outside.safetensors",
-        {
-            "model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN),
-            "lm_head.weight": matrix(VOCABULARY, HIDDEN),
-            "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-        },
-    )
-    for index in range(blocks):
-        path = f"model.layers.{index}"
-        norms = {
-            f"{path}.{n}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)
-            for n in ("input_layernorm", "post_attention_layernorm")
-        }
-        attention = {f"{path}.self_attn.{n}_proj.weight": matrix(HIDDEN, HIDDEN) for n in "qkvo"}
-        mlp = {f"{path}.mlp.{n}_proj.weight": matrix(WIDE, HIDDEN) for n in ("gate", "up")}
-        down = {f"{path}.mlp.down_proj.weight": matrix(HIDDEN, WIDE)}
-        write(f"model-{index:05d}.safetensors", norms | attention | mlp | down)
-        print(f"\rbuilding block {index + 1} of {blocks}", end="", file=sys.stderr)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    vocabulary = {f"w{i}": i for i in range(WORDS)} | {"<unk>": WORDS}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+HIDDEN, WIDE, HEADS, VOCABULARY = 2560, 6912, 20, 32000
 
 
 def main() -> None:
@@ -84,9 +26,10 @@ def main() -> None:
     asked = parser.parse_args()
     dense, text, out = asked.folder / "dense", asked.folder / "text.txt", asked.folder / "pruned"
     if not (dense / "config.json").is_file():
-        build(dense, asked.gigabytes)
-    chance = torch.randint(WORDS, (6000,), generator=torch.Generator().manual_seed(1)).tolist()
-    text.write_text(" ".join(f"w{i}" for i in chance))
+        block = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDE
+        blocks = int((asked.gigabytes * 1e9 / 2 - 2 * VOCABULARY * HIDDEN) / block) + 1
+        build(dense, HIDDEN, WIDE, blocks, HEADS, VOCABULARY)
+    write_text(text, 6000)
     command = [
         sys.executable,
         "-m",

@@ -24,14 +24,13 @@ from budwood.evaluation.report import with_speed
 from budwood.kernels import dispatch, native
 from budwood.kernels.linear import SparseLinear
 from budwood.progress import Progress, Silent
+from budwood.timing import in_turns, ratio, spread
 
 ROWS = (1, 8, 64, 512)
 ROUNDS = {1: 60, 8: 40, 64: 20}  # by the largest number of rows; more of them take fewer rounds
 FEWEST = 8
 COLD = 160 << 20  # bytes of weights that take turns: more than caches hold
 PROMPT, NEW, REPEATS = 128, 32, 5  # tokens, and how often a model generates
-
-Times = dict[str, list[float]]  # seconds of each round, by variant
 
 
 def bench(
@@ -190,34 +189,6 @@ def generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Tensor:
         do_sample=False,
         pad_token_id=0,
     )
-
-
-def in_turns(variants: Mapping[str, Callable[[int], object]], rounds: int) -> Times:
-    """Every variant once a round; the first round is not counted."""
-    times: Times = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run(turn)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
-    """Median of the ratios of each round: what both met together cancels."""
-    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
-
-
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median seconds, and the tenth and ninetieth percentile."""
-    ordered = sorted(times)
-    last = len(ordered) - 1
-    return {
-        "median": statistics.median(ordered),
-        "low": ordered[round(0.1 * last)],
-        "high": ordered[round(0.9 * last)],
-    }
 
 
 def bytes_of(layer: SparseLinear) -> int:

@@ -1,5 +1,6 @@
 """The machine and the versions at hand: what a figure must be read with, and what `budwood env` shows."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -126,3 +127,11 @@ def installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def trim_memory() -> None:
+    """Hands freed memory back to the system, where the C library can: between tensors of many sizes it keeps a lot."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # not the GNU library
+        return

@@ -12,6 +12,7 @@ FLOORS = {
     "errors": -2,
     "amounts": -1,
     "progress": -1,
+    "timing": -1,
     "packages": 0,
     "sparsity": 0,
     "formats": 1,

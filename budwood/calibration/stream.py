@@ -17,6 +17,7 @@ from budwood.checkpoints.skeleton import float32_names
 from budwood.checkpoints.source import Source
 from budwood.checkpoints.weights import storage_dtype
 from budwood.checkpoints.writer import Writer
+from budwood.environment import trim_memory
 from budwood.errors import RunError
 from budwood.models.rehearsal import Rehearsal, rehearse
 
@@ -85,6 +86,7 @@ class Model:
                     if writer is not None and notes is None:
                         self._write_block(block, writer)
                 del stored, block
+                trim_memory()
 
     def embed(self, windows: Tensor, batch: int | None = None) -> Activations:
         """The hidden states [windows, tokens, hidden] that enter the first block."""

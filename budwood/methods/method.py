@@ -19,6 +19,7 @@ class Linear(Protocol):
     """One prunable matrix of a block."""
 
     name: str  # in full, "model.layers.7.self_attn.q_proj"
+    stored: Tensor  # [out, in] in the storage type
     recovered: int | None  # positions beyond the base pattern, set by methods that recover
 
     @property
@@ -86,7 +87,7 @@ def prune(linear: Linear, scores: Tensor, pattern: Pattern) -> int:
     """Set to zero what `pattern` does not keep; returns how many positions stay."""
     with naming(linear.name):
         keep = pattern.keep(scores)  # [out, in]
-    linear.weight = torch.where(keep, linear.weight, 0)  # a product would leave negative zeros
+    linear.weight = torch.where(keep, linear.stored, 0)  # a product would leave negative zeros
     return int(keep.sum())
 
 

@@ -70,3 +70,4 @@ class Wanda(Method):
         for linear, scores in metrics.wanda(block):
             pattern = self.pattern_for(linear.shape, linear.name)
             prune(linear, scores, Top(shares[linear.name], self.scope) if linear.name in shares else pattern)
+            del scores  # as large as the matrix in float32, while the next one's are made

@@ -150,3 +150,4 @@ class Wrp(Method):
             own = replace(self, density=densities.get(linear.name, self.density))
             kept = prune(linear, scores, own.pattern_for(linear.shape, linear.name))
             linear.recovered = kept - scores.numel() * self.base.kept // self.base.group
+            del scores  # as large as the matrix in float32, while the next one's are made

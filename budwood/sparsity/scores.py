@@ -12,7 +12,7 @@ def magnitude(weight: Tensor) -> Tensor:
 
 def wanda(weight: Tensor, norms: Tensor) -> Tensor:
     """Size of the weight times the norm of its input (arXiv 2306.11695, equation 1)."""
-    return weight.float().abs() * norms.float().to(weight.device)  # [out, in] * [in]
+    return weight.float().abs().mul_(norms.float().to(weight.device))  # [out, in] * [in]
 
 
 def obs(weight: Tensor, factor: Factor) -> Tensor:

@@ -1,0 +1,35 @@
+"""Comparing times on a machine whose mood changes: everything in turns, medians, ratios of what met the same round."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+Times = dict[str, list[float]]  # seconds of each round, by variant
+
+
+def in_turns(variants: Mapping[str, Callable[[int], object]], rounds: int) -> Times:
+    """Every variant once a round; the first round is not counted."""
+    times: Times = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run(turn)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
+    """Median of the ratios of each round: what both met together cancels."""
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Median seconds, and the tenth and ninetieth percentile."""
+    ordered = sorted(times)
+    last = len(ordered) - 1
+    return {
+        "median": statistics.median(ordered),
+        "low": ordered[round(0.1 * last)],
+        "high": ordered[round(0.9 * last)],
+    }
