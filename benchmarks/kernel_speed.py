@@ -124,6 +124,7 @@ def onnx_product(weight: Tensor, threads: int) -> Callable[[Tensor], object]:
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it slows whatever runs after it
     onnx.checker.check_model(made)
     session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda input: session.run(None, {"x": input.numpy()})
