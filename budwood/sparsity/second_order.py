@@ -4,7 +4,8 @@ Everything runs in float64. The sweep works on the transposed matrix [in, out], 
 weight is one contiguous row here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,25 @@ def factorise(hessian: Tensor, damp: float) -> Factor:
     """Factor the inverse of `hessian` [in, in] with damp * mean(diagonal) added to its diagonal.
 
     Only the upper triangle is read. Dead features count 1 on the diagonal. Where the factorisation fails the
-    damping goes up to 0.1 and 1 of the mean, then interactions are ignored. The matrix must be finite.
+    damping goes up to 0.1 and 1 of the mean, then interactions are ignored. The matrix must be finite. The result
+    does not depend on the number of threads.
     """
+    with _one_thread():
+        return _factorise(hessian, damp)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The library's factorisation sums in another order for another number of threads, and small models show it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _factorise(hessian: Tensor, damp: float) -> Factor:
     diagonal = hessian.diagonal().double()
     dead = diagonal == 0
     diagonal = torch.where(dead, 1.0, diagonal)

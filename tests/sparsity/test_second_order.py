@@ -219,3 +219,22 @@ def test_the_weight_given_is_left_alone():
         before = weight.clone()
         sparsegpt(weight, example_factor(), NM(2, 4))
         assert torch.equal(weight, before)
+
+
+def test_the_number_of_threads_does_not_matter():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(900, 300, generator=random, dtype=torch.float64)
+    weight, hessian = torch.randn(64, 300, generator=random), x.T @ x
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            factor = factorise(hessian, 0.01)
+            assert torch.get_num_threads() == threads
+            results.append((factor.upper, sparsegpt(weight, factor, NM(2, 4)).weight.float()))
+    finally:
+        torch.set_num_threads(before)
+    for upper, pruned in results[1:]:
+        assert torch.equal(upper, results[0][0])
+        assert torch.equal(pruned, results[0][1])
