@@ -13,7 +13,6 @@ from torch import Tensor
 from budwood.amounts import parse_bytes
 from budwood.bookkeeping import account
 from budwood.calibration.arithmetic import dtype_named, faster_dtype, known_device, name_of
-from budwood.calibration.attention import attend_in_blocks
 from budwood.calibration.block import Block
 from budwood.calibration.stream import DEFAULT_LIMIT, Model
 from budwood.checkpoints.anatomy import Anatomy
@@ -126,9 +125,8 @@ def prune(
         skip=skip,
         activation_limit=limit,
         sparse_products=sparse,
+        blocked_attention=compute == torch.bfloat16 and place.type == "cpu",
     )
-    if compute == torch.bfloat16 and place.type == "cpu":
-        attend_in_blocks(model.module)
     if windows and not found:
         notes.say(first_look(model, windows.ids, tokenizer))
 

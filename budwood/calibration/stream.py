@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood.calibration.activations import Activations, batch_size
+from budwood.calibration.attention import attend_in_blocks
 from budwood.calibration.block import Block, describe
 from budwood.checkpoints.anatomy import Anatomy
 from budwood.checkpoints.packing import pack
@@ -30,7 +31,7 @@ class Model:
     storage: type of the weights kept and written (the source's own where None). compute: type of the forward passes.
     skip: regular expressions of linears to leave alone. activation_limit: bytes of hidden states held in memory,
     beyond which they live in a file in `scratch`. sparse_products: what was pruned is multiplied by the native kernels
-    when a block runs on.
+    when a block runs on. blocked_attention: see `attend_in_blocks`.
     """
 
     def __init__(
@@ -44,13 +45,16 @@ class Model:
         activation_limit: int = DEFAULT_LIMIT,
         scratch: Path | None = None,
         sparse_products: bool = False,
+        blocked_attention: bool = False,
     ):
         self.source, self.compute, self.device = source, compute, torch.device(device)
         self.activation_limit, self.scratch = activation_limit, scratch
-        self.sparse_products = sparse_products
+        self.sparse_products, self.blocked_attention = sparse_products, blocked_attention
         self.anatomy = Anatomy(source.config, compute=compute, skip=skip, trust_remote_code=source.trust_remote_code)
         self.module, self.path, self.modules = self.anatomy.module, self.anatomy.path, self.anatomy.modules
         self.linears = self.anatomy.linears
+        if blocked_attention:
+            attend_in_blocks(self.module)
         self.weights = source.weights(self.anatomy)
         self.storage = storage or storage_dtype(source.shards)
         self.activations: Activations | None = None

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from families import BLOCKS, FAMILIES, build, token_ids
+from families import BLOCKS, FAMILIES, build, save_model, token_ids
 from torch.nn.functional import scaled_dot_product_attention
 
 from budwood.calibration.attention import NAME, attend_in_blocks, causal_attention
+from budwood.calibration.beside import Beside
+from budwood.calibration.stream import Model
+from budwood.checkpoints.source import open_source
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 128, 129, 300])
@@ -17,6 +20,23 @@ def test_it_is_torchs_causal_attention(tokens, heads, shared):
     value = torch.randn(2, shared, tokens, 5, dtype=torch.float64)
     wanted = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=0.3)
     torch.testing.assert_close(causal_attention(query, key, value, 0.3), wanted)
+
+
+def test_gradients_are_torchs_too():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, 150, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    wanted = torch.autograd.grad(
+        scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True).sin().sum(), inputs
+    )
+    torch.testing.assert_close(torch.autograd.grad(causal_attention(*inputs).sin().sum(), inputs), wanted)
+
+
+def test_both_streams_of_a_run_attend_alike(tmp_path):
+    save_model("llama", tmp_path, dtype=torch.bfloat16)
+    model = Model(open_source(tmp_path), compute=torch.bfloat16, blocked_attention=True)
+    beside = Beside(model, token_ids())
+    assert {some.module.config._attn_implementation for some in (model, beside.model)} == {NAME}
+    assert Model(open_source(tmp_path)).module.config._attn_implementation == "sdpa"
 
 
 def test_parts_of_the_heads_make_the_whole(monkeypatch):

@@ -14,14 +14,21 @@ INLINE __m512 read16(const float* at, const float* end) {
     return _mm512_maskz_loadu_ps(some, at);
 }
 
+// The next values of a row at the columns that `word` says; moves on behind them.
+template <bool SAFE>
+INLINE __m512i spread32(uint32_t word, const uint16_t*& at, const uint16_t* end) {
+    const __m512i spread = _mm512_maskz_expand_epi16(word, read32<SAFE>(at, end));
+    at += __builtin_popcount(word);
+    return spread;
+}
+
 // bfloat16 values, bfloat16 activations: exact products, float32 sums.
 struct Dot {
     using Value = uint16_t;
     using X = uint16_t;
     template <bool SAFE, int M>
     static INLINE void step(uint32_t word, const Value*& at, const Value* end, const X* x, int64_t ldx, __m512* sums) {
-        const __m512i spread = _mm512_maskz_expand_epi16(word, read32<SAFE>(at, end));
-        at += __builtin_popcount(word);
+        const __m512i spread = spread32<SAFE>(word, at, end);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const __m512i input = _mm512_loadu_si512(x + m * ldx);
@@ -44,8 +51,7 @@ struct Bfloat16 {
     using X = float;
     template <bool SAFE, int M>
     static INLINE void step(uint32_t word, const Value*& at, const Value* end, const X* x, int64_t ldx, __m512* sums) {
-        const __m512i spread = _mm512_maskz_expand_epi16(word, read32<SAFE>(at, end));
-        at += __builtin_popcount(word);
+        const __m512i spread = spread32<SAFE>(word, at, end);
         const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(spread));
         const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(spread, 1));
         add32<M>(_mm512_castsi512_ps(_mm512_slli_epi32(low, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)), x, ldx,
@@ -58,8 +64,7 @@ struct Float16 {
     using X = float;
     template <bool SAFE, int M>
     static INLINE void step(uint32_t word, const Value*& at, const Value* end, const X* x, int64_t ldx, __m512* sums) {
-        const __m512i spread = _mm512_maskz_expand_epi16(word, read32<SAFE>(at, end));
-        at += __builtin_popcount(word);
+        const __m512i spread = spread32<SAFE>(word, at, end);
         add32<M>(_mm512_cvtph_ps(_mm512_castsi512_si256(spread)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(spread, 1)), x,
                  ldx, sums);
     }
