@@ -12,7 +12,7 @@ from torch import Tensor
 
 from budwood.amounts import parse_bytes
 from budwood.bookkeeping import account
-from budwood.calibration.arithmetic import dtype_named, faster_dtype, known_device, name_of
+from budwood.calibration.arithmetic import Arithmetic, dtype_named, faster_dtype, fastest, known_device, name_of
 from budwood.calibration.block import Block
 from budwood.calibration.stream import DEFAULT_LIMIT, Model
 from budwood.checkpoints.anatomy import Anatomy
@@ -27,7 +27,6 @@ from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import bos_note, context, streamed_losses, with_bos
 from budwood.evaluation.report import render_card, render_report
 from budwood.formats import known_layout
-from budwood.kernels import native
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
 from budwood.models.linears import unmatched
@@ -104,34 +103,30 @@ def prune(
         notes.say(f"{target} is finished already; nothing is left to do")
         return dict(json.loads((folder / "report.json").read_text("utf-8")))
 
-    compute = torch.float32
     if found:
-        compute = dtype_named(found["computed_in"])  # a resumed run goes on as it began
-    elif compute_dtype != "auto":
-        compute = dtype_named(compute_dtype)
-    elif windows:
-        compute, sentence = faster_dtype(place, min(2048, max(columns for _, columns in anatomy.shapes.values())))
-        notes.say(sentence)
+        arithmetic = Arithmetic.recorded(found)  # a resumed run goes on as it began
+    else:
+        compute = torch.float32
+        if compute_dtype != "auto":
+            compute = dtype_named(compute_dtype)
+        elif windows:
+            widest = max(columns for _, columns in anatomy.shapes.values())
+            compute, sentence = faster_dtype(place, min(2048, widest))
+            notes.say(sentence)
+        arithmetic = fastest(compute, place, method.published) if windows else Arithmetic(compute)
     limit = parse_bytes(activation_memory)
-    # Here the table beats torch in float32 on every processor that has it; in bfloat16 torch is about as fast.
-    sparse = compute == torch.float32 and place.type == "cpu" and native.has_table() and not method.published
-    if found:
-        sparse = bool(found.get("sparse_products"))
     model = Model(
         opened,
         storage=storage,
-        compute=compute,
+        arithmetic=arithmetic,
         device=place,
         skip=skip,
         activation_limit=limit,
-        sparse_products=sparse,
-        blocked_attention=compute == torch.bfloat16 and place.type == "cpu",
     )
     if windows and not found:
         notes.say(first_look(model, windows.ids, tokenizer))
 
-    computed = {"computed_in": name_of(compute), "sparse_products": sparse}
-    writer = Writer(folder, {**recipe, **computed}, len(model), layout)
+    writer = Writer(folder, {**recipe, **arithmetic.record()}, len(model), layout)
     model.scratch = folder  # hidden states beyond the limit lie on the disk that is written to anyway
     seconds = through_blocks(model, method, windows.ids if windows else None, writer, notes.progress)
     writer.write_outside(model.names_outside(), model.read_outside)

@@ -1,10 +1,23 @@
-"""In which type the products of the forward passes run; sums, criteria and solvers are float32 or better anyway."""
+"""How the forward passes compute here: what is fastest on this machine, tried at the start and then kept.
+
+Sums, criteria and solvers are float32 or better anyway.
+"""
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
 
+from budwood.calibration.attention import causal_attention
 from budwood.errors import UsageError
+from budwood.formats import pack_as
+from budwood.kernels import native
+from budwood.kernels.packed import prepare
+from budwood.timing import in_turns, ratio
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,6 +43,79 @@ def known_device(name: str | None) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """compute: type of the products. sparse_products: what was pruned is multiplied by the native kernels when a block
+    runs on. blocked_attention: see `attend_in_blocks`.
+    """
+
+    compute: torch.dtype = torch.float32
+    sparse_products: bool = False
+    blocked_attention: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """As a recipe keeps it, so that a resumed run goes on as it began."""
+        return {
+            "computed_in": name_of(self.compute),
+            "sparse_products": self.sparse_products,
+            "blocked_attention": self.blocked_attention,
+        }
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> "Arithmetic":
+        flags = (bool(record.get(name)) for name in ("sparse_products", "blocked_attention"))
+        return cls(dtype_named(record["computed_in"]), *flags)
+
+
+FLOAT32 = Arithmetic()
+
+
+def fastest(compute: torch.dtype, device: torch.device, published: bool) -> Arithmetic:
+    """What is fastest here for products in type `compute`; torch's own products where published figures are to be met.
+
+    Each choice needs a tenth more of speed, so that two runs on one machine decide alike.
+    """
+    if device.type != "cpu":
+        return Arithmetic(compute)
+    if compute == torch.bfloat16:
+        return Arithmetic(compute, blocked_attention=blocked_attention_gain() > 1.1)
+    # In bfloat16 torch's products are about as fast, so only these are tried.
+    tried = compute == torch.float32 and not published and native.has_table()
+    return Arithmetic(compute, sparse_products=tried and sparse_product_gain() > 1.1)
+
+
+@torch.no_grad()
+def sparse_product_gain(width: int = 1024, rows: int = 1024, rounds: int = 5) -> float:
+    """How many times as fast as torch the native kernel multiplies a matrix [width, width] pruned to half, float32."""
+    x, weight = _operands(torch.float32, torch.device("cpu"), rows, width)
+    weight = weight * (torch.arange(width * width).view(width, width) % 4 < 2)
+    kernel = prepare("bitmask", (width, width), pack_as("bitmask", weight))
+    if kernel is None:
+        return 0.0
+    times = in_turns(
+        {
+            "torch": lambda turn: linear(x, weight),
+            "native": lambda turn: kernel.linear(x, way=native.AS_MANY),
+        },
+        rounds,
+    )
+    return ratio(times["torch"], times["native"])
+
+
+@torch.no_grad()
+def blocked_attention_gain(tokens: int = 512, rounds: int = 5) -> float:
+    """How many times as fast as torch's fused attention ours by blocks of queries is, bfloat16."""
+    q, k, v = (torch.randn(4, heads, tokens, 64, dtype=torch.bfloat16) for heads in (8, 4, 4))
+    times = in_turns(
+        {
+            "torch": lambda turn: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+            "blocked": lambda turn: causal_attention(q, k, v),
+        },
+        rounds,
+    )
+    return ratio(times["torch"], times["blocked"])
+
+
 def faster_dtype(device: torch.device, width: int, rows: int = 512, rounds: int = 5) -> tuple[torch.dtype, str]:
     """float32 or bfloat16, whichever multiplies [rows, width] x [width, width] sooner here, and a sentence about it.
 
@@ -47,7 +133,7 @@ def faster_dtype(device: torch.device, width: int, rows: int = 512, rounds: int 
     return chosen, f"products run in {name_of(chosen)}: here bfloat16 is {ratio:.2f} times as fast as float32"
 
 
-def _operands(dtype: torch.dtype, device: torch.device, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _operands(dtype: torch.dtype, device: torch.device, rows: int, width: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, width, generator=generator).to(device, dtype)
     right = torch.randn(width, width, generator=generator).to(device, dtype)

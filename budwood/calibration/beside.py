@@ -20,11 +20,10 @@ class Beside:
         self.model = Model(
             model.source,
             storage=model.storage,
-            compute=model.compute,
+            arithmetic=model.arithmetic,
             device=model.device,
             activation_limit=model.activation_limit,
             scratch=model.scratch,
-            blocked_attention=model.blocked_attention,
         )
         self._stream = self.model.blocks(windows, batch=batch or batch_size(len(windows), windows.shape[1], TOKENS))
         self._block: Block | None = next(self._stream, None)

@@ -116,7 +116,7 @@ class Block:
         """Makes the next block's inputs; measures the change of the first batch where its dense outputs are known."""
         if self.activations is None:
             return
-        with torch.no_grad(), multiplied(self.linears.values() if self.model.sparse_products else ()):
+        with torch.no_grad(), multiplied(self.linears.values() if self.model.arithmetic.sparse_products else ()):
             for batch in [0] if first_batch_only else self.activations.indices():
                 outputs = self.run(batch)
                 if batch == 0 and self._dense is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from budwood.calibration.activations import Activations, batch_size
+from budwood.calibration.arithmetic import FLOAT32, Arithmetic
 from budwood.calibration.attention import attend_in_blocks
 from budwood.calibration.block import Block, describe
 from budwood.checkpoints.anatomy import Anatomy
@@ -28,10 +29,9 @@ DEFAULT_LIMIT = 4 * 2**30  # bytes of hidden states kept in memory
 class Model:
     """A decoder whose blocks are read from `source` one at a time.
 
-    storage: type of the weights kept and written (the source's own where None). compute: type of the forward passes.
+    storage: type of the weights kept and written (the source's own where None). arithmetic: of the forward passes.
     skip: regular expressions of linears to leave alone. activation_limit: bytes of hidden states held in memory,
-    beyond which they live in a file in `scratch`. sparse_products: what was pruned is multiplied by the native kernels
-    when a block runs on. blocked_attention: see `attend_in_blocks`.
+    beyond which they live in a file in `scratch`.
     """
 
     def __init__(
@@ -39,26 +39,26 @@ class Model:
         source: Source,
         *,
         storage: torch.dtype | None = None,
-        compute: torch.dtype = torch.float32,
+        arithmetic: Arithmetic = FLOAT32,
         device: torch.device | str = "cpu",
         skip: Sequence[str] = (),
         activation_limit: int = DEFAULT_LIMIT,
         scratch: Path | None = None,
-        sparse_products: bool = False,
-        blocked_attention: bool = False,
     ):
-        self.source, self.compute, self.device = source, compute, torch.device(device)
+        self.source, self.arithmetic, self.device = source, arithmetic, torch.device(device)
+        self.compute = arithmetic.compute
         self.activation_limit, self.scratch = activation_limit, scratch
-        self.sparse_products, self.blocked_attention = sparse_products, blocked_attention
-        self.anatomy = Anatomy(source.config, compute=compute, skip=skip, trust_remote_code=source.trust_remote_code)
+        self.anatomy = Anatomy(
+            source.config, compute=self.compute, skip=skip, trust_remote_code=source.trust_remote_code
+        )
         self.module, self.path, self.modules = self.anatomy.module, self.anatomy.path, self.anatomy.modules
         self.linears = self.anatomy.linears
-        if blocked_attention:
+        if arithmetic.blocked_attention:
             attend_in_blocks(self.module)
         self.weights = source.weights(self.anatomy)
         self.storage = storage or storage_dtype(source.shards)
         self.activations: Activations | None = None
-        self._float32 = float32_names(self.module, compute)
+        self._float32 = float32_names(self.module, self.compute)
         self._rehearsals: dict[tuple[int, int], Rehearsal] = {}
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budwood.calibration.arithmetic import dtype_named, name_of
+from budwood.calibration.arithmetic import Arithmetic, dtype_named, name_of
 from budwood.calibration.stream import Model
 from budwood.checkpoints.loading import load
 from budwood.checkpoints.source import Source, open_source
@@ -167,4 +167,4 @@ def resident(source: Source, compute: torch.dtype, device: torch.device) -> Loss
 
 def streamed(source: Source, compute: torch.dtype, device: torch.device) -> Losses:
     """Losses with one block in memory at a time."""
-    return partial(streamed_losses, Model(source, compute=compute, device=device))
+    return partial(streamed_losses, Model(source, arithmetic=Arithmetic(compute), device=device))

@@ -55,8 +55,8 @@ class Alps(Method):
             dense = linear.weight
             if heard(linear, grams[name]):
                 with naming(linear.name):
-                    keep = admm(dense, grams[name].matrix().float(), pattern, self.damp, self.rounds)
-                fit(linear, dense, keep, dense, grams[name], self.damp, self.iterations, self.tolerance)
+                    keep, found = admm(dense, grams[name].matrix().float(), pattern, self.damp, self.rounds)
+                fit(linear, found, keep, dense, grams[name], self.damp, self.iterations, self.tolerance)
                 kept = int(keep.sum())
             else:
                 kept = prune(linear, scores.magnitude(dense), pattern)

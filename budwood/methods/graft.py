@@ -36,7 +36,7 @@ class Graft(Method):
     recovered weights, or "free" (any places). select: the mask by alternating directions as in "alps", or by the score
     of "wanda". allocate: "global" divides the weights among all matrices by what they save in the logits, "uniform"
     gives each the same share. fit: let the kept weights make up for the others. rounds, damp, iterations, tolerance:
-    as in alps. steps, rate: of gradient descent of each block as a whole towards the outputs of the dense model.
+    as in alps, where the search ends so near the best values that few iterations are left to do. steps, rate: of gradient descent of each block as a whole towards the outputs of the dense model.
     """
 
     bits: float = 9.75
@@ -46,7 +46,7 @@ class Graft(Method):
     fit: bool = True
     rounds: int = 15
     damp: float = 0.01
-    iterations: int = 25
+    iterations: int = 8
     tolerance: float = 3e-3
     steps: int = 0
     rate: float = 0.002
@@ -124,9 +124,9 @@ class Graft(Method):
             weight, gram = linear.weight, grams[name]
             known = heard(linear, gram)
             with naming(linear.name):
-                keep = self.choose(weight, gram if known else None, pattern)
+                keep, start = self.choose(weight, gram if known else None, pattern)
             if self.fit and known:
-                fit(linear, weight, keep, weight, gram, self.damp, self.iterations, self.tolerance)
+                fit(linear, start, keep, weight, gram, self.damp, self.iterations, self.tolerance)
             else:
                 linear.weight = torch.where(keep, weight, 0)
             if self.base:
@@ -134,10 +134,13 @@ class Graft(Method):
         if dense is not None:
             reconstruct_block(block, dense, self.steps, self.rate)
 
-    def choose(self, weight: Tensor, gram: Gram | None, pattern: Pattern) -> Tensor:
-        """What stays of a matrix, bool [out, in]; without second moments the largest weights do."""
+    def choose(self, weight: Tensor, gram: Gram | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """What stays of a matrix, bool [out, in], and weights to begin a fit with [out, in].
+
+        Without second moments the largest weights stay.
+        """
         if gram is None:
-            return pattern.keep(scores.magnitude(weight))
+            return pattern.keep(scores.magnitude(weight)), weight
         if self.select == "wanda":
-            return pattern.keep(scores.wanda(weight, gram.norms()))
+            return pattern.keep(scores.wanda(weight, gram.norms())), weight
         return admm(weight, gram.matrix().float(), pattern, self.damp, self.rounds)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from budwood.methods.method import Block, Linear
 from budwood.sparsity import scores
-from budwood.sparsity.statistics import Gram, SquaredNorm
+from budwood.sparsity.statistics import Gram, PublishedNorm, SquaredNorm
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +19,8 @@ def magnitude(block: Block) -> Iterator[tuple[Linear, Tensor]]:
         yield linear, scores.magnitude(linear.weight)
 
 
-def wanda(block: Block) -> Iterator[tuple[Linear, Tensor]]:
-    norms = block.collect(SquaredNorm)
+def wanda(block: Block, published: bool = False) -> Iterator[tuple[Linear, Tensor]]:
+    norms = block.collect(PublishedNorm if published else SquaredNorm)
     for name, linear in block.linears.items():
         if heard(linear, norms[name]):
             yield linear, scores.wanda(linear.weight, norms[name].norms())

@@ -67,7 +67,7 @@ class Wanda(Method):
 
     def step(self, block: Block, shares: Mapping[str, float]) -> None:
         """Prunes one block. shares: what linears keep, by full name, where they are not all alike."""
-        for linear, scores in metrics.wanda(block):
+        for linear, scores in metrics.wanda(block, self.published):
             pattern = self.pattern_for(linear.shape, linear.name)
             prune(linear, scores, Top(shares[linear.name], self.scope) if linear.name in shares else pattern)
             del scores  # as large as the matrix in float32, while the next one's are made

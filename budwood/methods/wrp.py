@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from budwood.errors import UsageError
 from budwood.methods.method import Block, Method, prune
-from budwood.methods.metrics import METRICS
+from budwood.methods.metrics import METRICS, wanda
 from budwood.methods.settings import number, one_of, truth, whole
 from budwood.methods.survey import Allocate, kept_shares
 from budwood.sparsity.blocks import TopBlocks
@@ -146,7 +146,8 @@ class Wrp(Method):
 
     def step(self, block: Block, densities: Mapping[str, float]) -> None:
         """Prunes one block. densities: recovered shares of linears, by full name, where they are not all alike."""
-        for linear, scores in METRICS[self.metric](block):
+        metric = partial(wanda, published=self.published) if self.metric == "wanda" else METRICS[self.metric]
+        for linear, scores in metric(block):
             own = replace(self, density=densities.get(linear.name, self.density))
             kept = prune(linear, scores, own.pattern_for(linear.shape, linear.name))
             linear.recovered = kept - scores.numel() * self.base.kept // self.base.group

@@ -14,8 +14,11 @@ EVERY = 3  # iterations between looks at the support
 FIRST_PRICE, LOWEST_PRICE = 0.3, 1e-6  # the paper begins at 0.1, which ends a hair lower after thrice the rounds
 
 
-def admm(weight: Tensor, moments: Tensor, pattern: Pattern, damp: float = 0.01, iterations: int = 300) -> Tensor:
-    """The mask, bool [out, in], for `weight` [out, in] and second moments [in, in], whose type is computed in.
+def admm(
+    weight: Tensor, moments: Tensor, pattern: Pattern, damp: float = 0.01, iterations: int = 300
+) -> tuple[Tensor, Tensor]:
+    """The mask, bool [out, in], for `weight` [out, in] and second moments [in, in], whose type is computed in, and the
+    matrix on it where the search ended: a good start for a fit.
 
     The pattern must take the largest of what it may, so that its choice by size is the nearest allowed matrix: N:M, a
     share of rows or matrix, N:M and the best of the rest. damp: as a share of the mean diagonal. One
@@ -64,4 +67,4 @@ def admm(weight: Tensor, moments: Tensor, pattern: Pattern, damp: float = 0.01, 
             blame.zero_()
             seen = keep
         inverse = inverted(price)
-    return keep
+    return keep, near / scale

@@ -7,6 +7,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,8 +46,8 @@ def curve_of(losses: Tensor, first: int = 0, levels: int = 100) -> Curve:
 
     losses: what each one costs when it is lost, never negative. About `levels` points, evenly spaced.
     """
-    ordered = losses.flatten().double().sort(descending=True).values
-    saved = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
+    ordered = torch.from_numpy(np.sort(losses.flatten().cpu().numpy())).flip(0)  # numpy's sort is several times as fast
+    saved = torch.cat([torch.zeros(1, dtype=torch.float64), ordered.cumsum(0, dtype=torch.float64)])
     places = torch.linspace(0, len(ordered), min(levels, len(ordered)) + 1).round().long().unique()
     return Curve((places + first).tolist(), (saved[-1] - saved[places]).clamp(min=0).tolist())
 

@@ -38,7 +38,8 @@ def refit(
     dense: W₀ [out, in]. moments: XᵀX [in, in], whose type is the one all is computed in. cross: X₀ᵀX [in, in] where the
     target is X₀ w₀ with other inputs X₀. damp: pulls towards W₀, as a share of the mean of the diagonal; it bears
     matrices without full rank and inputs that were never heard. A row is done when its gradient has shrunk to
-    `tolerance` of the first one, or after `iterations` steps; rows that gained nothing keep their start.
+    `tolerance` of what it is where the kept weights are still W₀'s, or after `iterations` steps; rows that gained nothing
+    keep their start.
     """
     start, dense = start.to(moments), dense.to(moments)
     diagonal = moments.diagonal()
@@ -89,7 +90,8 @@ def _solve(
     residual = gradient.masked_fill(~keep, 0)
     direction = residual.clone()
     length = residual.square().sum(dim=1, keepdim=True)  # [out, 1]
-    enough = tolerance**2 * length
+    plain = (aim - torch.where(keep, wanted, 0) @ system).masked_fill_(~keep, 0)
+    enough = tolerance**2 * plain.square().sum(dim=1, keepdim=True)
     steps = 0
     while steps < iterations and bool((length > enough).any()):
         image = (direction @ system).masked_fill_(~keep, 0)

@@ -15,11 +15,8 @@ PANEL = 384  # columns of the second moments per product: about 0.55 of a full p
 class SquaredNorm:
     """Squared length of every input feature, the mean over sequences; Wanda and WRP score with its root.
 
-    Summed sequence by sequence in float32, in the order of the published programs, whatever the batches. Weights that
-    were once quantised have many equal sizes, so features of nearly equal norm meet in near-ties, a few of which fall
-    the other way with any other rounding; the blocks after them differ more and more (on a small model, 20 of
-    106 million positions changed in block 4 move the perplexity by 1.6 %). So the same sums are worth having.
-    A value that is not finite makes `mean` not finite.
+    Summed sequence by sequence in float32, so that batches make no difference. A value that is not finite makes `mean`
+    not finite.
     """
 
     def __init__(self, width: int) -> None:
@@ -33,7 +30,14 @@ class SquaredNorm:
             self.count += sequence.shape[0]
             self.mean *= self.sequences / (self.sequences + 1)
             self.sequences += 1
-            self.mean += _squares(sequence) / self.sequences
+            self.mean += self.squares(sequence) / self.sequences
+
+    @staticmethod
+    def squares(sequence: Tensor) -> Tensor:
+        """Sum of the squares of every feature over the tokens of [tokens, in], float32 [in]."""
+        if sequence.dtype == torch.float32:
+            return torch.linalg.vecdot(sequence, sequence, dim=0)
+        return sequence.float().square_().sum(0)
 
     @property
     def total(self) -> Tensor:
@@ -52,19 +56,26 @@ class SquaredNorm:
         _check(self.mean, name)
 
 
-def _squares(sequence: Tensor) -> Tensor:
-    """Sum of the squares of every feature over the tokens of [tokens, in], float32."""
-    if sequence.dtype == torch.float32:
-        return torch.linalg.vector_norm(sequence, dim=0) ** 2  # as published, to the last bit
-    return sequence.float().square_().sum(0)  # several times as fast
+class PublishedNorm(SquaredNorm):
+    """The same to the last bit of the published programs' float32 sums, at several times the price.
+
+    Weights that were once quantised have many equal sizes, so features of nearly equal norm meet in near-ties, a few of
+    which fall the other way with any other rounding; the blocks after them differ more and more (on a small model, 20
+    of 106 million positions changed in block 4 move the perplexity by 1.6 %). Who compares figures wants the same sums.
+    """
+
+    @staticmethod
+    def squares(sequence: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(sequence.float(), dim=0) ** 2
 
 
 class Gram:
     """Second moments of the inputs, sum of x xᵀ over all tokens; SparseGPT's H up to a factor it ignores.
 
-    Only the upper triangle is summed: float32 products of column panels without TF32, accumulated in
-    float64. Memory is 8 in² bytes: 128 MiB at 4096, 0.9 GiB at 11008, 6.1 GiB at 28672. Linears that share
-    an input share one object, hence one factor.
+    Only the upper triangle is summed: products of column panels in full float32, accumulated in float64. Inputs in
+    bfloat16 may be multiplied by its instructions: their products are exact and summed in float32 all the same.
+    Memory is 8 in² bytes: 128 MiB at 4096, 0.9 GiB at 11008, 6.1 GiB at 28672. Linears that share an input share one
+    object, hence one factor.
     """
 
     def __init__(self, width: int) -> None:
@@ -74,10 +85,11 @@ class Gram:
 
     def add(self, x: Tensor) -> None:  # [..., tokens, in]
         self.total = self.total.to(x.device)
+        precision = "medium" if x.dtype == torch.bfloat16 else "highest"
         x = x.reshape(-1, x.shape[-1]).float()
         self.count += x.shape[0]
         self._factors.clear()
-        with _full_float32():
+        with _products_in(precision):
             for start in range(0, x.shape[1], PANEL):
                 stop = min(start + PANEL, x.shape[1])
                 self.total[:stop, start:stop] += x[:, :stop].T @ x[:, start:stop]
@@ -115,11 +127,11 @@ def _check(total: Tensor, name: str) -> None:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 inside float32 products: a Cholesky factor follows."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+def _products_in(precision: str) -> Iterator[None]:
+    """How float32 products round their factors: "highest" not at all, "medium" to bfloat16 where that is faster."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(before)

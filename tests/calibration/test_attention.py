@@ -5,6 +5,7 @@ import torch
 from families import BLOCKS, FAMILIES, build, save_model, token_ids
 from torch.nn.functional import scaled_dot_product_attention
 
+from budwood.calibration.arithmetic import Arithmetic
 from budwood.calibration.attention import NAME, attend_in_blocks, causal_attention
 from budwood.calibration.beside import Beside
 from budwood.calibration.stream import Model
@@ -33,7 +34,7 @@ def test_gradients_are_torchs_too():
 
 def test_both_streams_of_a_run_attend_alike(tmp_path):
     save_model("llama", tmp_path, dtype=torch.bfloat16)
-    model = Model(open_source(tmp_path), compute=torch.bfloat16, blocked_attention=True)
+    model = Model(open_source(tmp_path), arithmetic=Arithmetic(torch.bfloat16, blocked_attention=True))
     beside = Beside(model, token_ids())
     assert {some.module.config._attn_implementation for some in (model, beside.model)} == {NAME}
     assert Model(open_source(tmp_path)).module.config._attn_implementation == "sdpa"

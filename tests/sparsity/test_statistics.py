@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budwood.errors import RunError
-from budwood.sparsity.statistics import Gram, SquaredNorm
+from budwood.sparsity.statistics import Gram, PublishedNorm, SquaredNorm
 
 # Two sequences of two tokens; the per-sequence mean of the sums of squares is [1 16 4 9 25 1 4 9].
 FIRST = torch.tensor([[1.0, 4, 2, 3, 5, 1, 2, 3], [0.0] * 8])
@@ -20,7 +20,7 @@ def test_norms_of_the_worked_example():
     assert statistic.norms().tolist() == [1, 4, 2, 3, 5, 1, 2, 3]
 
 
-@pytest.mark.parametrize("statistic", [SquaredNorm, Gram])
+@pytest.mark.parametrize("statistic", [SquaredNorm, PublishedNorm, Gram])
 @settings(deadline=None, max_examples=20)
 @given(cut=st.integers(0, 700), width=st.integers(1, 500))
 def test_any_split_of_the_tokens_gives_the_same_sums(statistic, cut, width):
@@ -34,10 +34,11 @@ def test_any_split_of_the_tokens_gives_the_same_sums(statistic, cut, width):
     torch.testing.assert_close(whole.sums()[0], parts.sums()[0], rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("statistic", [SquaredNorm, PublishedNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batches_do_not_matter_to_the_last_bit(dtype):
+def test_batches_do_not_matter_to_the_last_bit(statistic, dtype):
     x = torch.randn(6, 50, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
-    one, two, six = SquaredNorm(40), SquaredNorm(40), SquaredNorm(40)
+    one, two, six = statistic(40), statistic(40), statistic(40)
     one.add(x)
     for pair in x.split(2):
         two.add(pair)
@@ -57,6 +58,24 @@ def test_small_types_are_squared_in_float32(dtype):
     assert gram.matrix().tolist() == [[90000, 300], [300, 1]]
 
 
+def test_the_published_norm_is_the_root_of_a_square_as_published():
+    x = torch.randn(300, 70, generator=torch.Generator().manual_seed(0))
+    norm, fast = PublishedNorm(70), SquaredNorm(70)
+    norm.add(x)
+    fast.add(x)
+    assert torch.equal(norm.mean, torch.norm(x, p=2, dim=0) ** 2)
+    torch.testing.assert_close(fast.norms(), norm.norms(), rtol=1e-6, atol=0)
+
+
+def test_moments_of_bfloat16_lose_nothing():
+    x = torch.randn(512, 400, generator=torch.Generator().manual_seed(0)).bfloat16()
+    gram, precision = Gram(400), torch.get_float32_matmul_precision()
+    gram.add(x)
+    exact = x.double().T @ x.double()
+    assert (gram.matrix() - exact).abs().max() <= 3e-6 * exact.diagonal().max()
+    assert torch.get_float32_matmul_precision() == precision
+
+
 @pytest.mark.parametrize("width", [1, 5, 384, 385, 800])
 def test_the_upper_triangle_tells_the_whole_matrix(width):
     x = torch.randn(64, width, generator=torch.Generator().manual_seed(width))
@@ -66,7 +85,7 @@ def test_the_upper_triangle_tells_the_whole_matrix(width):
     assert torch.equal(gram.matrix(), gram.matrix().T)
 
 
-@pytest.mark.parametrize("statistic", [SquaredNorm, Gram])
+@pytest.mark.parametrize("statistic", [SquaredNorm, PublishedNorm, Gram])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_never_hidden(statistic, value):
     x = torch.ones(300, 6)
