@@ -38,8 +38,8 @@ def refit(
     dense: W₀ [out, in]. moments: XᵀX [in, in], whose type is the one all is computed in. cross: X₀ᵀX [in, in] where the
     target is X₀ w₀ with other inputs X₀. damp: pulls towards W₀, as a share of the mean of the diagonal; it bears
     matrices without full rank and inputs that were never heard. A row is done when its gradient has shrunk to
-    `tolerance` of what it is where the kept weights are still W₀'s, or after `iterations` steps; rows that gained nothing
-    keep their start.
+    `tolerance` of what it is where the kept weights are still W₀'s, or after `iterations` steps; rows that gained
+    nothing keep their start.
     """
     start, dense = start.to(moments), dense.to(moments)
     diagonal = moments.diagonal()

@@ -43,7 +43,7 @@ def test_it_ends_near_the_best_values():
     """Nearer than the dense weights on the same mask, by far: a fit that begins there has little left to do."""
     weight, moments = problem(0)
     keep, near = admm(weight, moments, NM(2, 4))
-    error = lambda found: float((((found - weight) @ moments.double()) * (found - weight)).sum())
+    error = lambda found: float(((found - weight).double() @ moments.double() * (found - weight)).sum())
     best = left(weight, moments, keep)
     assert error(near) - best < 0.1 * (error(weight * keep) - best)
 
