@@ -1,6 +1,6 @@
 """The native library: found, opened and asked through ctypes. The mathematics lies in `native/*.cpp`.
 
-The environment variable BUDWOOD_KERNELS chooses: `auto` (what the processor has), `avx512`, `avx2`, `scalar`, or
+The environment variable BUDWOOD_KERNELS chooses: `auto` (what the processor has), `amx`, `avx512`, `avx2`, `scalar`, or
 `reference` (unpack and multiply with torch, bit for bit what the dense model computes).
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from budwood.errors import UsageError
 
 VARIABLE = "BUDWOOD_KERNELS"
-CHOICES = ("auto", "avx512", "avx2", "scalar", "reference")
+CHOICES = ("auto", "amx", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
 INTERFACE = 2  # of the library this file was written for
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -107,7 +107,7 @@ def opened(wanted: str) -> ctypes.CDLL | None:
 
 
 def active() -> str:
-    """The path that runs: avx512, avx2, scalar or reference."""
+    """The path that runs: amx, avx512, avx2, scalar or reference."""
     native = library()
     return "reference" if native is None else native.budwood_path().decode()
 

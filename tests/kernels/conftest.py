@@ -16,7 +16,7 @@ def runs(path: str) -> bool:
 
 PATHS = [
     pytest.param(path, marks=pytest.mark.skipif(not runs(path), reason=f"this machine cannot run the {path} path"))
-    for path in ("scalar", "avx2", "avx512")
+    for path in ("scalar", "avx2", "avx512", "amx")
 ]
 
 

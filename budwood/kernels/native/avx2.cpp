@@ -399,6 +399,6 @@ void dense(const uint16_t* weight, int64_t in, const Input& x, const Output& out
 
 }  // namespace
 
-const Path avx2 = {"avx2", false, false, few, table_bytes, tables, tabulate, many, dense};
+const Path avx2 = {"avx2", false, false, false, few, table_bytes, tables, tabulate, many, dense};
 
 }  // namespace budwood

@@ -7,6 +7,7 @@ const Path avx512 = {
     "avx512",
     true,
     true,
+    false,
     with_avx512::few,
     with_avx512::table_bytes,
     with_avx512::tables,

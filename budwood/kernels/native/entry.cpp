@@ -29,6 +29,9 @@ const Path* best() {
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") &&
         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512dq")) {
+#ifdef BUDWOOD_AMX
+        if (amx_allowed()) return &amx;
+#endif
         return &avx512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &avx2;
@@ -161,7 +164,8 @@ EXPORT int32_t budwood_choose(const char* name) {
     if (!std::strcmp(name, scalar.name)) return path = &scalar, 1;
 #ifdef BUDWOOD_X86
     if (!std::strcmp(name, avx2.name) && widest != &scalar) return path = &avx2, 1;
-    if (!std::strcmp(name, avx512.name) && widest == &avx512) return path = &avx512, 1;
+    if (!std::strcmp(name, avx512.name) && widest != &scalar && widest != &avx2) return path = &avx512, 1;
+    if (!std::strcmp(name, widest->name)) return path = widest, 1;
 #endif
     return 0;
 }
@@ -204,7 +208,7 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     if (table && !path->many) return 0;
     int32_t int8 = 0;
     for (int32_t i = 0; i < count; ++i) {
-        bfloat16 = bfloat16 && matrices[i].type == BFLOAT16;
+        bfloat16 = bfloat16 && (matrices[i].type == BFLOAT16 || (matrices[i].type == INT8 && table && path->rounds_int8));
         int8 += matrices[i].type == INT8;
     }
     const bool integers = path->multiplies_int16 && !table && int8;

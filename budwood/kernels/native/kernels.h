@@ -194,6 +194,7 @@ struct Path {
     const char* name;
     bool multiplies_bfloat16;  // takes bfloat16 activations as they are, where the values are bfloat16 too
     bool multiplies_int16;     // takes few rows of activations as 16-bit integers, where the values are int8
+    bool rounds_int8;          // takes many rows of bfloat16 activations where the values are int8
     void (*few)(const Matrix&, const Input&, const Output&, int64_t first, int64_t last);
     size_t (*table_bytes)(const Matrix&, const Input&);
     int64_t (*tables)(const Matrix&, const Input&);
@@ -206,6 +207,10 @@ extern const Path scalar;
 #ifdef BUDWOOD_X86
 extern const Path avx2;
 extern const Path avx512;
+#endif
+#ifdef BUDWOOD_AMX
+extern const Path amx;
+bool amx_allowed();
 #endif
 
 // Memory that a thread keeps from call to call; 64-byte aligned.
