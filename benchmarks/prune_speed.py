@@ -7,7 +7,10 @@ Time is that of the whole call: opening, first look, statistics, choice, packing
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +18,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-import budwood
 from budwood.checkpoints.tokenizer import load_tokenizer
 from budwood.data.windows import calibration_windows
 from budwood.environment import machine
@@ -33,20 +35,22 @@ def plain_pass(model: torch.nn.Module, ids: torch.Tensor, batch: int) -> float:
 
 
 def pruning(model: str, data: str, method: str, samples: int, length: int, compute: str) -> tuple[float, float]:
-    """Seconds of the whole call, and of the loop over blocks."""
+    """Seconds of the whole call in a process of its own, as a user runs it, and of the loop over blocks."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        start = time.perf_counter()
-        report = budwood.prune(
-            model,
-            Path(folder) / "out",
-            method,
-            data,
-            num_samples=samples,
-            seq_length=length,
-            sampling="consecutive",
-            compute_dtype=compute,
-        )
-        return time.perf_counter() - start, report["seconds"]["blocks"]
+        target = Path(folder) / "out"
+        options = {
+            "--method": method,
+            "--data": data,
+            "--num-samples": samples,
+            "--seq-length": length,
+            "--sampling": "consecutive",
+            "--compute-dtype": compute,
+        }
+        command = [sys.executable, "-m", "budwood", "prune", model, str(target), "--quiet"]
+        command += [str(word) for option in options.items() for word in option]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds = json.loads((target / "report.json").read_text())["seconds"]
+        return seconds["total"], seconds["blocks"]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from budwood.data.tokens import Bos, tokenizer_for
 from budwood.data.windows import Sampling, calibration_windows
 from budwood.environment import installed
 from budwood.errors import RunError, UsageError
-from budwood.evaluation.perplexity import bos_note, context, streamed_losses, with_bos
+from budwood.evaluation.perplexity import BOS_TOKENS, bos_note, context, streamed_losses, with_bos
 from budwood.evaluation.report import render_card, render_report
 from budwood.formats import known_layout
 from budwood.methods.expression import parse_method
@@ -196,7 +196,7 @@ def first_look(model: Model, ids: Tensor, tokenizer: Any) -> str | None:
     Returns the advice to use one where it helps; RunError when the dense model is broken already.
     """
     pair = with_bos(ids[:1], tokenizer)
-    losses = streamed_losses(model, ids[:1, :512] if pair is None else pair)
+    losses = streamed_losses(model, ids[:1, :BOS_TOKENS] if pair is None else pair)
     if not all(map(math.isfinite, losses)):
         raise RunError(
             f"the loss of the dense model {model.source.name} is no number in {name_of(model.compute)}; "

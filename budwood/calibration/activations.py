@@ -49,7 +49,7 @@ class Activations:
         return iter(range(len(self)))
 
 
-def batch_size(windows: int, tokens: int, target: int = 2048) -> int:
+def batch_size(windows: int, tokens: int, target: int) -> int:
     """Windows per batch: about `target` tokens at a time, all batches alike where that is possible."""
     most = max(1, min(windows, target // tokens))
     return next((size for size in range(most, most // 2, -1) if windows % size == 0), most)

@@ -23,6 +23,7 @@ from budwood.environment import trim_memory
 from budwood.errors import RunError
 from budwood.models.rehearsal import Rehearsal, rehearse
 
+BATCH = 4096  # tokens at a time, times the bytes of a value
 DEFAULT_LIMIT = 4 * 2**30  # bytes of hidden states kept in memory
 
 
@@ -95,7 +96,7 @@ class Model:
     def embed(self, windows: Tensor, batch: int | None = None) -> Activations:
         """The hidden states [windows, tokens, hidden] that enter the first block."""
         count, tokens = windows.shape
-        size = batch or batch_size(count, tokens)
+        size = batch or self.batch_for(windows)
         self._rehearsals.clear()
         activations: Activations | None = None
         with self.outside(), torch.no_grad():
@@ -111,6 +112,10 @@ class Model:
                 activations.write(start // size, hidden)
         assert activations is not None
         return activations
+
+    def batch_for(self, windows: Tensor) -> int:
+        """Windows at a time [windows, tokens]: what a block makes of them should not leave the caches too often."""
+        return batch_size(*windows.shape, BATCH // self.compute.itemsize)
 
     def rehearsal(self, batch: int, tokens: int) -> Rehearsal:
         return self._rehearsals[batch, tokens]

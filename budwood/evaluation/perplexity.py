@@ -22,7 +22,7 @@ from budwood.kernels.dispatch import exact
 from budwood.progress import Progress, Silent
 
 BOS_GAIN = 0.1  # share of the loss that a BOS must save to be worth a word
-BOS_TOKENS = 512  # of the first window are enough to see it
+BOS_TOKENS = 256  # of the first window are enough to see it
 
 
 def evaluate(

@@ -36,8 +36,8 @@ class Graft(Method):
     recovered weights, or "free" (any places). select: the mask by alternating directions as in "alps", or by the score
     of "wanda". allocate: "global" divides the weights among all matrices by what they save in the logits, "uniform"
     gives each the same share. fit: let the kept weights make up for the others. rounds, damp, iterations, tolerance: as
-    in alps; the search ends so near the best values that few iterations are left to do. steps, rate: of gradient descent
-    of each block as a whole towards the outputs of the dense model.
+    in alps; the search ends so near the best values that few iterations are left to do. steps, rate: of gradient
+    descent of each block as a whole towards the outputs of the dense model.
     """
 
     bits: float = 9.75

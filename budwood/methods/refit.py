@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from budwood.calibration.activations import batch_size
 from budwood.calibration.beside import Beside
 from budwood.calibration.pairs import cross_moments
 from budwood.errors import UsageError
@@ -55,7 +54,7 @@ class Refit(Method):
         return self.inner.pattern_for(shape, name)
 
     def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
-        beside = Beside(model, batches, batch_size(*batches.shape)) if self.target else None
+        beside = Beside(model, batches, model.batch_for(batches)) if self.target else None
         return partial(self.improve, choose=self.inner.prepare(model, batches), beside=beside)
 
     def __call__(self, block: Block) -> None:
