@@ -115,7 +115,7 @@ class Model:
 
     def batch_for(self, windows: Tensor) -> int:
         """Windows at a time [windows, tokens]: what a block makes of them should not leave the caches too often."""
-        return batch_size(*windows.shape, BATCH // self.compute.itemsize)
+        return batch_size(windows.shape[0], windows.shape[1], BATCH // self.compute.itemsize)
 
     def rehearsal(self, batch: int, tokens: int) -> Rehearsal:
         return self._rehearsals[batch, tokens]

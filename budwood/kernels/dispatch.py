@@ -4,7 +4,6 @@ Measured once a process on one matrix, for few numbers of rows, and kept. Withou
 decide alone.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +15,14 @@ import torch
 from torch import Tensor
 
 from budwood.kernels import native
-from budwood.kernels.native import AS_FEW, AS_MANY
+from budwood.kernels.native import AS_FEW, AS_MANY, FEW
 from budwood.kernels.packed import Packed
 
 UNPACK = -1
 NAMES = {AS_FEW: "few", AS_MANY: "table", UNPACK: "unpack"}
-ROWS = (16, 64, 512)  # tried; a product goes the way of the nearest number not below its own
-ALWAYS_FEW = 8
-ROUNDS = 3
+ROWS = (4, 8, 16, 64, 512)  # tried; a product goes the way of the nearest number not below its own
+ALWAYS_FEW = 2
+ROUNDS = 5
 
 Kind = tuple[torch.dtype, int]  # of the activations; of the values, as the library counts types
 
@@ -64,9 +63,9 @@ def way(packed: Packed, rows: int, dtype: torch.dtype) -> int:
     found = measured.get((dtype, packed.matrix.type))
     if found:
         return next((choice.way for limit, choice in found.items() if rows <= limit), found[ROWS[-1]].way)
-    if native.has_table():
-        return AS_FEW if rows <= 16 else AS_MANY
-    return UNPACK
+    if rows <= FEW:
+        return AS_FEW
+    return AS_MANY if native.has_table() else UNPACK
 
 
 def linear(packed: Packed, input: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -100,11 +99,11 @@ def measure(packed: Packed, unpacked: Callable[[Tensor], Tensor], dtype: torch.d
 
 
 def timed(product: Callable[[], object]) -> float:
-    """Median seconds of a call, the first left out."""
+    """Seconds of the fastest call, the first left out: whatever else the machine does only ever adds."""
     product()
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
         product()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)

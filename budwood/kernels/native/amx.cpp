@@ -26,6 +26,9 @@ constexpr int64_t TILE = SIDE * DEPTH;   // elements, 1 KB
 constexpr int64_t PANEL = 512 << 10;     // bytes of the matrix, spread
 constexpr int BLOCK = 2 * SIDE;          // rows and tokens of one visit: four tiles of sums
 constexpr int BLOCKS = 8;                // at most in a panel
+constexpr int64_t PIECES = SEGMENT / DEPTH;  // spread at a time where x has few rows
+constexpr int64_t NARROW = 2;            // tiles of x that are few, whose sums stay in the unit
+constexpr int LINES = 5;                 // what PIECES pieces of half the weights take
 
 struct alignas(64) Shapes {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -82,62 +85,73 @@ struct Spread8 {
     }
 };
 
-// SIDE rows -> tiles [piece][row][DEPTH], tile by tile: written row by row, their lines would push each other out.
-template <class Use>
-void spread_tiles(const Matrix& a, int64_t row, const uint8_t* const* masks, int64_t pieces, uint16_t* to) {
-    const Use use(a);
+// Where SIDE rows go on, and what of them to fetch.
+struct Rows {
+    int64_t row;
+    int count;  // fewer than SIDE at the end of a matrix
+    bool safe;  // near the end of the values no whole vector may be read
+    const uint8_t* masks[SIDE];
     int64_t at[SIDE];
-    for (int r = 0; r < SIDE; ++r) at[r] = a.starts[row + r];
-    for (int64_t piece = 0; piece < pieces; ++piece, to += TILE) {
-        const bool whole = (piece + 1) * DEPTH <= a.in;
-#pragma GCC unroll 16
-        for (int r = 0; r < SIDE; ++r) {
-            uint32_t word;
-            if (whole) {
-                std::memcpy(&word, masks[r] + 4 * piece, 4);
-            } else {
-                word = columns_of(a, masks[r], piece);
-            }
-            use(a, row + r, piece, word, at[r], to + r * DEPTH);
-            at[r] += __builtin_popcount(word);
+    const char* soon[SIDE];  // what to fetch meanwhile, LINES of it
+
+    void begin(const Matrix& a, int64_t first, int64_t rows, uint8_t* room) {
+        row = first, count = int(rows < 0 ? 0 : rows < SIDE ? rows : SIDE);
+        const int64_t bytes = (a.stride + 127) / 64 * 64;
+        for (int r = 0; r < count; ++r) {
+            masks[r] = mask_bytes(a, row + r, room + r * bytes);
+            at[r] = a.starts[row + r];
         }
+        safe = count < SIDE || a.starts[row + SIDE] + DEPTH > a.count;
+    }
+};
+
+// SIDE rows -> tiles [piece][row][DEPTH], tile by tile: written row by row, their lines would push each other out.
+template <class Use, bool WHOLE, bool FETCH>
+INLINE void spread_tiles(const Matrix& a, Rows& rows, int64_t first, int64_t last, uint16_t* to) {
+    const Use use(a);
+    const int count = WHOLE ? SIDE : rows.count;
+    for (int64_t piece = first; piece < last; ++piece, to += TILE) {
+        const bool inside = (piece + 1) * DEPTH <= a.in;
+#pragma GCC unroll 16
+        for (int r = 0; r < count; ++r) {
+            uint32_t word;
+            if (inside) {
+                std::memcpy(&word, rows.masks[r] + 4 * piece, 4);
+            } else {
+                word = columns_of(a, rows.masks[r], piece);
+            }
+            use(a, rows.row + r, piece, word, rows.at[r], to + r * DEPTH);
+            rows.at[r] += __builtin_popcount(word);
+            if (FETCH && piece - first < LINES) _mm_prefetch(rows.soon[r] + 64 * (piece - first), _MM_HINT_T0);
+        }
+        if (!WHOLE) std::memset(to + count * DEPTH, 0, size_t(SIDE - count) * DEPTH * 2);
     }
 }
 
-// Up to SIDE rows, the same way for the last ones of a matrix: whatever is not there is zero.
-template <class Use>
-void spread_some(const Matrix& a, int64_t row, int rows, const uint8_t* const* masks, int64_t pieces, uint16_t* to) {
-    const Use use(a);
-    std::memset(to, 0, size_t(pieces * TILE) * 2);
-    for (int r = 0; r < rows; ++r) {
-        int64_t at = a.starts[row + r];
-        for (int64_t piece = 0; piece * DEPTH < a.in; ++piece) {
-            const uint32_t word = columns_of(a, masks[r], piece);
-            use(a, row + r, piece, word, at, to + piece * TILE + r * DEPTH);
-            at += __builtin_popcount(word);
-        }
+// Pieces [first, last) of up to SIDE rows; what is not there is zero. What lies beside int8 values follows separately.
+template <bool FETCH>
+void spread(const Matrix& a, Rows& rows, int64_t first, int64_t last, uint16_t* to) {
+    if (a.type == INT8) {
+        rows.count == SIDE ? spread_tiles<Spread8, true, FETCH>(a, rows, first, last, to)
+                           : spread_tiles<Spread8, false, false>(a, rows, first, last, to);
+    } else if (rows.safe) {
+        spread_tiles<Spread16<true>, false, false>(a, rows, first, last, to);
+    } else {
+        spread_tiles<Spread16<false>, true, FETCH>(a, rows, first, last, to);
     }
 }
 
 // Rows [row, row + rows) of the matrix -> tiles [row / SIDE][piece][SIDE][DEPTH], zeros up to a whole BLOCK.
-void spread_panel(const Matrix& a, int64_t row, int rows, int64_t pieces, uint8_t* room, uint16_t* panel) {
-    const int64_t bytes = (a.stride + 127) / 64 * 64;
-    for (int r = 0; r < (rows + BLOCK - 1) / BLOCK * BLOCK; r += SIDE, panel += pieces * TILE) {
-        const int some = rows - r < SIDE ? (rows > r ? rows - r : 0) : SIDE;
-        const uint8_t* masks[SIDE];
-        for (int k = 0; k < some; ++k) masks[k] = mask_bytes(a, row + r + k, room + k * bytes);
-        const bool safe = some < SIDE || a.starts[row + r + SIDE] + DEPTH > a.count;
-        if (a.type == INT8) {
-            some == SIDE ? spread_tiles<Spread8>(a, row + r, masks, pieces, panel)
-                         : spread_some<Spread8>(a, row + r, some, masks, pieces, panel);
-            for (int k = 0; k < some; ++k) {
-                each_more(a, row + r + k, [&](int64_t column, float value) {
-                    panel[column / DEPTH * TILE + k * DEPTH + column % DEPTH] = to_bfloat16(value);
-                });
-            }
-        } else {
-            safe ? spread_some<Spread16<true>>(a, row + r, some, masks, pieces, panel)
-                 : spread_tiles<Spread16<false>>(a, row + r, masks, pieces, panel);
+void spread_panel(const Matrix& a, int64_t row, int rows, int64_t depth, uint8_t* room, uint16_t* panel) {
+    for (int r = 0; r < (rows + BLOCK - 1) / BLOCK * BLOCK; r += SIDE, panel += depth * TILE) {
+        Rows some;
+        some.begin(a, row + r, rows - r, room);
+        spread<false>(a, some, 0, depth, panel);
+        if (a.type != INT8) continue;
+        for (int k = 0; k < some.count; ++k) {
+            each_more(a, row + r + k, [&](int64_t column, float value) {
+                panel[column / DEPTH * TILE + k * DEPTH + column % DEPTH] = to_bfloat16(value);
+            });
         }
     }
 }
@@ -152,14 +166,14 @@ struct Ahead {
     }
 };
 
-// Sums [BLOCK][BLOCK] of BLOCK rows and two tiles of x (or one).
+// Sums [BLOCK][BLOCK] of BLOCK rows and two tiles of x (or one): begun anew or gone on with, and stored at the end.
 template <bool TWO>
 INLINE void multiply(const uint16_t* upper, const uint16_t* lower, const uint16_t* x, const uint16_t* y, int64_t pieces,
-                     float* sums, Ahead& ahead) {
-    _tile_zero(0);
-    _tile_zero(2);
-    if (TWO) {
+                     float* sums, bool begin, bool end, Ahead& ahead) {
+    if (begin) {
+        _tile_zero(0);
         _tile_zero(1);
+        _tile_zero(2);
         _tile_zero(3);
     }
     for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -175,11 +189,94 @@ INLINE void multiply(const uint16_t* upper, const uint16_t* lower, const uint16_
         }
         ahead.fetch();
     }
+    if (!end) return;
     _tile_stored(0, sums, BLOCK * 4);
+    _tile_stored(1, sums + SIDE, BLOCK * 4);
     _tile_stored(2, sums + SIDE * BLOCK, BLOCK * 4);
-    if (TWO) {
-        _tile_stored(1, sums + SIDE, BLOCK * 4);
-        _tile_stored(3, sums + SIDE * BLOCK + SIDE, BLOCK * 4);
+    _tile_stored(3, sums + SIDE * BLOCK + SIDE, BLOCK * 4);
+}
+
+// The tile of x at `tile` and the next one, where there is one.
+INLINE void visit(const uint16_t* upper, const uint16_t* lower, const uint16_t* x, int64_t depth, int64_t tile, int64_t tiles,
+                  int64_t pieces, float* sums, bool begin, bool end, Ahead& ahead) {
+    const uint16_t* left = x + tile * depth * TILE;
+    tile + 1 < tiles ? multiply<true>(upper, lower, left, left + depth * TILE, pieces, sums, begin, end, ahead)
+                     : multiply<false>(upper, lower, left, left, pieces, sums, begin, end, ahead);
+}
+
+// Sums of BLOCK rows and two tiles -> y.
+INLINE void write_block(const Output& out, const float* sums, int64_t row, int rows, int64_t tile, const Input& in) {
+    for (int half = 0; half < 2 && (tile + half) * SIDE < in.rows; ++half) {
+        write(out, sums + half * SIDE, BLOCK, row, rows < BLOCK ? rows : BLOCK, (tile + half) * SIDE, in.rows);
+    }
+}
+
+// Few rows of x: what is spread of a BLOCK never leaves the first cache.
+void narrow(const Matrix& a, const Input& in, const uint16_t* x, const Output& out, int64_t first, int64_t last) {
+    const int64_t depth = depth_of(in), tiles = tiles_of(in), value_bytes = a.type == INT8 ? 1 : 2;
+    const int64_t mask_bytes = (a.stride + 127) / 64 * 64;
+    const char* values = static_cast<const char*>(a.values);
+    alignas(64) uint16_t block[2][PIECES * TILE];
+    alignas(64) float sums[BLOCK * BLOCK];
+    uint8_t* room = static_cast<uint8_t*>(scratch(0, size_t(BLOCK * mask_bytes)));
+    Ahead nothing = {nullptr, nullptr, 0};
+    for (int64_t row = first; row < last; row += BLOCK) {
+        Rows halves[2];
+        More more[BLOCK];
+        for (int h = 0; h < 2; ++h) {
+            halves[h].begin(a, row + h * SIDE, last - row - h * SIDE, room + h * SIDE * mask_bytes);
+        }
+        for (int r = 0; a.type == INT8 && r < BLOCK && row + r < last; ++r) more[r] = More(a, row + r);
+        for (int64_t piece = 0; piece < depth; piece += PIECES) {
+            const bool end = piece + PIECES >= depth;
+            const int64_t pieces = end ? depth - piece : PIECES;
+            for (int h = 0; h < 2; ++h) {
+                Rows& rows = halves[h];
+                for (int r = 0; r < rows.count; ++r) {
+                    const int64_t next = row + BLOCK + h * SIDE + r;
+                    const int64_t to_come = end ? a.starts[next < last ? next : last] : rows.at[r] + pieces * DEPTH / 2;
+                    rows.soon[r] = values + to_come * value_bytes;
+                }
+                spread<true>(a, rows, piece, piece + pieces, block[h]);
+                for (int r = 0; a.type == INT8 && r < rows.count; ++r) {
+                    More& its = more[h * SIDE + r];
+                    its.upto(a, (piece + pieces) * DEPTH);
+                    for (; its.next < its.stop; ++its.next) {
+                        const int column = a.more_columns[its.next];
+                        const float value = load(a.more_values, a.more_type, its.next);
+                        block[h][column / DEPTH * TILE + r * DEPTH + column % DEPTH] = to_bfloat16(value);
+                    }
+                }
+            }
+            visit(block[0], block[1], x + piece * TILE, depth, 0, tiles, pieces, sums, piece == 0, end, nothing);
+        }
+        write_block(out, sums, row, int(last - row < BLOCK ? last - row : BLOCK), 0, in);
+    }
+}
+
+// Many rows of x: a panel of the matrix, spread, meets all of them.
+void wide(const Matrix& a, const Input& in, const uint16_t* x, const Output& out, int64_t first, int64_t last) {
+    const int64_t depth = depth_of(in), tiles = tiles_of(in), blocks = PANEL / (2 * BLOCK * depth * DEPTH);
+    const int at_once = int(blocks < 1 ? BLOCK : blocks > BLOCKS ? BLOCKS * BLOCK : blocks * BLOCK);
+    uint16_t* panel = static_cast<uint16_t*>(scratch(1, size_t(at_once * depth * DEPTH) * 2));
+    uint8_t* room = static_cast<uint8_t*>(scratch(0, size_t(SIDE * ((a.stride + 127) / 64 * 64))));
+    const char* values = static_cast<const char*>(a.values);
+    const int64_t value_bytes = a.type == INT8 ? 1 : 2;
+    alignas(64) float sums[BLOCK * BLOCK];
+    for (int64_t row = first; row < last; row += at_once) {
+        const int rows = int(last - row < at_once ? last - row : at_once);
+        spread_panel(a, row, rows, depth, room, panel);
+        const int64_t next = row + rows, after = next + at_once < last ? next + at_once : last;
+        Ahead ahead = {values + a.starts[next] * value_bytes, values + a.starts[after] * value_bytes, 0};
+        const int64_t visits = (rows + BLOCK - 1) / BLOCK * ((tiles + 1) / 2) * depth;
+        ahead.step = ((ahead.end - ahead.at) / 64 + visits - 1) / visits;
+        for (int64_t tile = 0; tile < tiles; tile += 2) {
+            for (int r = 0; r < rows; r += BLOCK) {
+                const uint16_t* upper = panel + r / SIDE * depth * TILE;
+                visit(upper, upper + depth * TILE, x, depth, tile, tiles, depth, sums, true, true, ahead);
+                write_block(out, sums, row + r, rows - r, tile, in);
+            }
+        }
     }
 }
 
@@ -206,38 +303,10 @@ void tabulate(const Input& in, char* table, int64_t first, int64_t last) {
 
 void many(const Matrix& a, const Input& in, const char* table, const Output& out, int64_t first, int64_t last) {
     if (!in.bfloat16) return with_avx512::many(a, in, table, out, first, last);
-    const int64_t depth = depth_of(in), tiles = tiles_of(in), blocks = PANEL / (2 * BLOCK * depth * DEPTH);
-    const int at_once = int(blocks < 1 ? BLOCK : blocks > BLOCKS ? BLOCKS * BLOCK : blocks * BLOCK);
-    uint16_t* panel = static_cast<uint16_t*>(scratch(1, size_t(at_once * depth * DEPTH) * 2));
-    uint8_t* room = static_cast<uint8_t*>(scratch(0, size_t(SIDE * ((a.stride + 127) / 64 * 64))));
     const uint16_t* x = reinterpret_cast<const uint16_t*>(table);
-    const int64_t value_bytes = a.type == INT8 ? 1 : 2;
-    alignas(64) float sums[BLOCK * BLOCK];
     const Shapes shapes;
     _tile_loadconfig(&shapes);
-    for (int64_t row = first; row < last; row += at_once) {
-        const int rows = int(last - row < at_once ? last - row : at_once);
-        spread_panel(a, row, rows, depth, room, panel);
-        const int64_t next = row + rows, after = next + at_once < last ? next + at_once : last;
-        Ahead ahead = {static_cast<const char*>(a.values) + a.starts[next < last ? next : last] * value_bytes,
-                       static_cast<const char*>(a.values) + a.starts[after] * value_bytes, 0};
-        const int64_t visits = (rows + BLOCK - 1) / BLOCK * ((tiles + 1) / 2) * depth;
-        ahead.step = ((ahead.end - ahead.at) / 64 + visits - 1) / visits;
-        for (int64_t tile = 0; tile < tiles; tile += 2) {
-            const bool two = tile + 1 < tiles;
-            const uint16_t* left = x + tile * depth * TILE;
-            for (int r = 0; r < rows; r += BLOCK) {
-                const uint16_t* upper = panel + r / SIDE * depth * TILE;
-                const uint16_t* lower = upper + depth * TILE;
-                two ? multiply<true>(upper, lower, left, left + depth * TILE, depth, sums, ahead)
-                    : multiply<false>(upper, lower, left, left, depth, sums, ahead);
-                const int some = rows - r < BLOCK ? rows - r : BLOCK;
-                for (int half = 0; half < (two ? 2 : 1); ++half) {
-                    write(out, sums + half * SIDE, BLOCK, row + r, some, (tile + half) * SIDE, in.rows);
-                }
-            }
-        }
-    }
+    tiles_of(in) <= NARROW ? narrow(a, in, x, out, first, last) : wide(a, in, x, out, first, last);
     _tile_release();
 }
 
