@@ -1,14 +1,16 @@
 """ALPS: a mask by alternating directions, then the best values on it (Meng et al., NeurIPS 2024, arXiv 2406.07831)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from budwood.errors import UsageError
-from budwood.methods.method import Block, Method, naming, prune
+from budwood.methods.method import Block, Linear, Method, naming, prune
 from budwood.methods.metrics import heard
 from budwood.methods.refit import check_fit, fit
 from budwood.methods.settings import number, one_of, whole
 from budwood.sparsity import scores
-from budwood.sparsity.admm import admm
+from budwood.sparsity.admm import Spectrum, admm
 from budwood.sparsity.patterns import NM, Pattern, Scope, Shape, Top, parse_pattern
 from budwood.sparsity.recovery import Recovered
 from budwood.sparsity.statistics import Gram
@@ -49,16 +51,40 @@ class Alps(Method):
         return pattern
 
     def __call__(self, block: Block) -> None:
-        grams = block.collect(Gram)
-        for name, linear in block.linears.items():
+        for linear, known in inputs(block, self.damp):
             pattern = self.pattern_for(linear.shape, linear.name)
             dense = linear.weight
-            if heard(linear, grams[name]):
+            if known is not None:
                 with naming(linear.name):
-                    keep, found = admm(dense, grams[name].matrix().float(), pattern, self.damp, self.rounds)
-                fit(linear, found, keep, dense, grams[name], self.damp, self.iterations, self.tolerance)
+                    keep, start = admm(dense, known.spectrum, pattern, self.rounds)
+                fit(linear, start, keep, dense, known.moments, self.damp, self.iterations, self.tolerance)
                 kept = int(keep.sum())
             else:
                 kept = prune(linear, scores.magnitude(dense), pattern)
             if isinstance(pattern, Recovered):
                 linear.recovered = kept - dense.numel() * pattern.base.kept // pattern.base.group
+
+
+class Inputs:
+    """Second moments of what a linear hears, and their spectrum once it is asked for."""
+
+    def __init__(self, gram: Gram, damp: float):
+        self.gram, self.damp = gram, damp
+        self.moments = gram.matrix().float()  # [in, in]
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        return Spectrum.of(self.moments, self.damp)
+
+
+def inputs(block: Block, damp: float) -> Iterator[tuple[Linear, Inputs | None]]:
+    """Every linear with its inputs; None where no token reached it. Linears that share an input share the object."""
+    latest: Inputs | None = None
+    grams = block.collect(Gram)
+    for name, linear in block.linears.items():
+        if not heard(linear, grams[name]):
+            yield linear, None
+            continue
+        if latest is None or latest.gram is not grams[name]:  # those that share follow each other
+            latest = Inputs(grams[name], damp)
+        yield linear, latest

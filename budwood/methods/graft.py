@@ -12,8 +12,8 @@ from torch import Tensor
 from budwood.calibration.beside import Beside
 from budwood.errors import UsageError
 from budwood.formats import predict
+from budwood.methods.alps import Inputs, inputs
 from budwood.methods.method import Block, Method, naming
-from budwood.methods.metrics import heard
 from budwood.methods.reconstruction import reconstruct_block
 from budwood.methods.refit import check_fit, fit
 from budwood.methods.settings import number, one_of, truth, whole
@@ -23,7 +23,6 @@ from budwood.sparsity.admm import admm
 from budwood.sparsity.outlook import Outlook
 from budwood.sparsity.patterns import NM, Pattern, Shape, Top
 from budwood.sparsity.recovery import Recovered
-from budwood.sparsity.statistics import Gram
 
 ITEMSIZE = 2  # bytes of a value: bits are counted as the 16-bit types store them
 
@@ -119,15 +118,13 @@ class Graft(Method):
 
         dense: the stream whose outputs the whole block is fitted to at last, where steps are asked for.
         """
-        grams = block.collect(Gram)
-        for name, linear in block.linears.items():
+        for linear, known in inputs(block, self.damp):
             pattern = self.keeping(linear.shape, counts.get(linear.name, self.count_for(linear.shape)))
-            weight, gram = linear.weight, grams[name]
-            known = heard(linear, gram)
+            weight = linear.weight
             with naming(linear.name):
-                keep, start = self.choose(weight, gram if known else None, pattern)
-            if self.fit and known:
-                fit(linear, start, keep, weight, gram, self.damp, self.iterations, self.tolerance)
+                keep, start = self.choose(weight, known, pattern)
+            if self.fit and known is not None:
+                fit(linear, start, keep, weight, known.moments, self.damp, self.iterations, self.tolerance)
             else:
                 linear.weight = torch.where(keep, weight, 0)
             if self.base:
@@ -135,13 +132,13 @@ class Graft(Method):
         if dense is not None:
             reconstruct_block(block, dense, self.steps, self.rate)
 
-    def choose(self, weight: Tensor, gram: Gram | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    def choose(self, weight: Tensor, known: Inputs | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """What stays of a matrix, bool [out, in], and weights to begin a fit with [out, in].
 
-        Without second moments the largest weights stay.
+        Where no token reached it the largest weights stay.
         """
-        if gram is None:
+        if known is None:
             return pattern.keep(scores.magnitude(weight)), weight
         if self.select == "wanda":
-            return pattern.keep(scores.wanda(weight, gram.norms())), weight
-        return admm(weight, gram.matrix().float(), pattern, self.damp, self.rounds)
+            return pattern.keep(scores.wanda(weight, known.gram.norms())), weight
+        return admm(weight, known.spectrum, pattern, self.rounds)

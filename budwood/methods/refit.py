@@ -70,8 +70,12 @@ class Refit(Method):
         for name, linear in block.linears.items():
             start, gram = linear.weight, grams[name]
             if heard(linear, gram):
-                cross = torch.lerp(gram.matrix(), crosses[name], self.target).float() if crosses else None
-                fit(linear, start, start != 0, dense[name], gram, self.damp, self.iterations, self.tolerance, cross)
+                moments = gram.matrix()
+                cross = torch.lerp(moments, crosses[name], self.target).float() if crosses else None
+                keep = start != 0
+                fit(
+                    linear, start, keep, dense[name], moments.float(), self.damp, self.iterations, self.tolerance, cross
+                )
 
 
 def fit(
@@ -79,7 +83,7 @@ def fit(
     start: Tensor,
     keep: Tensor,
     dense: Tensor,
-    gram: Gram,
+    moments: Tensor,
     damp: float,
     iterations: int,
     tolerance: float,
@@ -87,9 +91,8 @@ def fit(
 ) -> None:
     """Gives `linear` the weights on `keep` that come nearest to the outputs of `dense`, from `start`; all [out, in].
 
-    cross: X₀ᵀ X [in, in] where those are outputs for other inputs X₀.
+    moments: XᵀX [in, in]. cross: X₀ᵀ X [in, in] where those are outputs for other inputs X₀.
     """
-    moments = gram.matrix().float()
     found = refit(start, keep, dense, moments, cross, damp=damp, iterations=iterations, tolerance=tolerance)
     linear.weight = found.weight
 

@@ -5,6 +5,8 @@ Minimises tr((W - W₀) H (W - W₀)ᵀ) over the weights that a pattern allows.
 keeps to the pattern; the price ρ of disagreeing rises until the support of D stands still.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,36 +16,51 @@ EVERY = 3  # iterations between looks at the support
 FIRST_PRICE, LOWEST_PRICE = 0.3, 1e-6  # the paper begins at 0.1, which ends a hair lower after thrice the rounds
 
 
-def admm(
-    weight: Tensor, moments: Tensor, pattern: Pattern, damp: float = 0.01, iterations: int = 300
-) -> tuple[Tensor, Tensor]:
-    """The mask, bool [out, in], for `weight` [out, in] and second moments [in, in], whose type is computed in, and the
-    matrix on it where the search ended: a good start for a fit.
+@dataclass(frozen=True)
+class Spectrum:
+    """Damped second moments with their inputs scaled to a diagonal of 1, and their eigen-decomposition.
+
+    One serves all prices, and all matrices that share their input.
+    """
+
+    scale: Tensor  # [in], what the inputs were divided by
+    system: Tensor  # [in, in]
+    values: Tensor  # [in]
+    vectors: Tensor  # [in, in]
+
+    @classmethod
+    def of(cls, moments: Tensor, damp: float = 0.01) -> "Spectrum":
+        """From XᵀX [in, in], whose type is computed in. damp: as a share of the mean diagonal."""
+        diagonal = moments.diagonal() + damp * moments.diagonal().mean()
+        scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
+        system = moments / scale[:, None] / scale
+        system.diagonal().copy_(torch.where(diagonal > 0, 1, 0))
+        return cls(scale, system, *torch.linalg.eigh(system))
+
+    def inverted(self, price: float) -> Tensor:
+        """(system + price)⁻¹."""
+        return (self.vectors / (self.values.clamp(min=0) + price)) @ self.vectors.T
+
+
+def admm(weight: Tensor, spectrum: Spectrum, pattern: Pattern, iterations: int = 300) -> tuple[Tensor, Tensor]:
+    """The mask, bool [out, in], for `weight` [out, in] and the second moments of its inputs, and the matrix on it where
+    the search ended: a good start for a fit.
 
     The pattern must take the largest of what it may, so that its choice by size is the nearest allowed matrix: N:M, a
-    share of rows or matrix, N:M and the best of the rest. damp: as a share of the mean diagonal. One
-    eigen-decomposition serves all prices.
+    share of rows or matrix, N:M and the best of the rest.
     """
-    diagonal = moments.diagonal() + damp * moments.diagonal().mean()
-    scale = torch.where(diagonal > 0, diagonal, 1).sqrt()  # [in]
-    system = moments / scale[:, None] / scale
-    system.diagonal().copy_(torch.where(diagonal > 0, 1, 0))
-    values, vectors = torch.linalg.eigh(system)
-    wanted = weight.to(system) * scale
-    pull = wanted @ system  # W₀ H
+    wanted = weight.to(spectrum.system) * spectrum.scale
+    pull = wanted @ spectrum.system  # W₀ H
 
     def nearest(point: Tensor) -> tuple[Tensor, Tensor]:
         keep = pattern.keep(point.abs())
         return torch.where(keep, point, 0), keep
 
-    def inverted(price: float) -> Tensor:
-        return (vectors / (values.clamp(min=0) + price)) @ vectors.T
-
     price, settled = FIRST_PRICE, False
     near, keep = nearest(wanted)
     blame = torch.zeros_like(wanted)
     seen = keep
-    inverse = inverted(price)
+    inverse = spectrum.inverted(price)
     for iteration in range(1, iterations + 1):
         free = (pull + price * near - blame) @ inverse
         near, keep = nearest(free + blame / price)
@@ -66,5 +83,5 @@ def admm(
             near, keep = nearest(wanted)
             blame.zero_()
             seen = keep
-        inverse = inverted(price)
-    return keep, near / scale
+        inverse = spectrum.inverted(price)
+    return keep, near / spectrum.scale
