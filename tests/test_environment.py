@@ -1,6 +1,8 @@
 """The machine is described without failing where the system does not tell."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,13 @@ def test_the_widest_instructions_are_named(flags, words, monkeypatch):
 def test_the_plug_in_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     assert "off" in environment.plug_in() or "not announced" in environment.plug_in()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not tell it apart")
+def test_peak_memory_is_that_of_this_process_not_of_the_one_that_started_it():
+    ballast = bytearray(800_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])  # touched, so resident
+    code = "from budwood.environment import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    own = environment.peak_memory()
+    assert int(done.stdout) < len(ballast) < own
