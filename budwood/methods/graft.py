@@ -44,7 +44,7 @@ class Graft(Method):
     select: Literal["alps", "wanda"] = "alps"
     allocate: Literal["global", "uniform"] = "global"
     fit: bool = True
-    rounds: int = 15
+    rounds: int = 12
     damp: float = 0.01
     iterations: int = 8
     tolerance: float = 3e-3
