@@ -9,6 +9,7 @@ from torch import Tensor
 from budwood.errors import RunError
 from budwood.sparsity.second_order import Factor, factorise
 
+TOKENS = 256  # per product in float32: of longer ones the library splits the sum by the number of threads
 PANEL = 384  # columns of the second moments per product: about 0.55 of a full product at usual widths
 
 
@@ -85,14 +86,15 @@ class Gram:
 
     def add(self, x: Tensor) -> None:  # [..., tokens, in]
         self.total = self.total.to(x.device)
-        precision = "medium" if x.dtype == torch.bfloat16 else "highest"
+        exact = x.dtype == torch.bfloat16
         x = x.reshape(-1, x.shape[-1]).float()
         self.count += x.shape[0]
         self._factors.clear()
-        with _products_in(precision):
-            for start in range(0, x.shape[1], PANEL):
-                stop = min(start + PANEL, x.shape[1])
-                self.total[:stop, start:stop] += x[:, :stop].T @ x[:, start:stop]
+        with _products_in("medium" if exact else "highest"):
+            for rows in x.split(len(x) or 1 if exact else TOKENS):
+                for start in range(0, x.shape[1], PANEL):
+                    stop = min(start + PANEL, x.shape[1])
+                    self.total[:stop, start:stop] += rows[:, :stop].T @ rows[:, start:stop]
 
     def sums(self) -> list[Tensor]:
         self._factors.clear()  # whoever asks may add other ranks' sums in place

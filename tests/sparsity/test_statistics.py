@@ -67,6 +67,22 @@ def test_the_published_norm_is_the_root_of_a_square_as_published():
     torch.testing.assert_close(fast.norms(), norm.norms(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [576, 1000])
+def test_the_number_of_threads_changes_no_bit(dtype, width):
+    x = torch.randn(2048, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(Gram(width))
+            found[-1].add(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].total, found[1].total)
+    assert torch.equal(found[0].total, found[2].total)
+
+
 def test_moments_of_bfloat16_lose_nothing():
     x = torch.randn(512, 400, generator=torch.Generator().manual_seed(0)).bfloat16()
     gram, precision = Gram(400), torch.get_float32_matmul_precision()
