@@ -1,9 +1,9 @@
 """Products of packed matrices on a GPU: every way that fits is tried once against dense, the fastest is kept.
 
-    layer = gpu.prepare(weight, base)     # weight [out, in]; base names the 2:4 part, None for a free bitmask
+    layer = gpu.prepare(weight, base)     # weight [out, in]; base names the 2:4 part, None: looked for
     y = layer.linear(x, bias)             # x [..., in] -> [..., out]
 
-The winner is kept for each shape, kind, class of rows, type and device, for the life of the process, and logged.
+The winner is kept for each shape, class of rows, type and device, for the life of the process, and logged.
 Without triton or without CUDA nothing breaks: the weight is unpacked and multiplied, and `why_not` says why.
 """
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from budwood.kernels.contest import Outcome, contest, cuda_clock, wall_clock
-from budwood.kernels.gpu_layouts import FEW, SOME, BitmaskLayout, TwoFourLayout, pack_bitmask, pack_two_four
+from budwood.kernels.contest import Outcome, contest, graph_clock, wall_clock
+from budwood.kernels.gpu_layouts import FEW, SOME, TwoFourLayout, fits, pack_two_four
 
 Product = Callable[[Tensor, Tensor | None], Tensor]  # x [tokens, in], bias [out] -> [tokens, out]
-Key = tuple[str, tuple[int, int], int, torch.dtype, str]
+Key = tuple[tuple[int, int], int, torch.dtype, str]
 log = logging.getLogger(__name__)
 
 MANY = 1024  # the largest class of rows; whatever is more behaves the same
@@ -43,6 +43,11 @@ def why_not() -> str | None:
     return None
 
 
+def takes(x: Tensor) -> bool:
+    """Whether products with `x [..., in]` can go through a prepared matrix."""
+    return usable(x) and x.dtype in (torch.bfloat16, torch.float16) and fits(x.shape[-1])
+
+
 def usable(tensor: Tensor) -> bool:
     """Whether the kernels can read this tensor."""
     return tensor.is_cuda and why_not() is None
@@ -51,16 +56,16 @@ def usable(tensor: Tensor) -> bool:
 def prepare(weight: Tensor, base: Tensor | None = None) -> "Prepared":
     """A pruned `weight [out, in]`, bf16 or fp16, packed on its device for products.
 
-    `base`, bool `[out, in]`, names two of every four columns and the rest counts as recovered; without it any
-    mask is taken as it is. Raises `UsageError` where the layout cannot hold the matrix.
+    `base`, bool `[out, in]`, names two of every four columns and the rest counts as recovered; without it two are
+    looked for, in any mask. Raises `UsageError` where the layout cannot hold the matrix: see `gpu_layouts.fits`.
     """
-    return Prepared(pack_bitmask(weight) if base is None else pack_two_four(weight, base))
+    return Prepared(pack_two_four(weight, base))
 
 
 class Prepared:
     """A packed matrix and the ways to multiply with it."""
 
-    def __init__(self, layout: TwoFourLayout | BitmaskLayout) -> None:
+    def __init__(self, layout: TwoFourLayout) -> None:
         self.layout = layout
         self._semi: tuple[Tensor, Tensor] | None = None  # a second copy, only where it won
 
@@ -78,13 +83,9 @@ class Prepared:
         from budwood.kernels import gpu_products
 
         layout = self.layout
-        if isinstance(layout, BitmaskLayout):
-            if rows <= FEW:
-                ways["triton"] = lambda x, bias: gpu_products.bitmask_linear(layout, x, bias)
-            return ways
         if rows <= FEW:
             ways["triton"] = lambda x, bias: gpu_products.two_four_linear(layout, x, bias)
-        if 8 <= rows <= SOME:
+        if 2 <= rows <= SOME:
             ways["triton dot"] = lambda x, bias: gpu_products.two_four_some(layout, x, bias)
         if rows >= SOME and semi_structured_fits(layout.shape, layout.dtype):
             ways["semi-structured"] = self._semi_structured
@@ -96,7 +97,7 @@ class Prepared:
         ways = self.candidates(rows)
         if len(ways) == 1 or x.dtype != self.layout.dtype or not x.shape[0]:
             return self._unpacked
-        key = (type(self.layout).__name__, self.layout.shape, rows, x.dtype, str(x.device))
+        key = (self.layout.shape, rows, x.dtype, str(x.device))
         if key not in outcomes:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return self._unpacked  # nothing can be timed inside a graph; run once before capturing
@@ -114,7 +115,7 @@ class Prepared:
         outcome = contest(
             runners,
             expected=F.linear(x, dense, bias),
-            clock=cuda_clock if x.is_cuda else wall_clock,
+            clock=graph_clock() if x.is_cuda else wall_clock,
             spectators={"dense": lambda: F.linear(x, dense, bias)},
         )
         times = ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in outcome.seconds.items())
@@ -124,12 +125,19 @@ class Prepared:
             log.warning("%d x %d, %d rows: %s is not used: %s", out, width, rows, name, fault)
         return outcome
 
+    def dense(self) -> Tensor:
+        """The dense matrix `[out, in]`."""
+        if not usable(self.layout.values):
+            return self.layout.unpack()
+        from budwood.kernels import gpu_products
+
+        return gpu_products.two_four_unpacked(self.layout)
+
     def _unpacked(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.layout.unpack().to(x.dtype), bias)
+        return F.linear(x, self.dense().to(x.dtype), bias)
 
     def _semi_structured(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """torch's 2:4 product, and the recovered weights as a sparse product beside it."""
-        assert isinstance(self.layout, TwoFourLayout)
         if self._semi is None:
             skeleton = self.layout.skeleton()
             beyond = self.layout.unpack() - skeleton  # disjoint places: exact

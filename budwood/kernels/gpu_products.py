@@ -1,244 +1,267 @@
-"""Products on a GPU for few rows, in Triton: y = x W^T + bias straight from the packed bytes, sums in float32.
+"""Products on a GPU, in Triton: y = x W^T + bias straight from the packed bytes, sums in float32; and the dense matrix.
 
-16-bit numbers are read as integers and widened by a shift and a bitcast, so that the same code runs in
-Triton's interpreter, where it is tested. Importing this file needs triton; see `gpu.why_not`.
+16-bit numbers are read as integers, several at a time, and widened by a shift and a bitcast, so that the same
+code runs in Triton's interpreter, where it is tested. Importing this file needs triton; see `gpu.why_not`.
+
+Loops over a small number of rows are unrolled (`tl.static_range`), tensors of one dimension: one lane, one
+element, so that no layout has to be changed on the way and neighbouring lanes read neighbouring bytes.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from budwood.kernels.gpu_layouts import BAND, FEW, SLAB, SOME, BitmaskLayout, TwoFourLayout
+from budwood.kernels.gpu_layouts import BAND, FEW, SOME, TwoFourLayout
 
-WARPS = 4
-
-
-def rows_tile(rows: int) -> dict[str, int]:
-    """How much `two_four_rows` takes at a time: the more rows of x, the fewer columns, or registers run out."""
-    return {"ROWS": rows, "SLAB": SLAB, "HALVES": max(8, 32 // rows), "DEPTH": 8}
-
-
-def bitmask_tile(rows: int) -> dict[str, int]:
-    """The same for `bitmask_rows`."""
-    return {"ROWS": rows, "SLAB": SLAB, "BYTES": max(8, 32 // rows)}
+BLOCK = 128  # columns that the dot kernel makes dense at a time
+LEAST = 16  # rows of x that a tensor core wants
+PROGRAMS = 1024  # that the dot kernel is split into: some eight for each multiprocessor of a large device
+SPLITS = 16
+TALL = 4  # rows that one program makes dense
 
 
-def dot_tile(rows: int) -> dict[str, int]:
-    """The same for `two_four_dot`, whose registers hold all the same columns."""
-    return {"ROWS": rows, "SLAB": SLAB, "BAND": BAND, "BLOCK": 128}
+def rows_tile(rows: int, words: int) -> dict[str, int]:
+    """How much a program of `two_four_rows` takes: the more rows of x, the less, or registers run out."""
+    lanes = min({1: 128, 2: 32, 4: 64}[rows], max(32, triton.next_power_of_2(words)))
+    return {"ROWS": rows, "TALL": 4 if rows == 1 and words > 64 else 2, "LANES": lanes, "num_warps": lanes // 32}
+
+
+def dot_tile(rows: int, bands: int, width: int) -> dict[str, int]:
+    """The same for `two_four_dot`: the fewer the bands, the more programs share a band's columns."""
+    fitting = max(1, min(SPLITS, PROGRAMS // bands, width // BLOCK))
+    split = 1 << (fitting.bit_length() - 1)
+    return {"ROWS": rows, "SPLIT": split, "BAND": BAND, "BLOCK": BLOCK, "num_warps": 4}
 
 
 @triton.jit
 def widened(bits, HALF: tl.constexpr):
-    """The float32 of int16 bits of a bf16, or of an fp16 where HALF."""
+    """The float32 of the lower sixteen bits of an int32: a bf16, or an fp16 where HALF."""
     if HALF:
-        return bits.to(tl.float16, bitcast=True).to(tl.float32)
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def upper(bits, HALF: tl.constexpr):
+    """The float32 of the upper sixteen bits of an int32."""
+    if HALF:
+        return widened(bits >> 16, HALF)
+    else:
+        return (bits & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["rows", "words", "out"])
 def two_four_rows(
-    x, values, index, entries, starts, order, bias, y, rows, width, words, out,
+    x, values, index, entries, starts, bias, y, rows, width, words, out,
     ROWS: tl.constexpr, HALF: tl.constexpr, BIASED: tl.constexpr,
-    SLAB: tl.constexpr, HALVES: tl.constexpr, DEPTH: tl.constexpr,
+    STRIDE: tl.constexpr, TALL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """y [ROWS, out] of x [rows, width] and a `TwoFourLayout`; a program takes a slab.
+    """y [ROWS, out] of x [rows, width] and a `TwoFourLayout`; a program takes TALL rows of the matrix.
 
-    Beyond `rows`, rows of y repeat the last: no lane asks which rows are real. A lane takes half a word,
-    eight codes and eight values. x is gathered from the L1 cache.
+    Beyond `rows`, rows of y repeat the last: no lane asks which rows are real. A lane takes a word of codes, and
+    group by group reads two values of each row of the matrix and the four numbers of x that they choose from.
     """
-    slab = tl.program_id(0).to(tl.int64)
-    local = tl.arange(0, SLAB)
-    values += slab * SLAB * words * 16
-    index += slab * SLAB * words
-    lane = tl.arange(0, 8)[None, None, :]
-    sums = ()
-    beyond = ()
-    for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros((SLAB, HALVES), tl.float32),)
-        beyond = beyond + (tl.zeros((DEPTH, SLAB), tl.float32),)
+    first_row = tl.program_id(0).to(tl.int64) * TALL
+    lane = tl.arange(0, LANES)
+    pairs = values.to(tl.pointer_type(tl.int32)) + first_row * words * 8
+    quads = x.to(tl.pointer_type(tl.int64))
+    index += first_row * words
+    starts += first_row
+    sums = ()  # of row r of the matrix and row m of x at r ROWS + m
+    for _ in tl.static_range(TALL * ROWS):
+        sums = sums + (tl.zeros((LANES,), tl.float32),)
 
-    for first in range(0, 2 * words, HALVES):
-        half = first + tl.arange(0, HALVES)[None, :]
-        inside = half < 2 * words
-        codes = tl.load(index + local[:, None] * words + half // 2, mask=inside, other=0) >> (half % 2 * 16)
-        place = local[:, None, None] * (words * 16) + half[:, :, None] * 8 + lane
-        weight = widened(tl.load(values + place, mask=inside[:, :, None], other=0), HALF)
-        column = half[:, :, None] * 16 + lane // 2 * 4 + ((codes[:, :, None] >> (lane * 2)) & 3)
-        there = column < width
-        added = ()
+    for first in range(0, words, LANES):
+        word = first + lane
+        inside = word < words
+        group = word // STRIDE * (8 * STRIDE) + word % STRIDE
+        codes = ()
+        weights = ()
+        for r in tl.static_range(TALL):
+            codes = codes + (tl.load(index + r * words + word, mask=inside, other=0),)
+        for j in tl.static_range(8):
+            for r in tl.static_range(TALL):
+                pair = tl.load(pairs + r * (words * 8) + group + j * STRIDE, mask=inside, other=0)
+                weights = weights + (pair,)
+        for j in tl.static_range(8):
+            place = group + j * STRIDE
+            xs = ()
+            for m in tl.static_range(ROWS):
+                quad = quads + tl.minimum(m, rows - 1) * (width // 4) + place
+                xs = xs + (tl.load(quad, mask=place * 4 < width, other=0),)
+            added = ()
+            for r in tl.static_range(TALL):
+                # The code of two bits, times sixteen: by how much to shift the four numbers of x.
+                if j == 0:
+                    lower_shift, upper_shift = (codes[r] << 4) & 48, (codes[r] << 2) & 48
+                else:
+                    lower_shift, upper_shift = (codes[r] >> (4 * j - 4)) & 48, (codes[r] >> (4 * j - 2)) & 48
+                pair = weights[j * TALL + r]
+                for m in tl.static_range(ROWS):
+                    one = widened((xs[m] >> lower_shift.to(tl.int64)).to(tl.int32), HALF)
+                    two = widened((xs[m] >> upper_shift.to(tl.int64)).to(tl.int32), HALF)
+                    added = added + (sums[r * ROWS + m] + widened(pair, HALF) * one + upper(pair, HALF) * two,)
+            sums = added
+
+    begins = ()
+    for r in tl.static_range(TALL):
+        begins = begins + (tl.load(starts + r),)
+    end = tl.load(starts + TALL)
+    for first in range(begins[0], end, LANES):
+        slot = first + lane
+        entry = tl.load(entries + slot, mask=slot < end, other=0)
+        xs = ()
         for m in tl.static_range(ROWS):
-            part = tl.load(x + tl.minimum(m, rows - 1) * width + column, mask=there, other=0)
-            added = added + (sums[m] + tl.sum(weight * widened(part, HALF), 2),)
+            xs = xs + (widened(tl.load(x + tl.minimum(m, rows - 1) * width + (entry & 0xFFFF)).to(tl.int32), HALF),)
+        added = ()
+        for r in tl.static_range(TALL):
+            own = slot >= begins[r]
+            if r + 1 < TALL:
+                own &= slot < begins[r + 1]
+            weight = tl.where(own, upper(entry, HALF), 0.0)
+            for m in tl.static_range(ROWS):
+                added = added + (sums[r * ROWS + m] + weight * xs[m],)
         sums = added
 
-    start = tl.load(starts + slab)
-    count = (tl.load(starts + slab + 1) - start).to(tl.int32)
-    entries += start
-    slot = tl.arange(0, DEPTH)[:, None] * SLAB + local[None, :]
-    for first in range(0, count, DEPTH * SLAB):
-        entry = tl.load(entries + first + slot, mask=first + slot < count, other=0)
-        weight = widened((entry >> 16).to(tl.int16), HALF)
-        added = ()
+    for r in tl.static_range(TALL):
+        row = first_row + r
         for m in tl.static_range(ROWS):
-            part = tl.load(x + tl.minimum(m, rows - 1) * width + (entry & 0xFFFF))
-            added = added + (beyond[m] + weight * widened(part, HALF),)
-        beyond = added
-
-    target = tl.load(order + slab * SLAB + local)
-    real = target < out
-    for m in tl.static_range(ROWS):
-        total = tl.sum(sums[m], 1) + tl.sum(beyond[m], 0)
-        if BIASED:
-            total += widened(tl.load(bias + target, mask=real, other=0), HALF)
-        tl.store(y + m * out + target, total.to(y.dtype.element_ty), mask=real)
+            total = tl.sum(sums[r * ROWS + m], 0)
+            if BIASED:
+                total += widened(tl.load(bias + row, mask=row < out, other=0).to(tl.int32), HALF)
+            tl.store(y + m * out + row, total.to(y.dtype.element_ty), mask=row < out)
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "out"])
-def bitmask_rows(
-    x, values, mask, starts, bias, y, rows, width, groups, out,
-    ROWS: tl.constexpr, HALF: tl.constexpr, BIASED: tl.constexpr, SLAB: tl.constexpr, BYTES: tl.constexpr,
-):  # fmt: skip
-    """y [ROWS, out] of x [rows, width] and a `BitmaskLayout`; a program takes a slab; rows as in `two_four_rows`.
-
-    A lane takes a byte of the mask, eight columns: x is read straight, the values at the group's offset plus
-    the bits set before. Counts of bits are running sums by multiplication: of bytes inside the int64, of bits,
-    spread to one nibble each, inside the byte.
-    """
-    slab = tl.program_id(0).to(tl.int64)
-    local = tl.arange(0, SLAB)
-    mask += slab * SLAB * groups
-    starts += slab * SLAB * groups
-    bit = tl.arange(0, 8)[None, None, :]
-    sums = ()
-    for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros((SLAB, BYTES), tl.float32),)
-
-    for first in range(0, 8 * groups, BYTES):
-        byte = first + tl.arange(0, BYTES)[None, :]
-        group = local[:, None] * groups + byte // 8
-        inside = byte < 8 * groups
-        word = tl.load(mask + group, mask=inside, other=0)
-        pairs = word - ((word >> 1) & 0x5555555555555555)
-        nibbles = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
-        counts = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F0F0F0F0F
-        shift = (byte % 8 * 8).to(tl.int64)
-        before = ((counts * 0x0101010101010101 - counts) >> shift) & 255  # bits set in lower bytes
-        place = tl.load(starts + group, mask=inside, other=0) + before.to(tl.int32)
-
-        spread = ((word >> shift) & 255).to(tl.int32)
-        spread = (spread | (spread << 12)) & 0x000F000F
-        spread = (spread | (spread << 6)) & 0x03030303
-        spread = (spread | (spread << 3)) & 0x11111111
-        lower = spread * 0x11111111 - spread  # nibble i: bits set below bit i
-        kept = ((spread[:, :, None] >> (bit * 4)) & 1) == 1
-        place = place[:, :, None] + ((lower[:, :, None] >> (bit * 4)) & 15)
-        weight = widened(tl.load(values + place, mask=kept, other=0), HALF)
-        # Every row of the slab reads x for itself, from L1: one read for all would go through shared memory.
-        column = byte[:, :, None] * 8 + bit + local[:, None, None] * 0
-        there = column < width
-        added = ()
-        for m in tl.static_range(ROWS):
-            part = tl.load(x + tl.minimum(m, rows - 1) * width + column, mask=there, other=0)
-            added = added + (sums[m] + tl.sum(weight * widened(part, HALF), 2),)
-        sums = added
-
-    target = slab * SLAB + local
-    real = target < out
-    for m in tl.static_range(ROWS):
-        total = tl.sum(sums[m], 1)
-        if BIASED:
-            total += widened(tl.load(bias + target, mask=real, other=0), HALF)
-        tl.store(y + m * out + target, total.to(y.dtype.element_ty), mask=real)
-
-
-@triton.jit(do_not_specialize=["rows", "words", "out"])
+@triton.jit(do_not_specialize=["words", "out"])
 def two_four_dot(
-    x, values, index, entries, starts, order, bias, y, rows, width, words, out,
-    ROWS: tl.constexpr, HALF: tl.constexpr, BIASED: tl.constexpr, WIDE: tl.constexpr,
-    SLAB: tl.constexpr, BAND: tl.constexpr, BLOCK: tl.constexpr,
+    turned, values, index, entries, starts, partial, width, words, out,
+    ROWS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, STRIDE: tl.constexpr,
+    SPLIT: tl.constexpr, BAND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y [ROWS, out] of x [rows, width] and a `TwoFourLayout`; a program takes a band; rows as in `two_four_rows`.
+    """partial float32 [SPLIT, ROWS, out] of x turned, [width, ROWS], and a `TwoFourLayout`.
 
-    The 2:4 part is made dense in registers, BLOCK columns at a time, for the tensor cores. WIDE multiplies in
-    float32 instead of the 16-bit type: for the interpreter, which knows no bf16.
+    A program takes a band of rows of the matrix and one part of SPLIT of its columns. The 2:4 part is made dense
+    in registers, BLOCK columns at a time, for the tensor cores. WIDE multiplies in float32 instead of the 16-bit
+    type: for the interpreter, which knows no bf16.
     """
     band = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     local = tl.arange(0, BAND)
     token = tl.arange(0, ROWS)
-    x_row = tl.minimum(token, rows - 1) * width
-    values += band * BAND * words * 16
+    row = band * BAND + local
+    pairs = values.to(tl.pointer_type(tl.int32)) + band * BAND * words * 8
     index += band * BAND * words
     narrow = tl.float16 if HALF else tl.bfloat16
     sums = tl.zeros((BAND, ROWS), tl.float32)
 
-    for first in range(0, words * 32, BLOCK):
-        half = first // 2 + tl.arange(0, BLOCK // 2)[None, :]
-        pairs = tl.load(values + local[:, None] * (words * 16) + half, mask=half < words * 16, other=0)
-        lower_value, upper_value = tl.split(tl.reshape(pairs, (BAND, BLOCK // 4, 2)))
-        group = first // 4 + tl.arange(0, BLOCK // 4)[None, :]
-        codes = tl.load(index + local[:, None] * words + group // 8, mask=group < words * 8, other=0)
-        codes = codes >> (group % 8 * 4)
-        lower, upper = codes & 3, (codes >> 2) & 3
-        even = tl.interleave(
-            tl.where(lower == 0, lower_value, tl.where(upper == 0, upper_value, 0)),
-            tl.where(lower == 2, lower_value, tl.where(upper == 2, upper_value, 0)),
+    blocks = tl.cdiv(words * 32, BLOCK)
+    share = tl.cdiv(blocks, SPLIT)
+    # No stages: programs beside each other hide the latency, and copies to shared memory cost more than they bring.
+    for block in tl.range(split * share, tl.minimum(blocks, split * share + share), num_stages=1):
+        group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+        inside = group < words * 8
+        pair = tl.load(pairs + local[:, None] * (words * 8) + group, mask=inside, other=0)
+        word = group // (8 * STRIDE) * STRIDE + group % STRIDE
+        codes = tl.load(index + local[:, None] * words + word, mask=inside, other=0)
+        codes = codes >> (group % (8 * STRIDE) // STRIDE * 4)
+        first, second = codes & 3, (codes >> 2) & 3
+        one, two = pair.to(tl.int16), (pair >> 16).to(tl.int16)
+        even = tl.join(
+            tl.where(first == 0, one, tl.where(second == 0, two, 0)),
+            tl.where(first == 2, one, tl.where(second == 2, two, 0)),
         )
-        odd = tl.interleave(
-            tl.where(lower == 1, lower_value, tl.where(upper == 1, upper_value, 0)),
-            tl.where(lower == 3, lower_value, tl.where(upper == 3, upper_value, 0)),
+        odd = tl.join(
+            tl.where(first == 1, one, tl.where(second == 1, two, 0)),
+            tl.where(first == 3, one, tl.where(second == 3, two, 0)),
         )
-        weight = tl.interleave(even, odd)  # [BAND, BLOCK], columns in order
-        column = first + tl.arange(0, BLOCK)[:, None]
-        part = tl.load(x + x_row[None, :] + column, mask=column < width, other=0)  # [BLOCK, ROWS]
+        weight = tl.reshape(tl.join(even, odd), (BAND, BLOCK))  # columns in order
+        column = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+        part = tl.load(turned + column * ROWS + token[None, :], mask=column < width, other=0)
         if WIDE:
-            sums = tl.dot(widened(weight, HALF), widened(part, HALF), sums, input_precision="ieee")
+            dense = widened(weight.to(tl.int32), HALF)
+            sums = tl.dot(dense, widened(part.to(tl.int32), HALF), sums, input_precision="ieee")
         else:
             sums = tl.dot(weight.to(narrow, bitcast=True), part.to(narrow, bitcast=True), sums)
 
-    slab = band * (BAND // SLAB) + local // SLAB
-    start = tl.load(starts + slab)
-    depth = ((tl.load(starts + slab + 1) - start) // SLAB).to(tl.int32)
-    beyond = tl.zeros((BAND, ROWS), tl.float32)
-    for turn in range(0, tl.max(depth, 0)):
-        entry = tl.load(entries + start + turn * SLAB + local % SLAB, mask=turn < depth, other=0)
-        part = tl.load(x + x_row[None, :] + (entry & 0xFFFF)[:, None])
-        beyond += widened((entry >> 16).to(tl.int16), HALF)[:, None] * widened(part, HALF)
+    start = tl.load(starts + row)
+    depth = tl.load(starts + row + 1) - start
+    for turn in range(split, tl.max(depth, 0), SPLIT):
+        entry = tl.load(entries + start + turn, mask=turn < depth, other=0)
+        part = tl.load(turned + ((entry & 0xFFFF) * ROWS)[:, None] + token[None, :])
+        sums += upper(entry, HALF)[:, None] * widened(part.to(tl.int32), HALF)
 
-    target = tl.load(order + band * BAND + local)
-    total = sums + beyond
+    place = (split * ROWS + token)[None, :] * out + row[:, None]
+    tl.store(partial + place, sums, mask=row[:, None] < out)
+
+
+@triton.jit(do_not_specialize=["out", "size"])
+def added_up(partial, bias, y, out, size, ROWS: tl.constexpr, HALF: tl.constexpr, BIASED: tl.constexpr,
+             SPLIT: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """y, `size` numbers of [rows, out], of the parts [SPLIT, ROWS, out], always in the same order."""
+    place = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    real = place < size
+    total = tl.zeros((LANES,), tl.float32)
+    for split in tl.static_range(SPLIT):
+        total += tl.load(partial + split * ROWS * out + place, mask=real, other=0.0)
     if BIASED:
-        total += widened(tl.load(bias + target, mask=target < out, other=0), HALF)[:, None]
-    place = token[None, :] * out + target[:, None]
-    tl.store(y + place, total.to(y.dtype.element_ty), mask=place < token[None, :] * out + out)
+        total += widened(tl.load(bias + place % out, mask=real, other=0).to(tl.int32), HALF)
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["words"])
+def two_four_dense(
+    values, index, entries, starts, dense, width, words,
+    STRIDE: tl.constexpr, TALL: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """dense int16 [rows, width] of a `TwoFourLayout`; a program takes TALL rows; a lane writes four columns at once."""
+    first_row = tl.program_id(0).to(tl.int64) * TALL
+    lane = tl.arange(0, LANES)
+    pairs = values.to(tl.pointer_type(tl.int32)) + first_row * words * 8
+    quads = dense.to(tl.pointer_type(tl.int64)) + first_row * (width // 4)
+    index += first_row * words
+    starts += first_row
+    for first in range(0, width // 4, LANES):
+        group = first + lane
+        inside = group < width // 4
+        word = group // (8 * STRIDE) * STRIDE + group % STRIDE
+        shift = group % (8 * STRIDE) // STRIDE * 4
+        for r in tl.static_range(TALL):
+            codes = tl.load(index + r * words + word, mask=inside, other=0) >> shift
+            pair = tl.load(pairs + r * (words * 8) + group, mask=inside, other=0).to(tl.int64)
+            lower_shift, upper_shift = (codes << 4) & 48, (codes << 2) & 48
+            quad = (pair & 0xFFFF) << lower_shift.to(tl.int64)
+            quad |= ((pair >> 16) & 0xFFFF) << upper_shift.to(tl.int64)
+            tl.store(quads + r * (width // 4) + group, quad, mask=inside)
+
+    tl.debug_barrier()  # the recovered weights go where zeros were written just now, by other lanes
+    begins = ()
+    for r in tl.static_range(TALL):
+        begins = begins + (tl.load(starts + r),)
+    end = tl.load(starts + TALL)
+    for first in range(begins[0], end, LANES):
+        slot = first + lane
+        entry = tl.load(entries + slot, mask=slot < end, other=0)
+        row = tl.zeros((LANES,), tl.int64) + first_row
+        for r in tl.static_range(1, TALL):
+            row += (slot >= begins[r]).to(tl.int64)
+        tl.store(dense + row * width + (entry & 0xFFFF), (entry >> 16).to(tl.int16), mask=slot < end)
 
 
 def two_four_linear(
     layout: TwoFourLayout, x: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """`x [tokens, in] -> [tokens, out]` for up to 16 rows; the result in `dtype`, by default that of x."""
+    """`x [tokens, in] -> [tokens, out]` for up to 4 rows; the result in `dtype`, by default that of x."""
+    _check(layout, x, FEW)
     out, width = layout.shape
-    y = _result(layout, x, 1, FEW, dtype)
-    two_four_rows[layout.order.numel() // SLAB,](
-        _bits(x), layout.values, layout.index, layout.entries, layout.starts, layout.order, _bias(x, bias), y,
+    tile = rows_tile(triton.next_power_of_2(x.shape[0]), layout.index.shape[1])
+    y = torch.empty(tile["ROWS"], out, dtype=dtype or x.dtype, device=x.device)
+    two_four_rows[triton.cdiv(out, tile["TALL"]),](
+        _bits(x), layout.values, layout.index, layout.entries, layout.starts, _bias(x, bias), y,
         x.shape[0], width, layout.index.shape[1], out,
-        HALF=x.dtype == torch.float16, BIASED=bias is not None, num_warps=WARPS, **rows_tile(y.shape[0]),
-    )  # fmt: skip
-    return y[: x.shape[0]]
-
-
-def bitmask_linear(
-    layout: BitmaskLayout, x: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """`x [tokens, in] -> [tokens, out]` for up to 16 rows; the result in `dtype`, by default that of x."""
-    out, width = layout.shape
-    y = _result(layout, x, 1, FEW, dtype)
-    bitmask_rows[triton.cdiv(out, SLAB),](
-        _bits(x), layout.values, layout.mask, layout.starts, _bias(x, bias), y,
-        x.shape[0], width, layout.mask.shape[1], out,
-        HALF=x.dtype == torch.float16, BIASED=bias is not None, num_warps=WARPS, **bitmask_tile(y.shape[0]),
+        HALF=x.dtype == torch.float16, BIASED=bias is not None, STRIDE=layout.stride, **tile,
     )  # fmt: skip
     return y[: x.shape[0]]
 
@@ -247,19 +270,40 @@ def two_four_some(
     layout: TwoFourLayout, x: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, wide: bool = False
 ) -> Tensor:
     """`x [tokens, in] -> [tokens, out]` for up to 64 rows, on tensor cores (`wide`: in float32)."""
+    _check(layout, x, SOME)
     out, width = layout.shape
-    y = _result(layout, x, 16, SOME, dtype)
-    two_four_dot[layout.order.numel() // BAND,](
-        _bits(x), layout.values, layout.index, layout.entries, layout.starts, layout.order, _bias(x, bias), y,
-        x.shape[0], width, layout.index.shape[1], out,
-        HALF=x.dtype == torch.float16, BIASED=bias is not None, WIDE=wide, num_warps=WARPS, **dot_tile(y.shape[0]),
+    rows, bands = max(LEAST, triton.next_power_of_2(x.shape[0])), layout.index.shape[0] // BAND
+    tile = dot_tile(rows, bands, width)
+    partial = torch.empty(tile["SPLIT"], rows, out, dtype=torch.float32, device=x.device)
+    y = torch.empty(x.shape[0], out, dtype=dtype or x.dtype, device=x.device)
+    half = x.dtype == torch.float16
+    two_four_dot[bands, tile["SPLIT"]](
+        _bits(F.pad(x.T, (0, rows - x.shape[0]))), layout.values, layout.index, layout.entries, layout.starts, partial,
+        width, layout.index.shape[1], out, HALF=half, WIDE=wide, STRIDE=layout.stride, **tile,
     )  # fmt: skip
-    return y[: x.shape[0]]
+    added_up[triton.cdiv(y.numel(), 256),](
+        partial, _bias(x, bias), y, out, y.numel(),
+        ROWS=rows, HALF=half, BIASED=bias is not None, SPLIT=tile["SPLIT"], LANES=256,
+    )  # fmt: skip
+    return y
+
+
+def two_four_unpacked(layout: TwoFourLayout) -> Tensor:
+    """The dense matrix `[out, in]`."""
+    out, width = layout.shape
+    programs = triton.cdiv(out, TALL)
+    dense = torch.empty(programs * TALL, width, dtype=torch.int16, device=layout.values.device)
+    two_four_dense[programs,](
+        layout.values, layout.index, layout.entries, layout.starts, dense, width, layout.index.shape[1],
+        STRIDE=layout.stride, TALL=TALL, LANES=128,
+    )  # fmt: skip
+    return dense[:out].view(layout.dtype)
 
 
 def _bits(x: Tensor) -> Tensor:
-    """16-bit numbers as int16, rows one after another."""
-    return x.contiguous().view(torch.int16)
+    """16-bit numbers as int16, rows one after another, where they can be read four at a time."""
+    x = x.contiguous()
+    return (x if x.data_ptr() % 8 == 0 else x.clone()).view(torch.int16)
 
 
 def _bias(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -267,16 +311,9 @@ def _bias(x: Tensor, bias: Tensor | None) -> Tensor:
     return _bits(x if bias is None else bias.to(x.dtype))
 
 
-def _result(
-    layout: TwoFourLayout | BitmaskLayout, x: Tensor, least: int, most: int, dtype: torch.dtype | None
-) -> Tensor:
-    """An empty result `[ROWS, out]`, ROWS a power of two from `least` on.
-
-    Raises `ValueError` where x does not fit the kernel.
-    """
+def _check(layout: TwoFourLayout, x: Tensor, most: int) -> None:
+    """Raises `ValueError` where x does not fit the kernel."""
     if x.dim() != 2 or x.shape[1] != layout.shape[1] or not 0 < x.shape[0] <= most or x.dtype != layout.dtype:
         raise ValueError(
             f"this kernel takes x [1 to {most}, {layout.shape[1]}] of {layout.dtype}; got {list(x.shape)} of {x.dtype}"
         )
-    rows = max(least, triton.next_power_of_2(x.shape[0]))
-    return torch.empty(rows, layout.shape[0], dtype=dtype or x.dtype, device=x.device)

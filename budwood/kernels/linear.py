@@ -116,7 +116,7 @@ class SparseLinear(nn.Linear):
             result = dispatch.linear(kernel, input, self.bias)
             if result is not None:
                 return result
-        elif input.is_cuda and gpu.why_not() is None and input.dtype in (torch.bfloat16, torch.float16):
+        elif gpu.takes(input):
             return self._on_gpu().linear(input, self.bias)
         return F.linear(input, self.unpack(), self.bias)
 

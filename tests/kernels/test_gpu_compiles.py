@@ -19,19 +19,21 @@ from budwood.kernels import gpu_products
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
-    "x": "*i16", "values": "*i16", "index": "*i32", "entries": "*i32", "order": "*i32", "bias": "*i16", "y": "*bf16",
-    "mask": "*i64",
+    "x": "*i16", "turned": "*i16", "values": "*i16", "index": "*i32", "entries": "*i32", "starts": "*i32",
+    "bias": "*i16", "partial": "*fp32", "y": "*bf16", "dense": "*i16",
 }  # fmt: skip
 DEVICES = pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
 HALVES = pytest.mark.parametrize("half", [False, True], ids=["bf16", "fp16"])
+ROWS = pytest.mark.parametrize("rows", [1, 2, 4])
 
 
-def compiled(kernel, capability, constants):
+def compiled(kernel, capability, constants, half=False):
     """The kernel as a launch with aligned tensors and a width that divides by 16 would compile it."""
+    constants = dict(constants)
+    warps = constants.pop("num_warps", 4)
     names, divisible = kernel.arg_names, [["tt.divisibility", 16]]
-    starts = "*i32" if kernel is gpu_products.bitmask_rows else "*i64"
-    types = POINTERS | {"starts": starts} | dict.fromkeys(constants, "constexpr")
-    if constants["HALF"]:
+    types = POINTERS | dict.fromkeys(constants, "constexpr")
+    if half:
         types["y"] = "*fp16"
     signature = {name: types.get(name, "i32") for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or name == "width"]
@@ -41,8 +43,7 @@ def compiled(kernel, capability, constants):
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): divisible for name in aligned},
     )
-    options = {"num_warps": gpu_products.WARPS}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
 def stack(kernel, folder):
@@ -55,23 +56,12 @@ def stack(kernel, folder):
 
 @DEVICES
 @HALVES
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+@ROWS
 def test_two_four_rows(rows, half, capability, tmp_path):
-    constants = {"HALF": half, "BIASED": True, **gpu_products.rows_tile(rows)}
-    kernel = compiled(gpu_products.two_four_rows, capability, constants)
-    lanes = constants["SLAB"] * constants["HALVES"] // (32 * gpu_products.WARPS)
-    assert kernel.asm["ptx"].count("ld.global.v4.b32") == lanes  # each lane's eight values are one load
-    assert stack(kernel, tmp_path) == 0
-
-
-@DEVICES
-@HALVES
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
-def test_bitmask_rows(rows, half, capability, tmp_path):
-    constants = {"HALF": half, "BIASED": True, **gpu_products.bitmask_tile(rows)}
-    kernel = compiled(gpu_products.bitmask_rows, capability, constants)
-    lanes = constants["SLAB"] * constants["BYTES"] // (32 * gpu_products.WARPS)
-    assert kernel.asm["ptx"].count("ld.global.v4.b32") == lanes * rows  # x is what is read widely here
+    tile = gpu_products.rows_tile(rows, 128)
+    kernel = compiled(gpu_products.two_four_rows, capability, {"HALF": half, "BIASED": True, "STRIDE": 8, **tile}, half)
+    ptx = kernel.asm["ptx"]
+    assert len(re.findall(r"ld\.global\.b64|ld\.global\.v2\.b32", ptx)) == 8 * rows  # x, four numbers at once
     assert stack(kernel, tmp_path) == 0
 
 
@@ -79,9 +69,15 @@ def test_bitmask_rows(rows, half, capability, tmp_path):
 @HALVES
 @pytest.mark.parametrize("rows", [16, 32, 64])
 def test_two_four_dot(rows, half, capability, tmp_path):
-    constants = {"HALF": half, "BIASED": True, "WIDE": False, **gpu_products.dot_tile(rows)}
+    constants = {"HALF": half, "WIDE": False, "STRIDE": 8, **gpu_products.dot_tile(rows, 64, 4096)}
     kernel = compiled(gpu_products.two_four_dot, capability, constants)
-    ptx = kernel.asm["ptx"]
-    assert re.search(r"cp\.async\.c[ag]\.shared\.global .*0x10", ptx)  # 16 bytes of values straight to shared memory
-    assert "mma.sync" in ptx
+    assert re.search(r"mma\.sync|wgmma", kernel.asm["ptx"])
+    assert stack(kernel, tmp_path) == 0
+
+
+@DEVICES
+def test_the_dense_matrix(capability, tmp_path):
+    kernel = compiled(gpu_products.two_four_dense, capability, {"STRIDE": 8, "TALL": 4, "LANES": 128})
+    assert re.search(r"st\.global\.b64|st\.global\.v2\.b32", kernel.asm["ptx"])  # four columns at once
+    assert "bar.sync" in kernel.asm["ptx"]
     assert stack(kernel, tmp_path) == 0

@@ -5,17 +5,17 @@ import torch
 from matrices import SHAPES, pruned
 
 from budwood.errors import UsageError
-from budwood.kernels.gpu_layouts import SLAB, pack_bitmask, pack_two_four
+from budwood.kernels.gpu_layouts import pack_two_four, two_of_four
 
 TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 @TYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_layouts_give_the_matrix_back(shape, dtype):
+def test_the_layout_gives_the_matrix_back(shape, dtype):
     weight, base = pruned(*shape, dtype)
     assert torch.equal(pack_two_four(weight, base).unpack().view(torch.int16), weight.view(torch.int16))
-    assert torch.equal(pack_bitmask(weight).unpack().view(torch.int16), weight.view(torch.int16))
+    assert torch.equal(pack_two_four(weight).unpack().view(torch.int16), weight.view(torch.int16))
     assert torch.equal(pack_two_four(weight, base).skeleton(), weight.masked_fill(~base, 0.0))
 
 
@@ -23,10 +23,11 @@ def test_negative_zeros_and_nothing_at_all_survive():
     weight, base = pruned(8, 32, 0.1, torch.bfloat16)
     weight[~base & (weight != 0)] = -0.0
     assert torch.equal(pack_two_four(weight, base).unpack().view(torch.int16), weight.view(torch.int16))
-    assert torch.equal(pack_bitmask(weight).unpack().view(torch.int16), weight.view(torch.int16))
+    assert torch.equal(pack_two_four(weight).unpack().view(torch.int16), weight.view(torch.int16))
     nothing = torch.zeros_like(weight)
     assert torch.equal(pack_two_four(nothing, base).unpack(), nothing)
-    assert torch.equal(pack_bitmask(nothing).unpack(), nothing)
+    free = torch.randn(9, 64).bfloat16().masked_fill(torch.rand(9, 64) < 0.5, 0.0)
+    assert torch.equal(pack_two_four(free).unpack(), free)
 
 
 def test_the_widest_column_fits_its_sixteen_bits():
@@ -36,19 +37,37 @@ def test_the_widest_column_fits_its_sixteen_bits():
     assert torch.equal(pack_two_four(weight, base).unpack(), weight)
 
 
-def test_rows_that_recovered_most_come_first_and_share_slabs():
-    weight, base = pruned(64, 128, 0.05, torch.bfloat16)
+def test_the_codes_of_a_word_lie_a_stride_apart():
+    weight, base = pruned(3, 512, 0.0, torch.bfloat16)
     layout = pack_two_four(weight, base)
-    counts = ((weight != 0) & ~base).sum(1)[layout.order.long()]
-    assert torch.equal(counts, counts.sort(descending=True).values)
-    assert torch.equal(layout.starts.diff(), counts.view(-1, SLAB).amax(1) * SLAB)
+    assert layout.stride == 8
+    codes = layout.index[2, 8 + 5].item()  # the second run of 64 groups, lane 5
+    for step in range(8):
+        group = 64 + 8 * step + 5
+        kept = base[2, 4 * group : 4 * group + 4].nonzero().flatten().tolist()
+        assert [codes >> 4 * step & 3, codes >> 4 * step + 2 & 3] == kept
+
+
+def test_recovered_weights_lie_row_by_row():
+    weight, base = pruned(70, 128, 0.05, torch.bfloat16)
+    layout = pack_two_four(weight, base)
+    recovered = (weight != 0) & ~base
+    assert torch.equal(layout.starts[: 70 + 1].diff(), recovered.sum(1))
+    assert torch.equal(layout.entries[:-1] & 0xFFFF, recovered.nonzero()[:, 1].int())
+
+
+def test_two_of_every_four_are_found_in_any_mask():
+    keep = torch.tensor([[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    found = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]]).bool()
+    assert torch.equal(two_of_four(keep), found)
 
 
 def test_the_bytes_are_those_the_docstrings_say():
     weight, base = pruned(1024, 1024, 0.0, torch.bfloat16)
     size = weight.numel()
     assert pack_two_four(weight, base).nbytes / size == pytest.approx(1.125, rel=0.01)
-    assert pack_bitmask(weight).nbytes / size == pytest.approx(2 * 0.5 + 0.125 + 0.0625, rel=0.01)
+    free = torch.ones(1024, 1024).bfloat16().masked_fill(torch.rand(1024, 1024) < 0.5, 0.0)
+    assert pack_two_four(free).nbytes / size == pytest.approx(1.5, rel=0.01)
 
 
 def test_what_a_layout_cannot_hold_is_refused():
@@ -59,5 +78,5 @@ def test_what_a_layout_cannot_hold_is_refused():
         pack_two_four(weight, torch.ones_like(base))
     with pytest.raises(UsageError, match="divide by 4"):
         pack_two_four(weight[:, :30], base[:, :30])
-    with pytest.raises(UsageError, match="cover every weight"):
-        pack_bitmask(weight, base)
+    with pytest.raises(UsageError, match="up to 65536 columns"):
+        pack_two_four(torch.zeros(1, 65540, dtype=torch.bfloat16))
