@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from budwood.calibration.attention import causal_attention
+from budwood.calibration.attention import blocked_attention
 from budwood.errors import UsageError
 from budwood.formats import pack_as
 from budwood.kernels import native
@@ -77,11 +77,15 @@ def fastest(compute: torch.dtype, device: torch.device, published: bool) -> Arit
     """
     if device.type != "cpu":
         return Arithmetic(compute)
-    if compute == torch.bfloat16:
-        return Arithmetic(compute, blocked_attention=blocked_attention_gain() > 1.1)
-    # In bfloat16 torch's products are about as fast, so only these are tried.
-    tried = compute == torch.float32 and not published and native.has_table()
-    return Arithmetic(compute, sparse_products=tried and sparse_product_gain() > 1.1)
+    if compute == torch.bfloat16:  # torch's products are about as fast as ours
+        return Arithmetic(compute, blocked_attention=blocked_attention_gain(compute) > 1.1)
+    if compute != torch.float32 or published:
+        return Arithmetic(compute)
+    return Arithmetic(
+        compute,
+        sparse_products=native.has_table() and sparse_product_gain() > 1.1,
+        blocked_attention=blocked_attention_gain(compute) > 1.1,
+    )
 
 
 @torch.no_grad()
@@ -103,14 +107,14 @@ def sparse_product_gain(width: int = 1024, rows: int = 1024, rounds: int = 5) ->
 
 
 @torch.no_grad()
-def blocked_attention_gain(tokens: int = 512, rounds: int = 5) -> float:
-    """How many times as fast as torch's fused attention ours by blocks of queries is, bfloat16."""
+def blocked_attention_gain(compute: torch.dtype, tokens: int = 512, rounds: int = 5) -> float:
+    """How many times as fast as torch's fused attention ours by blocks of queries is."""
     own = torch.Generator().manual_seed(0)  # the caller's random numbers are not ours to draw
-    q, k, v = (torch.randn(4, heads, tokens, 64, dtype=torch.bfloat16, generator=own) for heads in (8, 4, 4))
+    q, k, v = (torch.randn(4, heads, tokens, 64, dtype=compute, generator=own) for heads in (8, 4, 4))
     times = in_turns(
         {
             "torch": lambda turn: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
-            "blocked": lambda turn: causal_attention(q, k, v),
+            "blocked": lambda turn: blocked_attention(q, k, v),
         },
         rounds,
     )

@@ -24,6 +24,7 @@ from budwood.errors import RunError
 from budwood.models.rehearsal import Rehearsal, rehearse
 
 BATCH = 4096  # tokens at a time, times the bytes of a value
+TRIMMED = 64 * 2**20  # bytes of a block from which on its memory is handed back: smaller ones are soon taken again
 DEFAULT_LIMIT = 4 * 2**30  # bytes of hidden states kept in memory
 
 
@@ -90,8 +91,10 @@ class Model:
                     block.propagate(first_batch_only=needless)
                     if writer is not None and notes is None:
                         self._write_block(block, writer)
+                large = sum(tensor.nbytes for tensor in stored.values()) >= TRIMMED
                 del stored, block
-                trim_memory()
+                if large:
+                    trim_memory()
 
     def embed(self, windows: Tensor, batch: int | None = None) -> Activations:
         """The hidden states [windows, tokens, hidden] that enter the first block."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from budwood.sparsity.patterns import NM, Pattern
+from budwood.sparsity.selection import two_of_four
 
 STEP = 4  # columns swept one by one before their errors are passed on as one matrix product
 
@@ -100,6 +101,7 @@ def sparsegpt(weight: Tensor, factor: Factor, choice: Pattern | Tensor, block: i
     they then are; any other pattern is applied to `block` columns at a time, all rows together.
     """
     upper, diagonal = factor.upper, factor.upper.diagonal()
+    squares = diagonal.square()[:, None]
     columns = weight.T.to(upper, copy=True, memory_format=torch.contiguous_format)  # [in, out]
     columns[factor.dead] = 0
     errors = torch.zeros_like(columns)
@@ -114,8 +116,8 @@ def sparsegpt(weight: Tensor, factor: Factor, choice: Pattern | Tensor, block: i
 
     def decide(first: int, last: int) -> None:
         if not isinstance(choice, Tensor):
-            saliency = columns[first:last].square() / diagonal[first:last, None].square()
-            keep[first:last] = choice.keep(saliency.T).T
+            saliency = columns[first:last].square() / squares[first:last]
+            keep[first:last] = two_of_four(saliency) if choice == NM(2, 4) else choice.keep(saliency.T).T
         _in_order(first, last, STEP, sweep, pass_on)
 
     def sweep(first: int, last: int) -> None:

@@ -91,10 +91,12 @@ class Gram:
         self.count += x.shape[0]
         self._factors.clear()
         with _products_in("medium" if exact else "highest"):
-            for rows in x.split(len(x) or 1 if exact else TOKENS):
-                for start in range(0, x.shape[1], PANEL):
-                    stop = min(start + PANEL, x.shape[1])
-                    self.total[:stop, start:stop] += rows[:, :stop].T @ rows[:, start:stop]
+            for start in range(0, x.shape[1], PANEL):
+                stop = min(start + PANEL, x.shape[1])
+                products = x.new_zeros(stop, stop - start)
+                for rows in x.split(len(x) or 1 if exact else TOKENS):
+                    products.addmm_(rows[:, :stop].T, rows[:, start:stop])
+                self.total[:stop, start:stop] += products
 
     def sums(self) -> list[Tensor]:
         self._factors.clear()  # whoever asks may add other ranks' sums in place

@@ -6,30 +6,34 @@ from families import BLOCKS, FAMILIES, build, save_model, token_ids
 from torch.nn.functional import scaled_dot_product_attention
 
 from budwood.calibration.arithmetic import Arithmetic
-from budwood.calibration.attention import NAME, attend_in_blocks, causal_attention
+from budwood.calibration.attention import NAME, attend_in_blocks, blocked_attention, by_fused_kernel, by_products
 from budwood.calibration.beside import Beside
 from budwood.calibration.stream import Model
 from budwood.checkpoints.source import open_source
 
+WAYS = pytest.mark.parametrize("way", [by_products, by_fused_kernel])
 
-@pytest.mark.parametrize("tokens", [1, 7, 128, 129, 300])
+
+@WAYS
+@pytest.mark.parametrize("tokens", [1, 7, 64, 128, 129, 300])
 @pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2), (3, 1)])
-def test_it_is_torchs_causal_attention(tokens, heads, shared):
+def test_it_is_torchs_causal_attention(way, tokens, heads, shared):
     torch.manual_seed(tokens)
     query = torch.randn(2, heads, tokens, 8, dtype=torch.float64)
     key = torch.randn(2, shared, tokens, 8, dtype=torch.float64)
     value = torch.randn(2, shared, tokens, 5, dtype=torch.float64)
     wanted = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=0.3)
-    torch.testing.assert_close(causal_attention(query, key, value, 0.3), wanted)
+    torch.testing.assert_close(way(query, key, value, 0.3), wanted)
 
 
-def test_gradients_are_torchs_too():
+@WAYS
+def test_gradients_are_torchs_too(way):
     torch.manual_seed(0)
     inputs = [torch.randn(2, heads, 150, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     wanted = torch.autograd.grad(
         scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True).sin().sum(), inputs
     )
-    torch.testing.assert_close(torch.autograd.grad(causal_attention(*inputs).sin().sum(), inputs), wanted)
+    torch.testing.assert_close(torch.autograd.grad(way(*inputs).sin().sum(), inputs), wanted)
 
 
 def test_both_streams_of_a_run_attend_alike(tmp_path):
@@ -43,33 +47,35 @@ def test_both_streams_of_a_run_attend_alike(tmp_path):
 def test_parts_of_the_heads_make_the_whole(monkeypatch):
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, heads, 150, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    whole = causal_attention(query, key, value)
+    whole = by_products(query, key, value)
     monkeypatch.setattr("budwood.calibration.attention.SCORES", 1)
-    torch.testing.assert_close(causal_attention(query, key, value), whole)
+    torch.testing.assert_close(by_products(query, key, value), whole)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models_compute_the_same(family):
-    model, ids = build(family, dtype=torch.bfloat16), token_ids()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float32, 1e-5)], ids=str)
+def test_models_compute_the_same(family, dtype, tolerance):
+    model, ids = build(family, dtype=dtype), token_ids()
     with torch.no_grad():
         before = model(ids).logits.float()
         attend_in_blocks(model)
         after = model(ids).logits.float()
-    assert (after - before).norm() <= 0.05 * before.norm()
+    assert (after - before).norm() <= tolerance * before.norm()
     if model.config._attn_implementation != NAME:  # families with attention of their own stay as they are
         assert torch.equal(before, after)
     assert model.config._attn_implementation == NAME or family not in ("llama", "mistral", "qwen3", "olmo2")
 
 
-def test_only_plain_causal_bfloat16_is_taken_over(monkeypatch):
+def test_only_plain_causal_attention_is_taken_over(monkeypatch):
     taken = []
     monkeypatch.setattr(
-        "budwood.calibration.attention.causal_attention",
-        lambda query, *others: taken.append(query.dtype) or causal_attention(query, *others),
+        "budwood.calibration.attention.blocked_attention",
+        lambda query, *others: taken.append(query.dtype) or blocked_attention(query, *others),
     )
     for family, dtype, padded in (
         ("llama", torch.bfloat16, False),
         ("llama", torch.float32, False),
+        ("llama", torch.float64, False),
         ("llama", torch.bfloat16, True),
         ("mistral", torch.bfloat16, False),  # its window is shorter than the text
     ):
@@ -79,4 +85,4 @@ def test_only_plain_causal_bfloat16_is_taken_over(monkeypatch):
         mask[0, :3] = 0
         with torch.no_grad():
             model(ids, attention_mask=mask if padded else None)
-    assert taken == [torch.bfloat16] * BLOCKS
+    assert taken == [torch.bfloat16] * BLOCKS + [torch.float32] * BLOCKS

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budwood.sparsity import selection
-from budwood.sparsity.selection import NotFinite, largest, portion
+from budwood.sparsity.selection import NotFinite, largest, portion, two_of_four
 
 
 def by_stable_sort(scores, count):
@@ -61,3 +61,11 @@ def test_an_empty_matrix_has_nothing_to_keep():
 )
 def test_portions_round_down_but_not_because_of_binary_fractions(share, count, expected):
     assert portion(share, count) == expected
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1_000_000])
+def test_two_of_four_is_the_same_choice_down_the_columns(levels):
+    scores = torch.randint(levels, (4, 500), generator=torch.Generator().manual_seed(levels)).double()
+    assert torch.equal(two_of_four(scores), largest(scores.T, 2).T)
+    with pytest.raises(NotFinite):
+        two_of_four(scores.fill_(torch.nan))
