@@ -90,7 +90,8 @@ class Case:
         name = "2:4 + recovered, fp32"
         forms = self.packed["2:4 + recovered"]
         way = AS_FEW if rows <= 8 or not native.has_table() else AS_MANY
-        found[name] = lambda turn: forms[turn % self.copies].linear(wide, None, way)
+        # Not the copy that the bfloat16 product of this round has brought into the cache.
+        found[name] = lambda turn: forms[(turn + self.copies // 2) % self.copies].linear(wide, None, way)
         if rows <= 8:
             found["dense, ours"] = lambda turn: multiply(self.dense[turn % self.copies], x, None)
         if onnx:

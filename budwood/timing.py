@@ -1,5 +1,6 @@
 """Comparing times on a machine whose mood changes: everything in turns, medians, ratios of what met the same round."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +9,14 @@ Times = dict[str, list[float]]  # seconds of each round, by variant
 
 
 def in_turns(variants: Mapping[str, Callable[[int], object]], rounds: int) -> Times:
-    """Every variant once a round; the first round is not counted."""
+    """Every variant once a round, each time in another order: whoever runs before leaves caches and memory in a state of its
+    own. The first round is not counted."""
     times: Times = {name: [] for name in variants}
+    names, shuffled = list(variants), random.Random(0)
     for turn in range(rounds + 1):
-        for name, run in variants.items():
+        shuffled.shuffle(names)
+        for name in names:
+            run = variants[name]
             start = time.perf_counter()
             run(turn)
             if turn:

@@ -7,11 +7,15 @@ def test_what_slows_a_whole_round_cancels():
     assert ratio([2.0, 20.0, 6.0], [1.0, 10.0, 2.0]) == 2.0
 
 
-def test_everything_runs_once_a_round_and_the_first_is_not_counted():
+def test_everything_runs_once_a_round_in_changing_order_and_the_first_is_not_counted():
     calls = []
-    times = in_turns({"a": lambda turn: calls.append(("a", turn)), "b": lambda turn: calls.append(("b", turn))}, 2)
-    assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
-    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+    variants = {name: lambda turn, name=name: calls.append((turn, name)) for name in "abc"}
+    times = in_turns(variants, 9)
+    rounds = [calls[i : i + 3] for i in range(0, 30, 3)]
+    assert [{turn for turn, _ in each} for each in rounds] == [{turn} for turn in range(10)]
+    assert all(sorted(name for _, name in each) == ["a", "b", "c"] for each in rounds)
+    assert len({tuple(name for _, name in each) for each in rounds}) > 3
+    assert {name: len(found) for name, found in times.items()} == {"a": 9, "b": 9, "c": 9}
 
 
 def test_the_spread_leaves_out_the_outermost():

@@ -13,6 +13,7 @@ namespace budwood {
 namespace with_amx {
 namespace {
 
+using with_avx512::expand;
 using with_avx512::mask_bytes;
 using with_avx512::read32;
 using with_avx512::read_values;
@@ -62,7 +63,7 @@ struct Spread16 {
     explicit Spread16(const Matrix& a) : end(static_cast<const uint16_t*>(a.values) + a.count) {}
     INLINE void operator()(const Matrix& a, int64_t, int64_t, uint32_t word, int64_t at, uint16_t* to) const {
         const uint16_t* values = static_cast<const uint16_t*>(a.values) + at;
-        _mm512_store_si512(to, _mm512_maskz_expand_epi16(word, read32<SAFE>(values, end)));
+        _mm512_store_si512(to, expand(__mmask32(word), read32<SAFE>(values, end)));
     }
 };
 
@@ -78,7 +79,7 @@ struct Spread8 {
             const int count = __builtin_popcount(here);
             const __m512 values = read_values(a.values, INT8, at, __mmask16((1u << count) - 1));
             const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(scale), values);
-            halves[half] = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_expand_ps(here, scaled));
+            halves[half] = (__m256i)_mm512_cvtneps_pbh(expand(here, scaled));
             at += count;
         }
         _mm512_store_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1));
@@ -329,8 +330,8 @@ const Path amx = {
     "amx",
     true,
     true,
-    true,
     with_avx512::few,
+    with_avx512::integers,
     with_amx::table_bytes,
     with_amx::tables,
     with_amx::tabulate,

@@ -132,7 +132,7 @@ INLINE void rows_of(const Matrix& a, const int64_t* rows, const uint8_t* const* 
             at[r] += __builtin_popcount(bits);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
-                s[r][m] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + m * in.stride + 8 * byte), s[r][m]);
+                s[r][m] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + place(M, m, 8 * byte)), s[r][m]);
             }
         }
     }
@@ -165,7 +165,7 @@ void few_rows(const Matrix& a, const Input& in, const Output& out, int64_t first
         for (int r = 0; r < R; ++r) {
             if (r && rows[r] == rows[0]) continue;
             each_more(a, rows[r], [&](int64_t column, float value) {
-                for (int m = 0; m < M; ++m) sums[r][m] += value * x[m * in.stride + column];
+                for (int m = 0; m < M; ++m) sums[r][m] += value * x[place(M, m, column)];
             });
             for (int m = 0; m < M; ++m) store(out, m, rows[r], sums[r][m]);
         }
@@ -379,14 +379,14 @@ void dense_rows(const uint16_t* weight, int64_t in, const Input& x, const Output
                 const __m256 w = Values<BFLOAT16>::eight(at[r] + column);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; ++m) {
-                    s[r][m] = _mm256_fmadd_ps(w, _mm256_loadu_ps(inputs + m * x.stride + column), s[r][m]);
+                    s[r][m] = _mm256_fmadd_ps(w, _mm256_loadu_ps(inputs + place(M, m, column)), s[r][m]);
                 }
             }
         }
         for (int r = 0; r < R; ++r) {
             for (int m = 0; m < M; ++m) {
                 float sum = sum_of(s[r][m]);
-                for (int64_t c = column; c < in; ++c) sum += from_bfloat16(at[r][c]) * inputs[m * x.stride + c];
+                for (int64_t c = column; c < in; ++c) sum += from_bfloat16(at[r][c]) * inputs[place(M, m, c)];
                 store(out, m, row[r], sum);
             }
         }
@@ -399,6 +399,6 @@ void dense(const uint16_t* weight, int64_t in, const Input& x, const Output& out
 
 }  // namespace
 
-const Path avx2 = {"avx2", false, false, false, few, table_bytes, tables, tabulate, many, dense};
+const Path avx2 = {"avx2", false, false, few, nullptr, table_bytes, tables, tabulate, many, dense};
 
 }  // namespace budwood

@@ -6,9 +6,9 @@ namespace budwood {
 const Path avx512 = {
     "avx512",
     true,
-    true,
     false,
     with_avx512::few,
+    with_avx512::integers,
     with_avx512::table_bytes,
     with_avx512::tables,
     with_avx512::tabulate,

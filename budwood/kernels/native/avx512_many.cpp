@@ -120,8 +120,8 @@ INLINE void list_pairs(const Matrix& a, uint64_t mask, uint64_t chosen, int64_t 
     }
     const uint32_t low = uint32_t(mask), high = uint32_t(mask >> 32);
     const int64_t middle = at + __builtin_popcount(low);
-    const __m512i first = _mm512_maskz_expand_epi16(low, read32<SAFE>(values + at, values + a.count));
-    const __m512i second = _mm512_maskz_expand_epi16(high, read32<SAFE>(values + middle, values + a.count));
+    const __m512i first = expand(__mmask32(low), read32<SAFE>(values + at, values + a.count));
+    const __m512i second = expand(__mmask32(high), read32<SAFE>(values + middle, values + a.count));
     const __m512i left = _mm512_maskz_compress_epi16(uint32_t(chosen), first);
     const __m512i right = _mm512_maskz_compress_epi16(uint32_t(chosen >> 32), second);
     _mm512_storeu_si512(weights, _mm512_inserti64x4(left, _mm512_castsi512_si256(right), 1));

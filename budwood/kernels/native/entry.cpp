@@ -2,7 +2,6 @@
 // the matrices among threads.
 #include "kernels.h"
 
-#include <cmath>
 #include <cstdlib>
 #include <new>
 #ifdef __linux__
@@ -55,52 +54,55 @@ int64_t border(const Matrix& a, int part, int parts) {
     return low;
 }
 
-// x [rows, in] of `type` -> float32 or bfloat16 [rows, stride], zeros behind each row. The rows [first, last).
+// `count` elements of x from `index` on as float32 or bfloat16, zeros behind them up to `room`.
+void bring(const void* x, int32_t type, int64_t index, int64_t count, int64_t room, bool bfloat16, void* to) {
+    if (bfloat16) {
+        uint16_t* into = static_cast<uint16_t*>(to);
+        std::memcpy(into, static_cast<const uint16_t*>(x) + index, size_t(count) * 2);
+        std::memset(into + count, 0, size_t(room - count) * 2);
+        return;
+    }
+    float* into = static_cast<float*>(to);
+    if (type == FLOAT32) {
+        std::memcpy(into, static_cast<const float*>(x) + index, size_t(count) * 4);
+    } else {
+        const uint16_t* from = static_cast<const uint16_t*>(x) + index;
+        if (type == BFLOAT16) {
+            for (int64_t i = 0; i < count; ++i) into[i] = from_bfloat16(from[i]);
+        } else {
+            for (int64_t i = 0; i < count; ++i) into[i] = from_float16(from[i]);
+        }
+    }
+    std::memset(into + count, 0, size_t(room - count) * 4);
+}
+
+void* element(const Input& input, int64_t index) {
+    return static_cast<char*>(const_cast<void*>(input.data)) + index * (input.bfloat16 || input.scales ? 2 : 4);
+}
+
+// Rows [first, last) of x [rows, in], one after the other.
 void widen(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-        if (to.bfloat16) {
-            uint16_t* into = static_cast<uint16_t*>(const_cast<void*>(to.data)) + row * to.stride;
-            std::memcpy(into, static_cast<const uint16_t*>(x) + row * in, size_t(in) * 2);
-            std::memset(into + in, 0, size_t(to.stride - in) * 2);
-            continue;
-        }
-        float* into = static_cast<float*>(const_cast<void*>(to.data)) + row * to.stride;
-        if (type == FLOAT32) {
-            std::memcpy(into, static_cast<const float*>(x) + row * in, size_t(in) * 4);
-        } else {
-            const uint16_t* from = static_cast<const uint16_t*>(x) + row * in;
-            if (type == BFLOAT16) {
-                for (int64_t i = 0; i < in; ++i) into[i] = from_bfloat16(from[i]);
-            } else {
-                for (int64_t i = 0; i < in; ++i) into[i] = from_float16(from[i]);
-            }
-        }
-        std::memset(into + in, 0, size_t(to.stride - in) * 4);
+        bring(x, type, row * in, in, to.stride, to.bfloat16, element(to, row * to.stride));
     }
 }
 
-// x -> 16-bit integers [rows, stride] and a scale for every row and SEGMENT of columns, and float32 [rows, stride].
-void to_integers(const void* x, int32_t type, int64_t in, int64_t rows, int64_t stride, int16_t* to, float* scales,
-                 float* exact) {
-    const int64_t segments = (in + SEGMENT - 1) / SEGMENT;
-    for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t segment = 0; segment < segments; ++segment) {
-            const int64_t from = segment * SEGMENT, count = in - from < SEGMENT ? in - from : SEGMENT;
-            float* values = exact + row * stride + from;
-            float largest = 0;
-            for (int64_t i = 0; i < count; ++i) values[i] = load(x, type, row * in + from + i);
-            for (int64_t i = 0; i < count; ++i) largest = std::fmax(largest, std::fabs(values[i]));
-            bool finite = true;
-            for (int64_t i = 0; i < count; ++i) finite = finite && std::isfinite(values[i]);
-            const float scale = largest / 32767, inverse = largest > 0 ? 32767 / largest : 0;
-            const bool usable = finite && std::isfinite(inverse);
-            for (int64_t i = 0; i < count; ++i) {
-                to[row * stride + from + i] = usable ? int16_t(std::lrintf(values[i] * inverse)) : int16_t(finite ? 0 : 1);
-            }
-            scales[row * segments + segment] = finite ? scale : NAN;
+// Columns [first, last) LANEs of x [rows, in], as few rows lie.
+void interleave(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last) {
+    for (int64_t lane = first; lane < last; ++lane) {
+        const int64_t column = lane * LANE, left = in - column, count = left < 0 ? 0 : left < LANE ? left : LANE;
+        for (int64_t row = 0; row < to.rows; ++row) {
+            bring(x, type, row * in + column, count, LANE, to.bfloat16, element(to, place(to.rows, row, column)));
         }
-        std::memset(to + row * stride + in, 0, size_t(stride - in) * sizeof(int16_t));
     }
+}
+
+constexpr int64_t NEAR = 256 << 10;  // bytes of a matrix that stay in the second cache
+
+// How many rows of the matrix take so many bytes.
+int64_t rows_within(const Matrix& a, int64_t bytes) {
+    const int64_t row = a.count * (a.type == FLOAT32 ? 4 : a.type == INT8 ? 1 : 2) / a.out + a.stride;
+    return bytes / row < 2 * LANE ? 2 * LANE : bytes / row;
 }
 
 size_t width(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
@@ -119,17 +121,33 @@ Team team() {  // which thread this is, of how many
 
 int64_t share(int64_t whole, int part, int parts) { return whole * part / parts; }
 
-Input input_for(const void* x, int32_t type, int64_t rows, int64_t in, bool bfloat16) {
-    Input input = {x, rows, (in + 63) / 64 * 64, bfloat16, nullptr, nullptr};
-    const bool as_it_is = input.stride == in && type == (bfloat16 ? BFLOAT16 : FLOAT32);
+// Where x goes; nowhere if it may stay as it is.
+Input input_for(const void* x, int32_t type, int64_t rows, int64_t in, bool bfloat16, bool in_order) {
+    Input input = {x, rows, (in + 63) / 64 * 64, bfloat16, nullptr};
+    const bool as_it_is = input.stride == in && type == (bfloat16 ? BFLOAT16 : FLOAT32) && (in_order || rows == 1);
     if (!as_it_is) input.data = scratch(4, size_t(rows * input.stride) * (bfloat16 ? 2 : 4));
     return input;
+}
+
+Input integers_for(int64_t rows, int64_t in) {
+    const int64_t segments = (in + SEGMENT - 1) / SEGMENT;
+    float* scales = static_cast<float*>(scratch(7, size_t(rows * segments) * sizeof(float)));
+    return {scratch(4, size_t(rows * segments * SEGMENT) * sizeof(int16_t)), rows, segments * SEGMENT, false, scales};
+}
+
+// Rows [row, row + count) of an input whose rows lie `at_once` together.
+Input some_of(const Input& input, int64_t row, int64_t count) {
+    Input some = input;
+    some.rows = count;
+    some.data = element(input, row * input.stride);
+    if (input.scales) some.scales = input.scales + row * (input.stride / SEGMENT);
+    return some;
 }
 
 }  // namespace
 
 void* scratch(int slot, size_t bytes) {
-    static thread_local Room rooms[9];
+    static thread_local Room rooms[8];
     Room& room = rooms[slot];
     if (room.bytes < bytes) {
         std::free(room.data);
@@ -211,29 +229,35 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
         bfloat16 = bfloat16 && (matrices[i].type == BFLOAT16 || (matrices[i].type == INT8 && table && path->rounds_int8));
         int8 += matrices[i].type == INT8;
     }
-    const bool integers = path->multiplies_int16 && !table && int8;
+    const bool integers = path->integers && !table && int8;
     if (integers && int8 < count) return 0;  // they want the activations in different types
-    Input input = input_for(x, type, rows, in, bfloat16);
-    const bool copy = input.data != x && !integers;
-    if (integers) {
-        int16_t* to = static_cast<int16_t*>(scratch(6, size_t(rows * input.stride) * sizeof(int16_t)));
-        float* scales = static_cast<float*>(scratch(7, size_t(rows * ((in + SEGMENT - 1) / SEGMENT)) * sizeof(float)));
-        float* exact = static_cast<float*>(scratch(8, size_t(rows * input.stride) * sizeof(float)));
-        to_integers(x, type, in, rows, input.stride, to, scales, exact);
-        input.data = to, input.scales = scales, input.exact = exact;
-    }
+    const Input input = integers ? integers_for(rows, in) : input_for(x, type, rows, in, bfloat16, table);
+    const bool copy = input.data != x;
     char* room = table ? static_cast<char*>(scratch(5, path->table_bytes(matrices[0], input))) : nullptr;
     const int64_t parts = table ? path->tables(matrices[0], input) : 0;
-    const int64_t at_once = path == &scalar ? rows : FEW;
-    if (copy && !table) widen(x, type, in, input, 0, rows);
+    const int64_t at_once = path == &scalar ? rows : FEW, element_bytes = type == FLOAT32 ? 4 : 2;
+    const auto each_few = [&](auto use) {
+        for (int64_t row = 0; row < rows; row += at_once) {
+            use(row, some_of(input, row, rows - row < at_once ? rows - row : at_once));
+        }
+    };
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const auto [me, all] = team();
-        if (table) {
-            if (copy) {
-                widen(x, type, in, input, share(rows, me, all), share(rows, me + 1, all));
+        if (copy && table) {
+            widen(x, type, in, input, share(rows, me, all), share(rows, me + 1, all));
+        } else if (copy) {
+            const auto bring_few = integers ? path->integers : interleave;
+            const int64_t pieces = input.stride / (integers ? SEGMENT : LANE);
+            each_few([&](int64_t row, const Input& some) {
+                const char* from = static_cast<const char*>(x) + row * in * element_bytes;
+                bring_few(from, type, in, some, share(pieces, me, all), share(pieces, me + 1, all));
+            });
+        }
+        if (copy) {
 #pragma omp barrier
-            }
+        }
+        if (table) {
             path->tabulate(input, room, share(parts, me, all), share(parts, me + 1, all));
 #pragma omp barrier
         }
@@ -245,15 +269,15 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
                 path->many(a, input, room, outputs[i], first, last);
                 continue;
             }
-            for (int64_t row = 0; row < rows; row += at_once) {
-                Input some = input;
-                some.rows = rows - row < at_once ? rows - row : at_once;
-                const size_t element = bfloat16 || integers ? 2 : 4;
-                some.data = static_cast<const char*>(input.data) + size_t(row * input.stride) * element;
-                if (integers) some.scales = input.scales + row * segments_of(a), some.exact = input.exact + row * input.stride;
-                Output out = outputs[i];
-                out.y = static_cast<char*>(out.y) + size_t(row * out.stride) * width(out.type);
-                path->few(a, some, out, first, last);
+            // As much of the matrix at a time as stays in the second cache until all rows of x have met it.
+            const int64_t chunk = rows <= at_once ? last - first : rows_within(a, NEAR);
+            for (int64_t begin = first; begin < last; begin += chunk) {
+                const int64_t end = begin + chunk < last ? begin + chunk : last;
+                each_few([&](int64_t row, const Input& some) {
+                    Output out = outputs[i];
+                    out.y = static_cast<char*>(out.y) + size_t(row * out.stride) * width(out.type);
+                    path->few(a, some, out, begin, end);
+                });
             }
         }
     }
@@ -285,8 +309,8 @@ EXPORT int64_t budwood_read(const void* data, int64_t bytes, int32_t threads) {
 EXPORT int32_t budwood_dense(const uint16_t* weight, int64_t out, int64_t in, const void* x, int64_t rows, const Output* output,
                       int32_t threads) {
     if (!path->dense || rows > FEW) return 0;
-    const Input input = input_for(x, BFLOAT16, rows, in, path->multiplies_bfloat16);
-    if (input.data != x) widen(x, BFLOAT16, in, input, 0, rows);
+    const Input input = input_for(x, BFLOAT16, rows, in, path->multiplies_bfloat16, false);
+    if (input.data != x) interleave(x, BFLOAT16, in, input, 0, input.stride / LANE);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const auto [me, all] = team();

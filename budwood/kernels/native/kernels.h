@@ -16,6 +16,7 @@ enum Coding : int32_t { BITMASK = 0, NIBBLES = 1 };
 
 constexpr int SEGMENT = 256;  // columns that share a scale of int8 values
 constexpr int FEW = 8;        // rows of x that are multiplied as they are; more of them go through a table
+constexpr int LANE = 32;      // columns of few activations that lie side by side
 
 // One packed matrix [out, in]. Filled by the caller (Python, ctypes): the order of the fields is the interface.
 struct Matrix {
@@ -31,13 +32,13 @@ struct Matrix {
     int32_t type, coding, more_type;
 };
 
-// Activations, brought into the type that the path multiplies in: [rows, stride], padded with zeros.
+// Activations, brought into the type that the path multiplies in: [rows, stride], padded with zeros. Few of them lie
+// [stride / LANE][rows][LANE]: what is multiplied at a time is side by side, and no two rows want the same place in a cache.
 struct Input {
     const void* data;
     int64_t rows, stride;
     bool bfloat16;        // else float32, or
-    const float* scales;  // where not null, 16-bit integers: one scale for each row and SEGMENT of columns,
-    const float* exact;   // and the activations as they came, float32 [rows, stride]
+    const float* scales;  // where not null, 16-bit integers: one scale for each row and SEGMENT of columns
 };
 
 // Where the products go: y[row of x][row of the matrix], plus bias.
@@ -99,6 +100,11 @@ inline uint16_t to_float16(float value) {
         return uint16_t(sign | (bits - 0x3f000000));
     }
     return uint16_t(sign | ((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13));
+}
+
+// Where a column of a row of few activations lies.
+inline int64_t place(int64_t rows, int64_t row, int64_t column) {
+    return (column / LANE * rows + row) * LANE + column % LANE;
 }
 
 inline float load(const void* data, int32_t type, int64_t index) {
@@ -187,15 +193,16 @@ struct More {
 
 }  // namespace
 
-// What one instruction set offers. `few` computes rows [first, last) of the matrix for up to FEW rows of x; `many` does
-// so for any number, from a table that `tabulate` has made of x (parts [first, last) of `tables`); null where a path has
-// none. `dense`: a matrix [out, in] of bfloat16 that was never pruned.
+// What one instruction set offers. `few` computes rows [first, last) of the matrix for up to FEW rows of x; `integers`
+// makes 16-bit integers of those, segments [first, last), which it takes where the values are int8; `many` computes any
+// number, from a table that `tabulate` has made of x (parts [first, last) of `tables`); null where a path has none.
+// `dense`: a matrix [out, in] of bfloat16 that was never pruned.
 struct Path {
     const char* name;
     bool multiplies_bfloat16;  // takes bfloat16 activations as they are, where the values are bfloat16 too
-    bool multiplies_int16;     // takes few rows of activations as 16-bit integers, where the values are int8
     bool rounds_int8;          // takes many rows of bfloat16 activations where the values are int8
     void (*few)(const Matrix&, const Input&, const Output&, int64_t first, int64_t last);
+    void (*integers)(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last);
     size_t (*table_bytes)(const Matrix&, const Input&);
     int64_t (*tables)(const Matrix&, const Input&);
     void (*tabulate)(const Input&, char* table, int64_t first, int64_t last);

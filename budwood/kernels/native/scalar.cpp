@@ -22,13 +22,12 @@ void few(const Matrix& a, const Input& x, const Output& out, int64_t first, int6
         }
         each_more(a, row, [&](int64_t column, float value) { row_values[column] += value; });
         for (int64_t token = 0; token < x.rows; ++token) {
-            const float* input = static_cast<const float*>(x.data) + token * x.stride;
+            const float* input = static_cast<const float*>(x.data);
             float sums[16] = {};  // independent, so that the compiler may keep them in vectors
-            int64_t column = 0;
-            for (; column + 16 <= a.in; column += 16) {
-                for (int lane = 0; lane < 16; ++lane) sums[lane] += row_values[column + lane] * input[column + lane];
+            for (int64_t column = 0; column < 32 * words; column += 16) {
+                const float* lane = input + place(x.rows, token, column);
+                for (int i = 0; i < 16; ++i) sums[i] += row_values[column + i] * lane[i];
             }
-            for (; column < a.in; ++column) sums[column % 16] += row_values[column] * input[column];
             for (int width = 8; width; width /= 2) {
                 for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
             }
@@ -39,6 +38,6 @@ void few(const Matrix& a, const Input& x, const Output& out, int64_t first, int6
 
 }  // namespace
 
-const Path scalar = {"scalar", false, false, false, few, nullptr, nullptr, nullptr, nullptr, nullptr};
+const Path scalar = {"scalar", false, false, few, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace budwood
