@@ -20,11 +20,11 @@ from budwood.benching import COLD
 from budwood.checkpoints.loading import load
 from budwood.environment import machine
 from budwood.formats import FORMATS, pack_as
-from budwood.kernels import native
+from budwood.kernels import dispatch, native
 from budwood.kernels.arena import Arena, needed
 from budwood.kernels.head import multiply
 from budwood.kernels.linear import SparseLinear
-from budwood.kernels.native import AS_FEW, AS_MANY
+from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE, BY_ROWS
 from budwood.kernels.packed import Packed, prepare
 from budwood.timing import in_turns, ratio
 
@@ -85,13 +85,12 @@ class Case:
             "torch fp32": lambda turn: F.linear(wide, self.wide[turn % len(self.wide)]),
         }
         for name, forms in self.packed.items():
-            way = AS_FEW if rows <= 8 or not native.has_table() else AS_MANY
+            way = BY_ROWS if rows <= native.FEW else self.faster(forms, x)
             found[name] = lambda turn, forms=forms, way=way: forms[turn % self.copies].linear(x, None, way)
-        name = "2:4 + recovered, fp32"
-        forms = self.packed["2:4 + recovered"]
-        way = AS_FEW if rows <= 8 or not native.has_table() else AS_MANY
         # Not the copy that the bfloat16 product of this round has brought into the cache.
-        found[name] = lambda turn: forms[(turn + self.copies // 2) % self.copies].linear(wide, None, way)
+        forms, away = self.packed["2:4 + recovered"], self.copies // 2
+        way = AS_SPARSE if rows > native.FEW and native.has(AS_SPARSE) else AS_FEW
+        found["2:4 + recovered, fp32"] = lambda turn: forms[(turn + away) % self.copies].linear(wide, None, way)
         if rows <= 8:
             found["dense, ours"] = lambda turn: multiply(self.dense[turn % self.copies], x, None)
         if onnx:
@@ -104,6 +103,12 @@ class Case:
             start = self.memory.data_ptr()
             found["read"] = lambda turn: library.budwood_read(start + turn % places * size, size, self.threads)
         return found
+
+    def faster(self, forms: list[Packed], x: Tensor) -> int:
+        """Sparse or in panels: what the dispatch would find out at load."""
+        ways = [way for way in (AS_SPARSE, AS_PANELS) if forms[0].linear(x, None, way) is not None]
+        seconds = {way: dispatch.timed(lambda way=way: forms[0].linear(x, None, way)) for way in ways}
+        return min(ways, key=seconds.__getitem__, default=AS_FEW)
 
     def bytes(self, name: str) -> int:
         """Bytes that a product reads: values, places, where rows begin, and what else there is."""

@@ -9,8 +9,10 @@ Times = dict[str, list[float]]  # seconds of each round, by variant
 
 
 def in_turns(variants: Mapping[str, Callable[[int], object]], rounds: int) -> Times:
-    """Every variant once a round, each time in another order: whoever runs before leaves caches and memory in a state of its
-    own. The first round is not counted."""
+    """Every variant once a round; the first round is not counted.
+
+    Each round has another order: whoever runs before leaves caches and memory in a state of its own.
+    """
     times: Times = {name: [] for name in variants}
     names, shuffled = list(variants), random.Random(0)
     for turn in range(rounds + 1):

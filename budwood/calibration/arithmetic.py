@@ -83,7 +83,7 @@ def fastest(compute: torch.dtype, device: torch.device, published: bool) -> Arit
         return Arithmetic(compute)
     return Arithmetic(
         compute,
-        sparse_products=native.has_table() and sparse_product_gain() > 1.1,
+        sparse_products=native.has(native.AS_SPARSE) and sparse_product_gain() > 1.1,
         blocked_attention=blocked_attention_gain(compute) > 1.1,
     )
 
@@ -99,7 +99,7 @@ def sparse_product_gain(width: int = 1024, rows: int = 1024, rounds: int = 5) ->
     times = in_turns(
         {
             "torch": lambda turn: linear(x, weight),
-            "native": lambda turn: kernel.linear(x, way=native.AS_MANY),
+            "native": lambda turn: kernel.linear(x, way=native.AS_SPARSE),
         },
         rounds,
     )

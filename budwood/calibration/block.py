@@ -13,7 +13,7 @@ from budwood.calibration.listening import Heard, Listener
 from budwood.checkpoints.packing import Stored, store_named
 from budwood.errors import RunError
 from budwood.formats import FORMATS, pack_as, rounds
-from budwood.kernels.native import AS_MANY
+from budwood.kernels.native import AS_SPARSE
 from budwood.kernels.packed import prepare
 from budwood.models.linears import read, write
 
@@ -144,7 +144,7 @@ def multiplied(linears: Iterable[Linear]) -> Iterator[None]:
             if type(linear.module) is nn.Linear and isinstance(weight, Tensor):
                 kernel = prepare("bitmask", linear.shape, pack_as("bitmask", weight.detach()))
                 if kernel is not None:
-                    product = partial(kernel.linear, bias=linear.module.bias, way=AS_MANY)
+                    product = partial(kernel.linear, bias=linear.module.bias, way=AS_SPARSE)
                     linear.module.forward = product  # type: ignore[method-assign, assignment]
                     replaced.append(linear.module)
         yield

@@ -1,4 +1,4 @@
-"""Which way a product goes: the kernel for few rows, the table for many, or unpack and multiply.
+"""Which way a product goes: the kernel for few rows, sparse or in panels for many, or unpack and multiply.
 
 Measured once a process on one matrix, for few numbers of rows, and kept. Without a measurement the numbers of rows
 decide alone.
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from budwood.kernels import native
-from budwood.kernels.native import AS_FEW, AS_MANY, FEW
+from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE, BY_ROWS, FEW
 from budwood.kernels.packed import Packed
 
 UNPACK = -1
-NAMES = {AS_FEW: "few", AS_MANY: "table", UNPACK: "unpack"}
+NAMES = {BY_ROWS: "by rows", AS_FEW: "few", AS_SPARSE: "sparse", AS_PANELS: "panels", UNPACK: "unpack"}
 ROWS = (4, 8, 16, 64, 512)  # tried; a product goes the way of the nearest number not below its own
 ALWAYS_FEW = 2
+NEVER_FEW = 64  # beyond so many rows the kernel for few is not tried
 ROUNDS = 5
 
 Kind = tuple[torch.dtype, int]  # of the activations; of the values, as the library counts types
@@ -65,7 +66,7 @@ def way(packed: Packed, rows: int, dtype: torch.dtype) -> int:
         return next((choice.way for limit, choice in found.items() if rows <= limit), found[ROWS[-1]].way)
     if rows <= FEW:
         return AS_FEW
-    return AS_MANY if native.has_table() else UNPACK
+    return BY_ROWS if native.has(AS_SPARSE) else UNPACK
 
 
 def linear(packed: Packed, input: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -89,10 +90,9 @@ def measure(packed: Packed, unpacked: Callable[[Tensor], Tensor], dtype: torch.d
     for rows in ROWS:
         input = torch.ones(rows, packed.shape[1], dtype=dtype)
         ways: dict[int, Callable[[], Tensor | None]] = {UNPACK: partial(unpacked, input)}
-        if native.has_table():
-            ways[AS_MANY] = partial(packed.linear, input, None, AS_MANY)
-        if rows <= 64:
-            ways[AS_FEW] = partial(packed.linear, input, None, AS_FEW)
+        for own in (AS_FEW, AS_SPARSE, AS_PANELS)[rows > NEVER_FEW :]:
+            if packed.linear(input, None, own) is not None:
+                ways[own] = partial(packed.linear, input, None, own)
         seconds = {NAMES[name]: timed(product) for name, product in ways.items()}
         found[rows] = Choice(min(ways, key=lambda name: seconds[NAMES[name]]), seconds)
     measured[kind] = found

@@ -19,13 +19,14 @@ from budwood.errors import UsageError
 VARIABLE = "BUDWOOD_KERNELS"
 CHOICES = ("auto", "amx", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
-INTERFACE = 2  # of the library this file was written for
+INTERFACE = 3  # of the library this file was written for
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 INT8 = TYPES[torch.int8]
 BITMASK, NIBBLES = 0, 1  # how `places` names the columns
 FEW = 8  # rows of x up to which they are multiplied as they are
 
-BY_ROWS, AS_FEW, AS_MANY = 0, 1, 2  # ways to multiply
+# Ways to multiply: by the number of rows, as few rows, sparse (zeros never), in panels (zeros too, bfloat16).
+BY_ROWS, AS_FEW, AS_SPARSE, AS_PANELS = 0, 1, 2, 3
 
 
 class Matrix(Structure):
@@ -98,6 +99,7 @@ def opened(wanted: str) -> ctypes.CDLL | None:
     native.budwood_choose.argtypes = [c_char_p]
     native.budwood_starts.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p]
     native.budwood_linear.argtypes = [c_void_p, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32]
+    native.budwood_has.argtypes = [c_int32]
     native.budwood_read.argtypes = [c_void_p, c_int64, c_int32]
     native.budwood_read.restype = c_int64
     native.budwood_dense.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
@@ -121,10 +123,10 @@ def starts(places: Tensor, out: int, width: int, coding: int) -> Tensor | None:
     return result if fits else None
 
 
-def has_table() -> bool:
-    """Whether the path has a way of its own for many rows."""
+def has(way: int) -> bool:
+    """Whether the path has such a way, for some type."""
     native = library()
-    return native is not None and bool(native.budwood_has_table())
+    return native is not None and bool(native.budwood_has(way))
 
 
 def has_dense() -> bool:

@@ -14,7 +14,7 @@ from budwood.errors import UsageError
 from budwood.formats import FORMATS, LOSSLESS, pack_as
 from budwood.kernels import dispatch, native
 from budwood.kernels.linear import SparseLinear
-from budwood.kernels.native import AS_FEW, AS_MANY
+from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE
 from budwood.kernels.packed import Packed, linears, prepare
 from budwood.kernels.readiness import ready
 
@@ -42,6 +42,12 @@ def packed(weight: Tensor, format: str = "bitmask") -> Packed:
     return matrix
 
 
+def ways(dtype: torch.dtype) -> list[int]:
+    """What the path can do with activations of this type."""
+    panels = [AS_PANELS] if dtype == torch.bfloat16 else []
+    return [way for way in [AS_FEW, AS_SPARSE, *panels] if native.has(way)]
+
+
 def error(product: Tensor, x: Tensor, weight: Tensor) -> float:
     """Largest difference to the product in float64, relative to the sum of the magnitudes that were added."""
     exact = x.double() @ weight.double().T
@@ -59,8 +65,7 @@ def test_products_equal_the_reference(path, shape, dtype):
         for matrix in (packed(weight, format) for format in formats):
             for rows in ROWS:
                 x = torch.randn(rows, shape[1], dtype=dtype)
-                ways = [AS_FEW] + ([AS_MANY] if native.has_table() else [])
-                for way in ways:
+                for way in ways(dtype):
                     product = matrix.linear(x, None, way)
                     assert product is not None
                     # float32 sums, rounded once to the type of the activations
@@ -68,11 +73,11 @@ def test_products_equal_the_reference(path, shape, dtype):
                     assert error(product, x, weight) < 1e-5 + rounded
 
 
-@pytest.mark.parametrize("way", [AS_FEW, AS_MANY])
+@pytest.mark.parametrize("way", [AS_FEW, AS_SPARSE, AS_PANELS])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_threads_change_no_bit(path, threads, way):
-    if way == AS_MANY and not native.has_table():
-        pytest.skip("the path has no table")
+    if not native.has(way):
+        pytest.skip("the path has no such way")
     torch.manual_seed(1)
     weight = weights(11, 96, 0.1, torch.bfloat16)
     matrix, x = packed(weight), torch.randn(20, 96, dtype=torch.bfloat16)
@@ -84,6 +89,15 @@ def test_threads_change_no_bit(path, threads, way):
         assert torch.equal(matrix.linear(x, None, way), alone)
     finally:
         torch.set_num_threads(before)
+
+
+def test_panels_are_for_bfloat16(path):
+    matrix = packed(weights(40, 64, 0.05, torch.float32))
+    assert matrix.linear(torch.randn(9, 64), None, AS_PANELS) is None
+    if native.has(AS_PANELS):
+        halves = packed(weights(40, 64, 0.05, torch.float16))
+        assert halves.linear(torch.randn(9, 64).half(), None, AS_PANELS) is None
+        assert halves.linear(torch.randn(9, 64).bfloat16(), None, AS_PANELS) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -263,8 +277,8 @@ def test_int8_values_and_what_is_recovered_beside_them(path, format, shape):
     matrix = prepare(format, shape, tensors)
     assert matrix is not None
     for rows in (1, 2, 7, 20, 70):
-        for way in [AS_FEW] + ([AS_MANY] if native.has_table() else []):
-            for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            for way in ways(dtype):
                 x = torch.randn(rows, shape[1]).to(dtype)
                 product = matrix.linear(x, None, way)
                 assert product is not None

@@ -399,6 +399,8 @@ void dense(const uint16_t* weight, int64_t in, const Input& x, const Output& out
 
 }  // namespace
 
-const Path avx2 = {"avx2", false, false, few, nullptr, table_bytes, tables, tabulate, many, dense};
+static const Many by_sparse = {table_bytes, tables, tabulate, many};
+
+const Path avx2 = {"avx2", false, few, nullptr, &by_sparse, nullptr, dense};
 
 }  // namespace budwood

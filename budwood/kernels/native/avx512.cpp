@@ -3,17 +3,8 @@
 
 namespace budwood {
 
-const Path avx512 = {
-    "avx512",
-    true,
-    false,
-    with_avx512::few,
-    with_avx512::integers,
-    with_avx512::table_bytes,
-    with_avx512::tables,
-    with_avx512::tabulate,
-    with_avx512::many,
-    with_avx512::dense,
-};
+using namespace with_avx512;
+
+const Path avx512 = {"avx512", true, few, integers, &by_sparse, &by_panels, dense};
 
 }  // namespace budwood

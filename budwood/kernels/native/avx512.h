@@ -72,9 +72,7 @@ void few(const Matrix& a, const Input& in, const Output& out, int64_t first, int
 void integers(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last);
 void dense(const uint16_t* weight, int64_t in, const Input& x, const Output& out, int64_t first, int64_t last);
 
-size_t table_bytes(const Matrix& a, const Input& in);
-int64_t tables(const Matrix& a, const Input& in);
-void tabulate(const Input& in, char* table, int64_t first, int64_t last);
-void many(const Matrix& a, const Input& in, const char* table, const Output& out, int64_t first, int64_t last);
+extern const Many by_sparse;
+extern const Many by_panels;
 
 }  // namespace budwood::with_avx512

@@ -107,6 +107,8 @@ int64_t rows_within(const Matrix& a, int64_t bytes) {
 
 size_t width(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
 
+enum Way : int32_t { BY_ROWS = 0, AS_FEW = 1, AS_SPARSE = 2, AS_PANELS = 3 };
+
 struct Team {
     int me, all;
 };
@@ -171,7 +173,7 @@ using namespace budwood;
 extern "C" {
 
 // Changes with every change of what follows or of `Matrix`.
-EXPORT int32_t budwood_interface() { return 2; }
+EXPORT int32_t budwood_interface() { return 3; }
 
 EXPORT const char* budwood_path() { return path->name; }
 
@@ -188,8 +190,8 @@ EXPORT int32_t budwood_choose(const char* name) {
     return 0;
 }
 
-// Whether the path has a way of its own for many rows of x.
-EXPORT int32_t budwood_has_table() { return path->many != nullptr; }
+// Whether the path has such a way.
+EXPORT int32_t budwood_has(int32_t way) { return way == AS_FEW || (way == AS_SPARSE ? path->sparse : path->panels) != nullptr; }
 EXPORT int32_t budwood_has_dense() { return path->dense != nullptr; }
 
 // Counts the values of every row: starts [out + 1]. Returns 0 where they are too many for 32 bits.
@@ -216,25 +218,27 @@ EXPORT int32_t budwood_starts(const uint8_t* places, int64_t out, int64_t in, in
     return 1;
 }
 
-// y = x W^T + bias for several matrices that share x [rows, in] of `type`. way: 0 by the number of rows, 1 the kernel for
-// few, 2 the table. Returns 0 where the path has no such way.
+// y = x W^T + bias for several matrices that share x [rows, in] of `type`. Returns 0 where the path has no such way.
 EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows,
                        const Output* outputs, int32_t threads, int32_t way) {
     const int64_t in = matrices[0].in;
-    bool bfloat16 = path->multiplies_bfloat16 && type == BFLOAT16;
-    const bool table = way == 2 || (way == 0 && rows > FEW && path->many);
-    if (table && !path->many) return 0;
+    bool bfloat16 = path->multiplies_bfloat16 && type == BFLOAT16, panels = bfloat16 && path->panels;
     int32_t int8 = 0;
     for (int32_t i = 0; i < count; ++i) {
-        bfloat16 = bfloat16 && (matrices[i].type == BFLOAT16 || (matrices[i].type == INT8 && table && path->rounds_int8));
+        bfloat16 = bfloat16 && matrices[i].type == BFLOAT16;
+        panels = panels && (matrices[i].type == BFLOAT16 || matrices[i].type == INT8);
         int8 += matrices[i].type == INT8;
     }
-    const bool integers = path->integers && !table && int8;
+    if (way == BY_ROWS) way = rows <= FEW ? AS_FEW : panels ? AS_PANELS : path->sparse ? AS_SPARSE : AS_FEW;
+    if (way == AS_PANELS && !panels) return 0;
+    if (way == AS_SPARSE && !path->sparse) return 0;
+    const Many* many = way == AS_PANELS ? path->panels : way == AS_SPARSE ? path->sparse : nullptr;
+    const bool integers = path->integers && !many && int8;
     if (integers && int8 < count) return 0;  // they want the activations in different types
-    const Input input = integers ? integers_for(rows, in) : input_for(x, type, rows, in, bfloat16, table);
+    const Input input = integers ? integers_for(rows, in) : input_for(x, type, rows, in, bfloat16 || way == AS_PANELS, many);
     const bool copy = input.data != x;
-    char* room = table ? static_cast<char*>(scratch(5, path->table_bytes(matrices[0], input))) : nullptr;
-    const int64_t parts = table ? path->tables(matrices[0], input) : 0;
+    char* table = many ? static_cast<char*>(scratch(5, many->bytes(matrices[0], input))) : nullptr;
+    const int64_t parts = many ? many->parts(matrices[0], input) : 0;
     const int64_t at_once = path == &scalar ? rows : FEW, element_bytes = type == FLOAT32 ? 4 : 2;
     const auto each_few = [&](auto use) {
         for (int64_t row = 0; row < rows; row += at_once) {
@@ -244,7 +248,7 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const auto [me, all] = team();
-        if (copy && table) {
+        if (copy && many) {
             widen(x, type, in, input, share(rows, me, all), share(rows, me + 1, all));
         } else if (copy) {
             const auto bring_few = integers ? path->integers : interleave;
@@ -257,16 +261,16 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
         if (copy) {
 #pragma omp barrier
         }
-        if (table) {
-            path->tabulate(input, room, share(parts, me, all), share(parts, me + 1, all));
+        if (many) {
+            many->tabulate(input, table, share(parts, me, all), share(parts, me + 1, all));
 #pragma omp barrier
         }
         for (int32_t i = 0; i < count; ++i) {
             const Matrix& a = matrices[i];
             const int64_t first = border(a, me, all), last = border(a, me + 1, all);
             if (first >= last) continue;
-            if (table) {
-                path->many(a, input, room, outputs[i], first, last);
+            if (many) {
+                many->multiply(a, input, table, outputs[i], first, last);
                 continue;
             }
             // As much of the matrix at a time as stays in the second cache until all rows of x have met it.

@@ -193,20 +193,26 @@ struct More {
 
 }  // namespace
 
-// What one instruction set offers. `few` computes rows [first, last) of the matrix for up to FEW rows of x; `integers`
-// makes 16-bit integers of those, segments [first, last), which it takes where the values are int8; `many` computes any
-// number, from a table that `tabulate` has made of x (parts [first, last) of `tables`); null where a path has none.
-// `dense`: a matrix [out, in] of bfloat16 that was never pruned.
+// A way to multiply many rows of x: `tabulate` makes a table of `bytes` from x, its parts [first, last) of `parts`, and
+// `multiply` computes rows [first, last) of the matrix from it.
+struct Many {
+    size_t (*bytes)(const Matrix&, const Input&);
+    int64_t (*parts)(const Matrix&, const Input&);
+    void (*tabulate)(const Input&, char* table, int64_t first, int64_t last);
+    void (*multiply)(const Matrix&, const Input&, const char* table, const Output&, int64_t first, int64_t last);
+};
+
+// What one instruction set offers; null where it lacks something.
 struct Path {
     const char* name;
     bool multiplies_bfloat16;  // takes bfloat16 activations as they are, where the values are bfloat16 too
-    bool rounds_int8;          // takes many rows of bfloat16 activations where the values are int8
+    // Rows [first, last) of the matrix for up to FEW rows of x.
     void (*few)(const Matrix&, const Input&, const Output&, int64_t first, int64_t last);
+    // Few rows of x as 16-bit integers, which `few` then takes where the values are int8; segments [first, last).
     void (*integers)(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last);
-    size_t (*table_bytes)(const Matrix&, const Input&);
-    int64_t (*tables)(const Matrix&, const Input&);
-    void (*tabulate)(const Input&, char* table, int64_t first, int64_t last);
-    void (*many)(const Matrix&, const Input&, const char* table, const Output&, int64_t first, int64_t last);
+    const Many* sparse;  // what is zero is never multiplied
+    const Many* panels;  // bfloat16 activations with bfloat16 values, or int8 ones that are rounded as unpacking rounds
+    // A matrix [out, in] of bfloat16 that was never pruned.
     void (*dense)(const uint16_t* weight, int64_t in, const Input&, const Output&, int64_t first, int64_t last);
 };
 

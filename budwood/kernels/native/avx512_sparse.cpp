@@ -355,8 +355,6 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
     }
 }
 
-}  // namespace
-
 // Parts lie block by block, in them tile by tile: what one visit of a block reads is one piece.
 size_t table_bytes(const Matrix& a, const Input& in) {
     return size_t(blocks_of(a) * tiles_of(in)) * part_bytes(in);
@@ -412,5 +410,9 @@ void many(const Matrix& a, const Input& in, const char* table, const Output& out
         default: return in.bfloat16 ? many_of<true, 4>(a, in, table, out, first, last) : many_of<false, 4>(a, in, table, out, first, last);
     }
 }
+
+}  // namespace
+
+const Many by_sparse = {table_bytes, tables, tabulate, many};
 
 }  // namespace budwood::with_avx512
