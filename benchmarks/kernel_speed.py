@@ -11,6 +11,7 @@ advance (wants the packages onnx and onnxruntime).
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -107,8 +108,7 @@ class Case:
     def faster(self, forms: list[Packed], x: Tensor) -> int:
         """Sparse or in panels: what the dispatch would find out at load."""
         ways = [way for way in (AS_SPARSE, AS_PANELS) if forms[0].linear(x, None, way) is not None]
-        seconds = {way: dispatch.timed(lambda way=way: forms[0].linear(x, None, way)) for way in ways}
-        return min(ways, key=seconds.__getitem__, default=AS_FEW)
+        return dispatch.fastest({way: partial(forms[0].linear, x, None, way) for way in ways}).way if ways else AS_FEW
 
     def bytes(self, name: str) -> int:
         """Bytes that a product reads: values, places, where rows begin, and what else there is."""

@@ -3,17 +3,18 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
-Times = dict[str, list[float]]  # seconds of each round, by variant
+Name = TypeVar("Name", bound=Hashable)
 
 
-def in_turns(variants: Mapping[str, Callable[[int], object]], rounds: int) -> Times:
-    """Every variant once a round; the first round is not counted.
+def in_turns(variants: Mapping[Name, Callable[[int], object]], rounds: int) -> dict[Name, list[float]]:
+    """Seconds of each round, by variant. Every variant runs once a round; the first round is not counted.
 
     Each round has another order: whoever runs before leaves caches and memory in a state of its own.
     """
-    times: Times = {name: [] for name in variants}
+    times: dict[Name, list[float]] = {name: [] for name in variants}
     names, shuffled = list(variants), random.Random(0)
     for turn in range(rounds + 1):
         shuffled.shuffle(names)

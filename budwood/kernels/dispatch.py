@@ -4,12 +4,12 @@ Measured once a process on one matrix, for few numbers of rows, and kept. Withou
 decide alone.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -17,13 +17,14 @@ from torch import Tensor
 from budwood.kernels import native
 from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE, BY_ROWS, FEW
 from budwood.kernels.packed import Packed
+from budwood.timing import in_turns
 
 UNPACK = -1
 NAMES = {BY_ROWS: "by rows", AS_FEW: "few", AS_SPARSE: "sparse", AS_PANELS: "panels", UNPACK: "unpack"}
 ROWS = (4, 8, 16, 64, 512)  # tried; a product goes the way of the nearest number not below its own
 ALWAYS_FEW = 2
 NEVER_FEW = 64  # beyond so many rows the kernel for few is not tried
-ROUNDS = 5
+ROUNDS = 7
 
 Kind = tuple[torch.dtype, int]  # of the activations; of the values, as the library counts types
 
@@ -89,21 +90,22 @@ def measure(packed: Packed, unpacked: Callable[[Tensor], Tensor], dtype: torch.d
     found = {}
     for rows in ROWS:
         input = torch.ones(rows, packed.shape[1], dtype=dtype)
-        ways: dict[int, Callable[[], Tensor | None]] = {UNPACK: partial(unpacked, input)}
-        for own in (AS_FEW, AS_SPARSE, AS_PANELS)[rows > NEVER_FEW :]:
-            if packed.linear(input, None, own) is not None:
-                ways[own] = partial(packed.linear, input, None, own)
-        seconds = {NAMES[name]: timed(product) for name, product in ways.items()}
-        found[rows] = Choice(min(ways, key=lambda name: seconds[NAMES[name]]), seconds)
+        tried = (AS_FEW, AS_SPARSE, AS_PANELS) if rows <= NEVER_FEW else (AS_SPARSE, AS_PANELS)
+        can = [way for way in tried if packed.linear(input, None, way) is not None]
+        products = {way: partial(packed.linear, input, None, way) for way in can} | {UNPACK: partial(unpacked, input)}
+        found[rows] = fastest(products)
     measured[kind] = found
 
 
-def timed(product: Callable[[], object]) -> float:
-    """Seconds of the fastest call, the first left out: whatever else the machine does only ever adds."""
-    product()
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
+def fastest(products: Mapping[int, Callable[[], object]]) -> Choice:
+    """The way that usually takes the fewest seconds, tried in turns.
+
+    The median and not the best call: what shares a core with a virtual machine slows one way more than another.
+    """
+
+    def run(product: Callable[[], object], turn: int) -> None:
         product()
-        times.append(time.perf_counter() - start)
-    return min(times)
+
+    times = in_turns({way: partial(run, product) for way, product in products.items()}, ROUNDS)
+    seconds = {way: median(found) for way, found in times.items()}
+    return Choice(min(seconds, key=seconds.__getitem__), {NAMES[way]: found for way, found in seconds.items()})
