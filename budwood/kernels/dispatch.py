@@ -92,7 +92,9 @@ def measure(packed: Packed, unpacked: Callable[[Tensor], Tensor], dtype: torch.d
         input = torch.ones(rows, packed.shape[1], dtype=dtype)
         tried = (AS_FEW, AS_SPARSE, AS_PANELS) if rows <= NEVER_FEW else (AS_SPARSE, AS_PANELS)
         can = [way for way in tried if packed.linear(input, None, way) is not None]
-        products = {way: partial(packed.linear, input, None, way) for way in can} | {UNPACK: partial(unpacked, input)}
+        products: dict[int, Callable[[], object]] = {way: partial(packed.linear, input, None, way) for way in can}
+        if rows > NEVER_FEW or len(can) < 2:  # before that, another way for many rows is always faster
+            products[UNPACK] = partial(unpacked, input)
         found[rows] = fastest(products)
     measured[kind] = found
 

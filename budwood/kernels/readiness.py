@@ -5,13 +5,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from budwood.kernels import dispatch, native
-from budwood.kernels.arena import Arena, needed
+from budwood.kernels.arena import Arena, file_mappings, forget, needed
 from budwood.kernels.head import quicken
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.siblings import acquaint
 
 SMALL = 1 << 18  # weights below which a matrix says nothing about speed
-LARGE = 1 << 24  # and above which it need not be
+LARGE = 1 << 22  # and above which it need not be
 
 
 def ready(model: nn.Module) -> dict[str, str]:
@@ -24,15 +24,19 @@ def ready(model: nn.Module) -> dict[str, str]:
     for layer in here.values():
         layer.settle()
     arena = Arena(sum(needed(tensor) for layer in here.values() for tensor in layer.packed().values()))
+    files = file_mappings()
     for layer in here.values():
+        unsettled = layer.packed().values()
         layer.settle(arena)
+        forget(unsettled, files)
         layer.kernel()  # now and not at the first token
     acquaint(here.items())
     quicken(model)
-    fitting = [layer for layer in here.values() if SMALL <= layer.in_features * layer.out_features <= LARGE]
-    if fitting:
-        largest = max(fitting, key=lambda layer: layer.in_features * layer.out_features)
-        measure(largest, next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
+    sizes = {layer.in_features * layer.out_features: layer for layer in here.values()}
+    telling = sorted(size for size in sizes if size >= SMALL)
+    if telling:
+        largest = max((size for size in telling if size <= LARGE), default=telling[0])
+        measure(sizes[largest], next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
     return {name: layer.format for name, layer in here.items() if layer.format != before[name]}
 
 
