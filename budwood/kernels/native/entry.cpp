@@ -14,6 +14,9 @@
 namespace budwood {
 namespace {
 
+// Ways to multiply, as the caller names them.
+enum Way : int32_t { BY_ROWS = 0, AS_FEW = 1, AS_SPARSE = 2, AS_PANELS = 3 };
+
 constexpr size_t HUGE_PAGE = 2 << 20;
 
 struct Room {
@@ -97,17 +100,16 @@ void interleave(const void* x, int32_t type, int64_t in, const Input& to, int64_
     }
 }
 
+int64_t width(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
+
 constexpr int64_t NEAR = 256 << 10;  // bytes of a matrix that stay in the second cache
+constexpr int64_t FEWEST = 64;       // rows of it that are worth a visit
 
-// How many rows of the matrix take so many bytes.
-int64_t rows_within(const Matrix& a, int64_t bytes) {
-    const int64_t row = a.count * (a.type == FLOAT32 ? 4 : a.type == INT8 ? 1 : 2) / a.out + a.stride;
-    return bytes / row < 2 * LANE ? 2 * LANE : bytes / row;
+// How many rows of the matrix stay near.
+int64_t rows_near(const Matrix& a) {
+    const int64_t rows = NEAR / (a.count * width(a.type) / a.out + a.stride);
+    return rows < FEWEST ? FEWEST : rows;
 }
-
-size_t width(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
-
-enum Way : int32_t { BY_ROWS = 0, AS_FEW = 1, AS_SPARSE = 2, AS_PANELS = 3 };
 
 struct Team {
     int me, all;
@@ -235,11 +237,11 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     const Many* many = way == AS_PANELS ? path->panels : way == AS_SPARSE ? path->sparse : nullptr;
     const bool integers = path->integers && !many && int8;
     if (integers && int8 < count) return 0;  // they want the activations in different types
-    const Input input = integers ? integers_for(rows, in) : input_for(x, type, rows, in, bfloat16 || way == AS_PANELS, many);
+    const Input input = integers ? integers_for(rows, in) : input_for(x, type, rows, in, bfloat16 || way == AS_PANELS, many != nullptr);
     const bool copy = input.data != x;
     char* table = many ? static_cast<char*>(scratch(5, many->bytes(matrices[0], input))) : nullptr;
     const int64_t parts = many ? many->parts(matrices[0], input) : 0;
-    const int64_t at_once = path == &scalar ? rows : FEW, element_bytes = type == FLOAT32 ? 4 : 2;
+    const int64_t at_once = path == &scalar ? rows : FEW;
     const auto each_few = [&](auto use) {
         for (int64_t row = 0; row < rows; row += at_once) {
             use(row, some_of(input, row, rows - row < at_once ? rows - row : at_once));
@@ -254,7 +256,7 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
             const auto bring_few = integers ? path->integers : interleave;
             const int64_t pieces = input.stride / (integers ? SEGMENT : LANE);
             each_few([&](int64_t row, const Input& some) {
-                const char* from = static_cast<const char*>(x) + row * in * element_bytes;
+                const char* from = static_cast<const char*>(x) + row * in * width(type);
                 bring_few(from, type, in, some, share(pieces, me, all), share(pieces, me + 1, all));
             });
         }
@@ -274,12 +276,12 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
                 continue;
             }
             // As much of the matrix at a time as stays in the second cache until all rows of x have met it.
-            const int64_t chunk = rows <= at_once ? last - first : rows_within(a, NEAR);
+            const int64_t chunk = rows <= at_once ? last - first : rows_near(a);
             for (int64_t begin = first; begin < last; begin += chunk) {
                 const int64_t end = begin + chunk < last ? begin + chunk : last;
                 each_few([&](int64_t row, const Input& some) {
                     Output out = outputs[i];
-                    out.y = static_cast<char*>(out.y) + size_t(row * out.stride) * width(out.type);
+                    out.y = static_cast<char*>(out.y) + row * out.stride * width(out.type);
                     path->few(a, some, out, begin, end);
                 });
             }
