@@ -73,6 +73,26 @@ def test_products_equal_the_reference(path, shape, dtype):
                     assert error(product, x, weight) < 1e-5 + rounded
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("format", ["bitmask", "bitmask_int8", "two_four_compact_int8"])
+@pytest.mark.parametrize("shape", [(70, 5000), (700, 1100)], ids=str)
+def test_what_no_longer_fits_into_caches_is_done_in_parts(path, shape, format, dtype):
+    """Wide ones in blocks of columns, high ones in chunks of rows and several panels."""
+    torch.manual_seed(5)
+    tensors = FORMATS[format].nearest(weights(*shape, 0.015, dtype))
+    weight, matrix = FORMATS[format].unpack(tensors, shape), prepare(format, shape, tensors)
+    assert matrix is not None
+    for rows in (1, 6, 8, 21, 70):
+        x = torch.randn(rows, shape[1]).to(dtype)
+        for way in ways(dtype):
+            product = matrix.linear(x, None, way)
+            if product is None:
+                assert way == AS_PANELS  # which want 16-bit values or int8 ones
+                continue
+            rounded = torch.finfo(dtype).eps if dtype != torch.float32 else 0
+            assert error(product, x, weight) < (5e-5 if "int8" in format else 1e-5) + rounded
+
+
 @pytest.mark.parametrize("way", [AS_FEW, AS_SPARSE, AS_PANELS])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_threads_change_no_bit(path, threads, way):
