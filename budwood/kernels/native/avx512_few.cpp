@@ -340,17 +340,16 @@ template <int M>
 INLINE void add_recovered(const Matrix& a, Recovered& recovered, int64_t segment, const int16_t* x, const float* scales,
                           int64_t segments, __m512* total0, __m512* total1) {
     int left[2] = {recovered.counts[0][segment], recovered.counts[1][segment]};
-    while (left[0] | left[1]) {
+    while (left[0] > 0 || left[1] > 0) {
         __m128i columns[2];
         __m512 weights[2];
 #pragma GCC unroll 2
         for (int r = 0; r < 2; ++r) {
-            const __mmask16 some = __mmask16(_bzhi_u32(0xffff, uint32_t(left[r])));
+            const __mmask16 some = left[r] >= 16 ? 0xffff : left[r] <= 0 ? 0 : __mmask16((1u << left[r]) - 1);
             columns[r] = _mm_maskz_loadu_epi8(some, a.more_columns + recovered.next[r]);
             weights[r] = read_values(a.more_values, a.more_type, recovered.next[r], some);
-            const int taken = left[r] < 16 ? left[r] : 16;
-            recovered.next[r] += taken;
-            left[r] -= taken;
+            recovered.next[r] += left[r] < 16 ? (left[r] > 0 ? left[r] : 0) : 16;
+            left[r] -= 16;
         }
         const __m512i at = _mm512_cvtepu8_epi16(_mm256_set_m128i(columns[1], columns[0]));
         const __mmask32 odd = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64)), upper = _mm512_movepi16_mask(_mm512_slli_epi16(at, 8));
