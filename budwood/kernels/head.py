@@ -23,11 +23,14 @@ class DenseLinear(nn.Linear):
             weight.dtype == input.dtype == torch.bfloat16
             and weight.device.type == input.device.type == "cpu"
             and 0 < rows <= FEW
-            and not torch.compiler.is_compiling()
             and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
             and weight.is_contiguous()
         )
-        result = multiply(weight, input, self.bias) if plain and type(weight.data) is Tensor else None
+        if not plain:
+            return F.linear(input, weight, self.bias)
+        if torch.compiler.is_compiling():
+            return dense(input, weight, self.bias)
+        result = multiply(weight, input, self.bias) if type(weight.data) is Tensor else None
         return F.linear(input, weight, self.bias) if result is None else result
 
 
@@ -43,6 +46,18 @@ def multiply(weight: Tensor, input: Tensor, bias: Tensor | None) -> Tensor | Non
     rows, threads = x.numel() // weight.shape[1], torch.get_num_threads()
     done = library.budwood_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), rows, addressof(output), threads)
     return y if done else None
+
+
+@torch.library.custom_op("budwood::dense", mutates_args=())
+def dense(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same as an operator of torch, for compiled code."""
+    result = multiply(weight, input, bias)
+    return F.linear(input, weight, bias) if result is None else result
+
+
+@dense.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
 def quicken(model: nn.Module) -> None:

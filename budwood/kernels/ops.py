@@ -5,14 +5,16 @@ Python costs more than a small product.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from budwood.formats import FORMATS
 from budwood.kernels import dispatch
-from budwood.kernels.packed import prepare
+from budwood.kernels.packed import Packed, prepare
 
 
 def unpack(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> Tensor:
@@ -43,6 +45,28 @@ def gradients(
     return to_input, to_bias
 
 
+_prepared: dict[tuple[Any, ...], tuple[list[StorageWeakRef], Packed | None]] = {}
+
+
+def prepared(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> Packed | None:
+    """What the native library needs of this weight, kept for as long as its memory is.
+
+    An operator gets tensors and no layer that could keep it. An address alone does not say whose it is, since memory is
+    used again: the weak references tell whether it still belongs to the same tensors.
+    """
+    key = (format, shape, *(tensor.data_ptr() for tensor in packed))
+    found = _prepared.get(key)
+    if found is not None and not any(storage.expired() for storage in found[0]):
+        return found[1]
+    for old in [old for old, (storages, _) in _prepared.items() if any(storage.expired() for storage in storages)]:
+        del _prepared[old]
+    ready = prepare(format, shape, dict(zip(FORMATS[format].suffixes, packed, strict=True)))
+    if ready is not None:  # what is kept here must not keep the weight
+        ready.held = [tensor for tensor in ready.held if all(tensor is not given for given in packed)]
+    _prepared[key] = [StorageWeakRef(tensor.untyped_storage()) for tensor in packed], ready
+    return ready
+
+
 @torch.library.custom_op("budwood::unpack", mutates_args=())
 def _unpack(packed: Sequence[Tensor], format: str, out_features: int, in_features: int) -> Tensor:
     return unpack(packed, format, (out_features, in_features))
@@ -59,8 +83,7 @@ def linear(
     input: Tensor, bias: Tensor | None, packed: Sequence[Tensor], format: str, out_features: int, in_features: int
 ) -> Tensor:
     shape = (out_features, in_features)
-    tensors = dict(zip(FORMATS[format].suffixes, packed, strict=True))
-    ready = prepare(format, shape, tensors)
+    ready = prepared(packed, format, shape)
     result = None if ready is None else dispatch.linear(ready, input, bias)
     return reference(input, bias, packed, format, shape) if result is None else result
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from budwood.errors import UsageError
 from budwood.formats import FORMATS, LOSSLESS, pack_as
-from budwood.kernels import dispatch, native
+from budwood.kernels import dispatch, native, ops
+from budwood.kernels.head import DenseLinear, quicken
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE
 from budwood.kernels.packed import Packed, linears, prepare
@@ -270,6 +271,44 @@ def test_opcheck(fastest, format):
     layer = SparseLinear.from_dense(weights(32, 64, 0.05, torch.float32), torch.randn(32), format)
     arguments = (torch.randn(3, 64, requires_grad=True), layer.bias, list(layer.packed().values()), format, 32, 64)
     torch.library.opcheck(torch.ops.budwood.linear.default, arguments)
+
+
+def test_an_operator_prepares_a_weight_once_and_forgets_it_with_its_memory(fastest, monkeypatch):
+    made = []
+    monkeypatch.setattr(ops, "prepare", lambda *given: made.append(given[1]) or prepare(*given))
+    monkeypatch.setattr(ops, "_prepared", {})
+    x = torch.randn(2, 640)
+    for seed in range(4):  # memory that was given back is likely to be given out again
+        torch.manual_seed(seed)
+        weight = weights(96, 640, 0.05, torch.float32)
+        tensors = list(pack_as("bitmask", weight).values())
+        for _ in range(3):
+            assert error(ops.linear(x, None, tensors, "bitmask", 96, 640), x, weight) < 1e-5
+        assert len(made) == seed + 1
+        storages, kept = next(reversed(ops._prepared.values()))
+        assert kept is not None
+        assert not any(storage.expired() for storage in storages)
+        del tensors
+        made[-1] = None
+        assert all(storage.expired() for storage in storages)
+    assert len(ops._prepared) == 1  # the others went with their memory
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_compiled_head_multiplies_as_an_eager_one_does(fastest, bias):
+    if not native.has_dense():
+        pytest.skip("the path has no kernel for dense matrices")
+    model = nn.Module()
+    model.head = nn.Linear(96, 300, bias=bias).bfloat16()
+    model.get_output_embeddings = lambda: model.head
+    quicken(model)
+    assert type(model.head) is DenseLinear
+    compiled = torch.compile(model.head, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for rows in (1, 3, 20):  # the last are too many for the kernel
+            x = torch.randn(rows, 96).bfloat16()
+            assert torch.equal(compiled(x), model.head(x))
+        torch.library.opcheck(torch.ops.budwood.dense.default, (x[:2], model.head.weight, model.head.bias))
 
 
 def test_one_openmp_runtime_is_in_the_process(fastest):
