@@ -225,6 +225,31 @@ def test_generate_streams_what_it_returns(pruned, run, told):
     assert shown.stderr == ""
 
 
+def test_several_prompts_are_answered_as_each_alone(pruned, run, told):
+    prompts = ["The quick", "A much longer one, so that the first is padded", "The quick"]
+    alone = [told("generate", pruned, "--prompt", text, "--max-new-tokens", 6, "--json").json for text in prompts]
+    options = [word for text in prompts for word in ("--prompt", text)]
+    shown, together = (run(*("generate", pruned, *options, "--max-new-tokens", 6, *more)) for more in ((), ("--json",)))
+    assert shown.status == together.status == 0, shown.stderr + together.stderr
+    answers = json.loads(together.stdout)["answers"]
+    assert answers == [{key: one[key] for key in ("prompt", "text", "tokens")} for one in alone]
+    assert shown.stdout == "\n\n".join(one["prompt"] + one["text"] for one in alone) + "\n"
+
+
+def test_a_batch_wants_something_to_pad_with(pruned, told, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(pruned, bare)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (bare / name).exists():
+            config = json.loads((bare / name).read_text())
+            kept = {key: value for key, value in config.items() if not key.endswith("_token")}
+            (bare / name).write_text(json.dumps(kept))
+    alone, both = (told("generate", bare, *("--prompt", "a") * n, "--max-new-tokens", 2) for n in (1, 2))
+    assert alone.status == 0, alone.stderr
+    assert both.status == 2
+    assert "pad" in both.stderr
+
+
 def test_generate_without_a_chat_template(pruned, told):
     ended = told("generate", pruned, "--prompt", "a", "--chat")
     assert ended.status == 2
