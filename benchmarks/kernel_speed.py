@@ -30,6 +30,7 @@ from budwood.kernels.packed import Packed, prepare
 from budwood.timing import in_turns, ratio
 
 LARGE = ((2048, 2048), (8192, 2048), (4096, 4096))  # [out, in]
+CSR_COPIES = 4  # 6 bytes a weight each
 
 
 def tiled(weight: Tensor, out: int, width: int) -> Tensor:
@@ -98,6 +99,9 @@ class Case:
             products = [onnx_product(weight, self.threads) for weight in self.wide[:4]]
             found["onnxruntime fp32"] = lambda turn: products[turn % len(products)](wide)
         if rows == 1:
+            sparse = [weight.to_sparse_csr() for weight in self.wide[:CSR_COPIES]]
+            column = wide.T.contiguous()
+            found["torch CSR fp32"] = lambda turn: sparse[turn % len(sparse)] @ column
             library, size = native.library(), self.bytes("2:4 + recovered")
             assert library is not None
             places = max(1, 2 * COLD // size - 1)
@@ -177,6 +181,8 @@ def main() -> None:
             if asked.onnx:
                 gain = ratio(times["onnxruntime fp32"], times["2:4 + recovered, fp32"])
                 line.append(f"fp32 x onnxruntime fp32 {gain:.2f}")
+            if "torch CSR fp32" in times:
+                line.append(f"x torch CSR fp32 {ratio(times['torch CSR fp32'], ours):.1f}")
             if "dense, ours" in times:
                 line.append(f"x own dense {ratio(times['dense, ours'], ours):.2f}")
             if "read" in times:
