@@ -66,8 +66,7 @@ def generate(
     \b
     Examples:
       budwood generate ./SmolLM2-wrp --prompt "The capital of France is" --max-new-tokens 20
-      budwood generate ./SmolLM2-wrp --chat --prompt "Name three rivers." --temperature 0.7
-      budwood generate ./SmolLM2-wrp --prompt "One, two," --prompt "The first of May"
+      budwood generate ./SmolLM2-wrp --chat --prompt "Name three rivers." --prompt "And a lake?" --temperature 0.7
     """
     with working():
         import torch
