@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ class Arena:
         whole = -(-max(nbytes, 1) // HUGE) * HUGE + HUGE
         if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux, where shared memory, the default, comes in small pages
             self.memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without huge pages
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
         else:
             self.memory = mmap.mmap(-1, whole)
         address = torch.frombuffer(self.memory, dtype=torch.uint8, count=1).data_ptr()

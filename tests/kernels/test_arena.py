@@ -38,6 +38,7 @@ def test_what_is_placed_is_equal_and_begins_with_a_line():
 
 
 @linux
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
 def test_the_system_may_give_huge_pages():
     flags = mapping_of(Arena(8 << 20).place(torch.ones(1 << 20)))["VmFlags"].split()
     assert "hg" in flags  # asked for,
