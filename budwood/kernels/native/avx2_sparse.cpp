@@ -1,0 +1,178 @@
+// AVX2, many rows of x: for each row of the matrix a list of its weights and their columns, multiplied with x turned around;
+// everything in float32.
+#include "avx2.h"
+
+namespace budwood::with_avx2 {
+namespace {
+
+constexpr int COLUMNS = 64, TOKENS = 64, LANES = TOKENS / 8;  // of x in one part of the table: 16 KB, in the first cache
+constexpr int PASS = 512, ROWS = 128;                          // rows of x, of the matrix, whose sums are kept at a time
+constexpr size_t PART = size_t(COLUMNS) * TOKENS * sizeof(float);
+constexpr int NEARBY = 192;  // bytes to fetch before they are needed
+
+int64_t blocks_of(const Matrix& a) { return (a.in + COLUMNS - 1) / COLUMNS; }
+int64_t tiles_of(const Input& in) { return (in.rows + TOKENS - 1) / TOKENS; }
+int64_t tables(const Matrix& a, const Input& in) { return blocks_of(a) * tiles_of(in); }
+size_t table_bytes(const Matrix& a, const Input& in) { return size_t(tables(a, in)) * PART; }
+
+// A row's mask, one byte for eight columns, with room to read on; what lies beyond the row is unset.
+INLINE const uint8_t* mask_bytes(const Matrix& a, int64_t row, uint8_t* room, const Tables& tables) {
+    const uint8_t* places = a.places + row * a.stride;
+    if (a.coding == NIBBLES) {
+        for (int64_t byte = 0; byte < a.stride; ++byte) room[byte] = tables.unfolded[places[byte]];
+    } else if (a.in % 8 == 0) {
+        return places;
+    } else {
+        std::memcpy(room, places, size_t(a.stride));
+    }
+    if (a.in % 8) room[a.stride - 1] &= uint8_t((1u << (a.in % 8)) - 1);
+    return room;
+}
+
+INLINE void transpose(__m256 r[8]) {
+    __m256 t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+// Parts lie block by block, in them tile by tile: [column][token].
+void tabulate(const Input& in, char* table, int64_t first, int64_t last) {
+    const int64_t tiles = tiles_of(in);
+    const float* x = static_cast<const float*>(in.data);
+    for (int64_t part = first; part < last; ++part) {
+        const int64_t block = part / tiles, tile = part % tiles;
+        float* to = reinterpret_cast<float*>(table + size_t(part) * PART);
+        for (int lane = 0; lane < LANES; ++lane) {
+            const int64_t token = tile * TOKENS + 8 * lane;
+            for (int piece = 0; piece < COLUMNS; piece += 8) {
+                __m256 r[8];
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i) {
+                    r[i] = token + i < in.rows ? _mm256_loadu_ps(x + (token + i) * in.stride + block * COLUMNS + piece)
+                                               : _mm256_setzero_ps();
+                }
+                transpose(r);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i) _mm256_store_ps(to + (piece + i) * TOKENS + 8 * lane, r[i]);
+            }
+        }
+    }
+}
+
+// What one row does in one block: its weights, and the bytes from the table's beginning to their columns.
+struct List {
+    float weights[COLUMNS + 40];
+    uint16_t entries[COLUMNS + 40];
+    int count;
+};
+
+INLINE void fill(List& list, const Matrix& a, int64_t row, int64_t block, const uint8_t* mask, int64_t& at,
+                 const Tables& tables) {
+    const int64_t left = a.stride - block * (COLUMNS / 8), bytes = left < COLUMNS / 8 ? left : COLUMNS / 8;
+    int count = 0;
+    for (int64_t byte = 0; byte < bytes; ++byte) {
+        const uint32_t bits = mask[block * (COLUMNS / 8) + byte];
+        const __m128i columns = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(tables.columns[bits])));
+        const __m128i entries = _mm_slli_epi16(_mm_add_epi16(columns, _mm_set1_epi16(short(8 * byte))), 8);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(list.entries + count), entries);
+        count += __builtin_popcount(bits);
+    }
+    for (int i = 0; i < count; i += 8) _mm256_storeu_ps(list.weights + i, widened(a.values, a.type, at + i, a.count));
+    if (a.type == INT8) {
+        const float scale = a.scales[row * segments_of(a) + block * COLUMNS / SEGMENT];
+        for (int i = 0; i < count; ++i) list.weights[i] *= scale;
+    }
+    at += count;
+    list.count = count;
+}
+
+INLINE void micro(const List& list, const char* table, float* sums, bool fresh) {
+    __m256 s[LANES];
+#pragma GCC unroll 8
+    for (int k = 0; k < LANES; ++k) s[k] = fresh ? _mm256_setzero_ps() : _mm256_load_ps(sums + 8 * k);
+    for (int i = 0; i < list.count; ++i) {
+        const __m256 weight = _mm256_broadcast_ss(list.weights + i);
+        const float* at = reinterpret_cast<const float*>(table + list.entries[i]);
+#pragma GCC unroll 8
+        for (int k = 0; k < LANES; ++k) s[k] = _mm256_fmadd_ps(weight, _mm256_load_ps(at + 8 * k), s[k]);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < LANES; ++k) _mm256_store_ps(sums + 8 * k, s[k]);
+}
+
+void many(const Matrix& a, const Input& in, const char* table, const Output& out, int64_t first, int64_t last) {
+    const Tables& bytes = tables_of_bytes();
+    const int64_t tiles = tiles_of(in), blocks = blocks_of(a), room = (a.stride + 63) / 64 * 64;
+    const int64_t value_bytes = a.type == FLOAT32 ? 4 : a.type == INT8 ? 1 : 2;
+    float* sums = static_cast<float*>(scratch(1, size_t(ROWS) * PASS * sizeof(float)));  // [tile][row][token]
+    List* lists = static_cast<List*>(scratch(2, sizeof(List) * ROWS));
+    uint8_t* masks = static_cast<uint8_t*>(scratch(0, size_t(ROWS * room)));
+    for (int64_t row = first; row < last; row += ROWS) {
+        const int rows = int(last - row < ROWS ? last - row : ROWS);
+        const uint8_t* mask[ROWS];
+        for (int r = 0; r < rows; ++r) mask[r] = mask_bytes(a, row + r, masks + r * room, bytes);
+        for (int64_t pass = 0; pass < tiles; pass += PASS / TOKENS) {
+            const int64_t here = tiles - pass < PASS / TOKENS ? tiles - pass : PASS / TOKENS;
+            int64_t at[ROWS];
+            More more[ROWS];
+            for (int r = 0; r < rows; ++r) {
+                at[r] = a.starts[row + r];
+                more[r] = More(a, row + r);
+            }
+            for (int64_t block = 0; block < blocks; ++block) {
+                for (int r = 0; r < rows; ++r) {
+                    _mm_prefetch(static_cast<const char*>(a.values) + at[r] * value_bytes + NEARBY, _MM_HINT_T0);
+                    List& list = lists[r];
+                    fill(list, a, row + r, block, mask[r], at[r], bytes);
+                    more[r].upto(a, (block + 1) * COLUMNS);
+                    for (; more[r].next < more[r].stop; ++more[r].next) {
+                        list.weights[list.count] = load(a.more_values, a.more_type, more[r].next);
+                        list.entries[list.count++] =
+                            uint16_t(a.more_columns[more[r].next] % COLUMNS * TOKENS * sizeof(float));
+                    }
+                }
+                const char* part = table + size_t(block * tiles + pass) * PART;
+                const int64_t each = (int64_t(PART / 64) + rows - 1) / rows;
+                for (int64_t tile = 0; tile < here; ++tile, part += PART) {
+                    for (int r = 0; r < rows; ++r) {
+                        if (tile + 1 < here) {  // the next part comes nearer while this one is worked with
+                            for (int64_t line = 0; line < each; ++line) {
+                                _mm_prefetch(part + PART + (r * each + line) * 64, _MM_HINT_T1);
+                            }
+                        }
+                        micro(lists[r], part, sums + (tile * ROWS + r) * TOKENS, block == 0);
+                    }
+                }
+            }
+            for (int64_t tile = 0; tile < here; ++tile) {
+                const int64_t token = (pass + tile) * TOKENS;
+                for (int64_t t = 0; t < TOKENS && token + t < in.rows; ++t) {
+                    for (int r = 0; r < rows; ++r) store(out, token + t, row + r, sums[(tile * ROWS + r) * TOKENS + t]);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+const Many by_sparse = {table_bytes, tables, tabulate, many};
+
+}  // namespace budwood::with_avx2
