@@ -49,7 +49,7 @@ _prepared: dict[tuple[Any, ...], tuple[list[StorageWeakRef], Packed | None]] = {
 
 
 def prepared(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> Packed | None:
-    """What the native library needs of this weight, kept for as long as its memory is.
+    """What the native library needs of this weight `[out, in]`, kept for as long as its memory is.
 
     An operator gets tensors and no layer that could keep it. An address alone does not say whose it is, since memory is
     used again: the weak references tell whether it still belongs to the same tensors.
