@@ -50,7 +50,7 @@ def multiply(weight: Tensor, input: Tensor, bias: Tensor | None) -> Tensor | Non
 
 @torch.library.custom_op("budwood::dense", mutates_args=())
 def dense(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`multiply`, or torch's product where no kernel can, as an operator for compiled code: `[..., in] -> [..., out]`."""
+    """`multiply`, or torch's product where no kernel can, an operator for compiled code: `[..., in] -> [..., out]`."""
     result = multiply(weight, input, bias)
     return F.linear(input, weight, bias) if result is None else result
 
