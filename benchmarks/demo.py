@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from budwood import amounts
+from budwood import humanize
 from budwood.cli.progress import Lines
 from budwood.cli.terminal import console, table, working
 from budwood.errors import BudwoodError
@@ -46,7 +46,7 @@ def say(sentence: str) -> None:
 def converted(folder: Path) -> Path:
     """The small model as a folder of safetensors in bfloat16, made on the first run."""
     from budwood.checkpoints.gguf import convert
-    from budwood.packages import SMALL_MODEL
+    from budwood.demo_assets import SMALL_MODEL
 
     if not (folder / "config.json").is_file():
         say("converting SmolLM2-135M from GGUF, once")
@@ -101,7 +101,7 @@ def gap_closed(perplexity: float, dense: float, yardstick: float) -> float:
 
 
 def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    dense = rows["dense"]
+    dense, yardstick = rows["dense"], rows[YARDSTICK]["perplexity"]
     out = console()
     out.print(
         table(
@@ -119,12 +119,14 @@ def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
                 (
                     name,
                     f"{row['perplexity']:.2f}",
-                    amounts.share(gap_closed(row["perplexity"], dense["perplexity"], rows[YARDSTICK]["perplexity"]), 0),
-                    amounts.share(row["recovered"]),
-                    amounts.figure(row["bits_per_weight"], 3),
-                    amounts.size(row["bytes"]),
-                    amounts.share(row["bytes"] / dense["bytes"], 1),
-                    amounts.seconds(row["seconds"]),
+                    humanize.share(
+                        gap_closed(row["perplexity"], dense["perplexity"], rows[YARDSTICK]["perplexity"]), 0
+                    ),
+                    humanize.share(row["recovered"]),
+                    humanize.figure(row["bits_per_weight"], 3),
+                    humanize.size(row["bytes"]),
+                    humanize.share(row["bytes"] / dense["bytes"], 1),
+                    humanize.seconds(row["seconds"]),
                 )
                 for name, row in rows.items()
             ],
@@ -171,7 +173,7 @@ def main(folder: Path) -> None:
     show(rows)
     print(f"\n{SHOWN}, loaded with transformers alone, writes:\n  {' '.join(said.split())}\n")
     print(f"Its folder: {rows[SHOWN]['folder']}, with report.md.")
-    print(f"In all {amounts.seconds(time.monotonic() - began)}.")
+    print(f"In all {humanize.seconds(time.monotonic() - began)}.")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def captured(calls: list[Callable[[], Tensor]]) -> Timed:
     return run
 
 
-def in_turns(runs: dict[str, Timed], rounds: int = 15) -> dict[str, float]:
+def interleaved(runs: dict[str, Timed], rounds: int = 15) -> dict[str, float]:
     """Median seconds of each, everyone once a round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):
@@ -102,7 +102,7 @@ def products(out: int, width: int, many: list[int], reading: float) -> None:
                 off = (ways[0](x, None).double() - expected).norm() / expected.norm()
                 assert off < 5e-3, f"{kind} {name} is off by {off:.1e}"  # rounded to bf16
                 runs[f"{kind} {name}"] = captured([partial(way, x, None) for way in ways])
-        seconds = in_turns(runs)
+        seconds = interleaved(runs)
         slow = seconds.pop("dense")
         for name, fast in seconds.items():
             size = (packed if name.startswith("2:4") else found).nbytes
@@ -116,7 +116,7 @@ def products(out: int, width: int, many: list[int], reading: float) -> None:
 def reading_speed() -> float:
     """Bytes a second of a sum over 2 GB."""
     large = torch.ones(1 << 28, dtype=torch.int64, device="cuda")
-    return large.nbytes / in_turns({"sum": captured([lambda: large.sum()])})["sum"]
+    return large.nbytes / interleaved({"sum": captured([lambda: large.sum()])})["sum"]
 
 
 def launched(call: Callable[[], Tensor]) -> Timed:
@@ -175,7 +175,7 @@ def main() -> None:
     if asked.model:
         steps = {name: step(folder) for name, folder in zip(("pruned", "dense"), asked.model, strict=True)}
         for how, place in (("in a graph", 0), ("launched by Python", 1)):
-            seconds = in_turns({name: parts[place] for name, parts in steps.items()})
+            seconds = interleaved({name: parts[place] for name, parts in steps.items()})
             for name, (_, _, used) in steps.items():
                 print(
                     f"a step of the {name} model, {how}: {seconds[name] * 1e3:.3f} ms; {used / 1e9:.2f} GB of weights"

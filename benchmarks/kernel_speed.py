@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from budwood.benching import COLD
+from budwood.benchmarking import COLD
 from budwood.checkpoints.loading import load
 from budwood.environment import machine
 from budwood.formats import FORMATS, pack_as
@@ -26,8 +26,8 @@ from budwood.kernels.arena import Arena, needed
 from budwood.kernels.head import multiply
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE, BY_ROWS
-from budwood.kernels.packed import Packed, prepare
-from budwood.timing import in_turns, ratio
+from budwood.kernels.native_matrix import Packed, prepare
+from budwood.timing import interleaved, ratio
 
 LARGE = ((2048, 2048), (8192, 2048), (4096, 4096))  # [out, in]
 CSR_COPIES = 4  # 6 bytes a weight each
@@ -169,7 +169,7 @@ def main() -> None:
         for shape, weights in cases.items():
             case = Case(weights, asked.threads)
             rounds = asked.rounds if rows <= 8 else max(7, asked.rounds // 4)
-            times = in_turns(case.variants(rows, asked.onnx), rounds)
+            times = interleaved(case.variants(rows, asked.onnx), rounds)
             medians = ", ".join(f"{name} {statistics.median(found) * 1e6:.0f}" for name, found in times.items())
             print(f"{shape[1]} -> {shape[0]}: {medians}")
             ours = times["2:4 + recovered"]

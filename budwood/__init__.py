@@ -10,7 +10,7 @@ from budwood.autoload import install
 
 if TYPE_CHECKING:
     from budwood import methods as methods
-    from budwood.benching import bench as bench
+    from budwood.benchmarking import bench as bench
     from budwood.checkpoints.loading import load as load
     from budwood.evaluation.perplexity import evaluate as evaluate
     from budwood.methods import METHODS as METHODS
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 PUBLIC = {  # name -> module that defines it
     "METHODS": "budwood.methods",
-    "bench": "budwood.benching",
+    "bench": "budwood.benchmarking",
     "evaluate": "budwood.evaluation.perplexity",
     "load": "budwood.checkpoints.loading",
     "plan": "budwood.planning",

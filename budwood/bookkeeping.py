@@ -3,10 +3,10 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from budwood.calibration.arithmetic import name_of
-from budwood.calibration.stream import Model
 from budwood.checkpoints.writer import Writer
 from budwood.environment import installed, machine, peak_memory
+from budwood.stream.arithmetic import name_of
+from budwood.stream.model import Model
 
 
 def account(
@@ -64,7 +64,7 @@ def matrices_of(model: Model, writer: Writer) -> dict[str, Any]:
 
 def totals(model: Model, writer: Writer, matrices: dict[str, Any]) -> dict[str, Any]:
     """Sums and means; `recovered` is weighted by parameters, `recovered_unweighted` the mean over matrices."""
-    parameters = model.anatomy.parameters
+    parameters = model.structure.parameters
     counts = [matrix["shape"][0] * matrix["shape"][1] for matrix in matrices.values()]
     scope = max(1, sum(counts))
     shares = [matrix["recovered"] for matrix in matrices.values()]

@@ -124,7 +124,7 @@ def kernels() -> str:
 
 def products() -> dict[str, str]:
     """Which way of multiplying wins here, by type; nothing where torch multiplies anyway."""
-    from budwood.kernels.readiness import ways_here
+    from budwood.kernels.optimize import ways_here
 
     return ways_here()
 

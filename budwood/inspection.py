@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from budwood.amounts import share
-from budwood.checkpoints.anatomy import Anatomy
-from budwood.checkpoints.integrity import read_index, verify
+from budwood.checkpoints.checksums import read_index, verify
 from budwood.checkpoints.source import Source, open_source
+from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import Weights
 from budwood.formats import count
+from budwood.humanize import share
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
 from budwood.sparsity.histogram import x4_histogram
@@ -81,15 +81,15 @@ def recipe_of(folder: Path) -> dict[str, Any] | None:
 
 def matrices(source: Source, skip: tuple[str, ...]) -> Iterator[Stored]:
     """The matrices in scope, [out, in] whatever their module, in the order of the blocks."""
-    anatomy = Anatomy(source.config, skip=skip, trust_remote_code=source.trust_remote_code)
-    weights = source.weights(anatomy)
-    for index in range(len(anatomy.modules)):
-        for linear, names in units(weights, f"{anatomy.path}.{index}.").items():
+    structure = ModelStructure(source.config, skip=skip, trust_remote_code=source.trust_remote_code)
+    weights = source.weights(structure)
+    for index in range(len(structure.modules)):
+        for linear, names in units(weights, f"{structure.path}.{index}.").items():
             packed = source.packed.get(linear)
             stored = bytes_of(weights, names)
             tensors = weights.read(names)
             for name, weight in tensors.items():
-                module = anatomy.linears.get(name.removesuffix(".weight"))
+                module = structure.linears.get(name.removesuffix(".weight"))
                 if module is None or not name.endswith(".weight"):
                     continue
                 # A module that is no nn.Linear (transformers' Conv1D) keeps its weight the other way round.
@@ -149,7 +149,7 @@ def pattern_of(weight: Tensor, recovered: float | None, promised: Pattern | None
     if isinstance(promised, NM):
         return str(promised), fits(kept, promised)
     if isinstance(promised, Share):
-        room = promised.outlook((weight.shape[0], weight.shape[1])).nonzeros
+        room = promised.forecast((weight.shape[0], weight.shape[1])).nonzeros
         most = int(kept.sum(dim=1).max()) * weight.shape[0] if promised.per == "row" else int(kept.sum())
         return f"{promised} per {promised.per}", most <= room
     if weight.shape[1] % 4 == 0 and fits(kept, NM(2, 4)):

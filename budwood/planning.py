@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from budwood.calibration.arithmetic import TYPES, dtype_named, name_of
-from budwood.calibration.stream import DEFAULT_LIMIT
-from budwood.checkpoints.anatomy import Anatomy
+from budwood.checkpoints.meta_model import read_config
 from budwood.checkpoints.reader import Shards
-from budwood.checkpoints.skeleton import read_config
 from budwood.checkpoints.source import open_source
+from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import storage_dtype
 from budwood.errors import UsageError
 from budwood.formats import FORMATS, known_layout, predict
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
 from budwood.models.linears import skipped, unmatched
+from budwood.stream.arithmetic import TYPES, dtype_named, name_of
+from budwood.stream.model import DEFAULT_LIMIT
 
 BASE_MEMORY = 500_000_000  # bytes of Python, torch and transformers before anything is read
 PASSES = 1.75  # forward passes over the blocks: statistics without the last linear, then the pruned block
@@ -47,12 +47,12 @@ def plan(
     method = parse_method(method) if isinstance(method, str) else method
     layout = known_layout(format, values)
     config, shards = _look(source, trust_remote_code)
-    anatomy = Anatomy(config, skip=skip, trust_remote_code=trust_remote_code)
-    method.check(anatomy.shapes)
+    structure = ModelStructure(config, skip=skip, trust_remote_code=trust_remote_code)
+    method.check(structure.shapes)
     storage = _storage(dtype, config, shards)
 
-    rest = _rest_bytes(anatomy, storage.itemsize)
-    formats = {name: _total(name, anatomy, method, storage.itemsize, rest) for name in (*FORMATS, layout)}
+    rest = _rest_bytes(structure, storage.itemsize)
+    formats = {name: _total(name, structure, method, storage.itemsize, rest) for name in (*FORMATS, layout)}
     chosen = formats[layout]
     if chosen is None:
         fitting = ", ".join(name for name, sizes in formats.items() if sizes)
@@ -63,19 +63,19 @@ def plan(
         "source": str(source),
         "method": str(method),
         "dtype": name_of(storage),
-        "parameters": anatomy.parameters,
-        "in_scope": anatomy.in_scope,
-        "coverage": anatomy.in_scope / anatomy.parameters,
-        "linears": _rows(anatomy),
-        "skipped": _by_reason(skipped(anatomy.module, skip)),
+        "parameters": structure.parameters,
+        "in_scope": structure.in_scope,
+        "coverage": structure.in_scope / structure.parameters,
+        "linears": _rows(structure),
+        "skipped": _by_reason(skipped(structure.module, skip)),
         "formats": {name: sizes for name, sizes in formats.items() if name in FORMATS},
-        "chosen": layout if layout in FORMATS else _favourite(layout, anatomy, method, storage.itemsize),
+        "chosen": layout if layout in FORMATS else _favourite(layout, structure, method, storage.itemsize),
         "bytes_dense": dense["bytes"],
         "bytes_after": chosen["bytes"],
         "bits_per_weight": chosen["bits_per_weight"],
-        "memory_peak": _memory(anatomy, method, storage.itemsize, num_samples * seq_length, config),
-        "seconds": _seconds(anatomy, method, num_samples * seq_length),
-        "notes": unmatched(anatomy.module, skip) + _notes(rest, chosen["bytes"], method),
+        "memory_peak": _memory(structure, method, storage.itemsize, num_samples * seq_length, config),
+        "seconds": _seconds(structure, method, num_samples * seq_length),
+        "notes": unmatched(structure.module, skip) + _notes(rest, chosen["bytes"], method),
     }
 
 
@@ -97,49 +97,49 @@ def _storage(dtype: str | None, config: Any, shards: Shards | None) -> torch.dty
     return TYPES.get(named, torch.float32)
 
 
-def _rest_bytes(anatomy: Anatomy, itemsize: int) -> int:
+def _rest_bytes(structure: ModelStructure, itemsize: int) -> int:
     """Bytes of everything that is written and not in scope: embeddings, head, norms, biases, skipped linears."""
-    tied = set(getattr(anatomy.module, "all_tied_weights_keys", None) or {})
-    scope = {f"{name}.weight" for name in anatomy.linears}
+    tied = set(getattr(structure.module, "all_tied_weights_keys", None) or {})
+    scope = {f"{name}.weight" for name in structure.linears}
     return sum(
         tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.element_size())
-        for name, tensor in anatomy.module.state_dict().items()
+        for name, tensor in structure.module.state_dict().items()
         if name not in tied and name not in scope
     )
 
 
-def _total(layout: str, anatomy: Anatomy, method: Method, itemsize: int, rest: int) -> dict[str, Any] | None:
+def _total(layout: str, structure: ModelStructure, method: Method, itemsize: int, rest: int) -> dict[str, Any] | None:
     """Bytes of the whole model in one layout; None where it cannot hold it."""
     try:
-        linears = sum(size * count for _, size, count in _packed(layout, anatomy, method, itemsize))
+        linears = sum(size * count for _, size, count in _packed(layout, structure, method, itemsize))
     except UsageError:
         return None
-    dense = anatomy.in_scope * itemsize + rest
+    dense = structure.in_scope * itemsize + rest
     return {
         "bytes": linears + rest,
         "share_of_dense": (linears + rest) / dense,
-        "bits_per_weight": 8 * linears / max(1, anatomy.in_scope),
+        "bits_per_weight": 8 * linears / max(1, structure.in_scope),
     }
 
 
-def _packed(layout: str, anatomy: Anatomy, method: Method, itemsize: int) -> list[tuple[str, int, int]]:
+def _packed(layout: str, structure: ModelStructure, method: Method, itemsize: int) -> list[tuple[str, int, int]]:
     """(format, bytes of one, how many) for matrices alike; UsageError where `layout` cannot hold one."""
-    alike = Counter((method.outlook(shape, name), shape) for name, shape in anatomy.shapes.items())
-    return [(*predict(shape, outlook, itemsize, layout), count) for (outlook, shape), count in alike.items()]
+    alike = Counter((method.forecast(shape, name), shape) for name, shape in structure.shapes.items())
+    return [(*predict(shape, forecast, itemsize, layout), count) for (forecast, shape), count in alike.items()]
 
 
-def _favourite(layout: str, anatomy: Anatomy, method: Method, itemsize: int) -> str:
+def _favourite(layout: str, structure: ModelStructure, method: Method, itemsize: int) -> str:
     """The format that a layout takes for most of the matrices."""
     matrices: Counter[str] = Counter()
-    for name, _, count in _packed(layout, anatomy, method, itemsize):
+    for name, _, count in _packed(layout, structure, method, itemsize):
         matrices[name] += count
     return matrices.most_common(1)[0][0] if matrices else "dense"
 
 
-def _rows(anatomy: Anatomy) -> list[dict[str, Any]]:
+def _rows(structure: ModelStructure) -> list[dict[str, Any]]:
     """One row for all matrices that differ only in the numbers of block and expert."""
     rows: dict[tuple[str, tuple[int, int]], int] = Counter()
-    for name, shape in anatomy.shapes.items():
+    for name, shape in structure.shapes.items():
         rows[".".join("*" if part.isdigit() else part for part in name.split(".")), shape] += 1
     return [
         {"name": name, "shape": list(shape), "count": count, "pruned": True, "reason": None}
@@ -154,17 +154,17 @@ def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
     return grouped
 
 
-def _memory(anatomy: Anatomy, method: Method, itemsize: int, tokens: int, config: Any) -> int:
+def _memory(structure: ModelStructure, method: Method, itemsize: int, tokens: int, config: Any) -> int:
     """Estimated peak of `prune`: one block stored and in float32, the next one read, the activations."""
-    block = sum(parameter.numel() for parameter in anatomy.modules[0].parameters())
+    block = sum(parameter.numel() for parameter in structure.modules[0].parameters())
     hidden = int(getattr(config, "hidden_size", None) or 0)
-    largest = max((rows * columns for rows, columns in anatomy.shapes.values()), default=0)
-    outside = (anatomy.parameters - sum(p.numel() for p in anatomy.modules.parameters())) * 4
+    largest = max((rows * columns for rows, columns in structure.shapes.values()), default=0)
+    outside = (structure.parameters - sum(p.numel() for p in structure.modules.parameters())) * 4
     activations = min(tokens * hidden * 4, DEFAULT_LIMIT) if method.calibrated else 0
     return BASE_MEMORY + max(block * (2 * itemsize + 4) + 12 * largest, outside) + activations
 
 
-def _seconds(anatomy: Anatomy, method: Method, tokens: int) -> float:
+def _seconds(structure: ModelStructure, method: Method, tokens: int) -> float:
     """Estimated time of the forward passes, from one float32 product timed here."""
     if not method.calibrated:
         return 0.0
@@ -175,7 +175,7 @@ def _seconds(anatomy: Anatomy, method: Method, tokens: int) -> float:
         start = time.perf_counter()
         left @ right
         best = min(best, time.perf_counter() - start)
-    return PASSES * anatomy.in_scope * tokens * best / (rows * width * width)
+    return PASSES * structure.in_scope * tokens * best / (rows * width * width)
 
 
 def _notes(rest: int, total: int, method: Method) -> list[str]:

@@ -10,13 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from budwood.amounts import parse_bytes
 from budwood.bookkeeping import account
-from budwood.calibration.arithmetic import Arithmetic, dtype_named, faster_dtype, fastest, known_device, name_of
-from budwood.calibration.block import Block
-from budwood.calibration.stream import DEFAULT_LIMIT, Model
-from budwood.checkpoints.anatomy import Anatomy
 from budwood.checkpoints.source import open_source
+from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import storage_dtype
 from budwood.checkpoints.writer import Writer, claim
 from budwood.data.sources import Data
@@ -27,10 +23,14 @@ from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import BOS_TOKENS, bos_note, context, streamed_losses, with_bos
 from budwood.evaluation.report import render_card, render_report
 from budwood.formats import known_layout
+from budwood.humanize import parse_bytes
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
 from budwood.models.linears import unmatched
 from budwood.progress import Progress, Silent
+from budwood.stream.arithmetic import Arithmetic, dtype_named, faster_dtype, fastest, known_device, name_of
+from budwood.stream.block import Block
+from budwood.stream.model import DEFAULT_LIMIT, Model
 
 
 def prune(
@@ -71,10 +71,10 @@ def prune(
     opened, folder = open_source(source, trust_remote_code), Path(target).expanduser()
     if folder.resolve() == opened.folder.resolve():
         raise UsageError(f"{target} is the model to prune itself; give another folder")
-    anatomy = Anatomy(opened.config, skip=skip, trust_remote_code=trust_remote_code)
-    for sentence in unmatched(anatomy.module, skip):
+    structure = ModelStructure(opened.config, skip=skip, trust_remote_code=trust_remote_code)
+    for sentence in unmatched(structure.module, skip):
         notes.say(sentence)
-    method.check(anatomy.shapes)
+    method.check(structure.shapes)
     storage = storage_dtype(opened.shards) if dtype in (None, "auto") else dtype_named(str(dtype))
 
     windows = tokenizer = None
@@ -110,7 +110,7 @@ def prune(
         if compute_dtype != "auto":
             compute = dtype_named(compute_dtype)
         elif windows:
-            widest = max(columns for _, columns in anatomy.shapes.values())
+            widest = max(columns for _, columns in structure.shapes.values())
             compute, sentence = faster_dtype(place, min(2048, widest))
             notes.say(sentence)
         arithmetic = fastest(compute, place, method.published) if windows else Arithmetic(compute)

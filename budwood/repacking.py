@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from budwood.bookkeeping import account
-from budwood.calibration.arithmetic import name_of
-from budwood.calibration.block import Linear
-from budwood.calibration.stream import Model
 from budwood.checkpoints.source import open_source
 from budwood.checkpoints.writer import Writer, claim
 from budwood.environment import installed
@@ -16,6 +13,9 @@ from budwood.errors import UsageError
 from budwood.evaluation.report import render_card, render_report
 from budwood.formats import count, has_base, known_layout, rounds
 from budwood.progress import Progress, Silent
+from budwood.stream.arithmetic import name_of
+from budwood.stream.block import Linear
+from budwood.stream.model import Model
 
 
 def repack(

@@ -9,7 +9,7 @@ from typing import TypeVar
 Name = TypeVar("Name", bound=Hashable)
 
 
-def in_turns(variants: Mapping[Name, Callable[[int], object]], rounds: int) -> dict[Name, list[float]]:
+def interleaved(variants: Mapping[Name, Callable[[int], object]], rounds: int) -> dict[Name, list[float]]:
     """Seconds of each round, by variant. Every variant runs once a round; the first round is not counted.
 
     Each round has another order: whoever runs before leaves caches and memory in a state of its own.

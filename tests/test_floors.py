@@ -10,24 +10,24 @@ import budwood
 ROOT = Path(budwood.__file__).parent
 FLOORS = {
     "errors": -2,
-    "amounts": -1,
+    "humanize": -1,
     "progress": -1,
     "timing": -1,
-    "packages": 0,
+    "demo_assets": 0,
     "sparsity": 0,
     "formats": 1,
     "kernels": 2,
     "models": 2,
     "environment": 3,
     "checkpoints": 3,
-    "calibration": 4,
+    "stream": 4,
     "data": 4,
     "training": 5,
     "methods": 6,
     "evaluation": 6,
     "bookkeeping": 6,
     "pruning": 7,
-    "benching": 7,
+    "benchmarking": 7,
     "repacking": 7,
     "planning": 7,
     "inspection": 7,
@@ -38,7 +38,7 @@ FLOORS = {
 LIGHT = ("__init__", "autoload")
 HEAVY = {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "numpy"}
 PLACES = {
-    "transformers": {"benching", "models", "checkpoints", "calibration", "evaluation", "autoload"},
+    "transformers": {"benchmarking", "models", "checkpoints", "stream", "evaluation", "autoload"},
     "safetensors": {"checkpoints"},
     "lm_eval": {"evaluation"},
 }
@@ -139,7 +139,7 @@ def test_the_command_line_starts_without_torch(file):
         for imported in names(node, file):
             assert imported.split(".")[0] not in HEAVY, f"{file} imports {imported} before a verb needs it"
             if imported.startswith("budwood."):
-                assert imported.split(".")[1] in ("cli", "errors", "amounts", "progress"), (
+                assert imported.split(".")[1] in ("cli", "errors", "humanize", "progress"), (
                     f"{file} imports {imported} too early"
                 )
 

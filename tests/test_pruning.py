@@ -14,12 +14,12 @@ from families import FAMILIES, MOE, build, save_model, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from budwood.amounts import parse_bytes
 from budwood.checkpoints.export import export_dense
 from budwood.checkpoints.loading import load
 from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import evaluate
 from budwood.formats import FORMATS, LOSSLESS
+from budwood.humanize import parse_bytes
 from budwood.planning import plan
 from budwood.pruning import prune
 

@@ -1,6 +1,6 @@
 """Ratios of what met the same round."""
 
-from budwood.timing import in_turns, ratio, spread
+from budwood.timing import interleaved, ratio, spread
 
 
 def test_what_slows_a_whole_round_cancels():
@@ -10,7 +10,7 @@ def test_what_slows_a_whole_round_cancels():
 def test_everything_runs_once_a_round_in_changing_order_and_the_first_is_not_counted():
     calls = []
     variants = {name: lambda turn, name=name: calls.append((turn, name)) for name in "abc"}
-    times = in_turns(variants, 9)
+    times = interleaved(variants, 9)
     rounds = [calls[i : i + 3] for i in range(0, 30, 3)]
     assert [{turn for turn, _ in each} for each in rounds] == [{turn} for turn in range(10)]
     assert all(sorted(name for _, name in each) == ["a", "b", "c"] for each in rounds)

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from budwood.checkpoints.integrity import INDEX_NAME, index_of, sha256, verify
+from budwood.checkpoints.checksums import INDEX_NAME, index_of, sha256, verify
+from budwood.checkpoints.meta_model import build, read_config
 from budwood.checkpoints.quantizer import METHOD, PackedConfig
 from budwood.checkpoints.reader import Shards
-from budwood.checkpoints.skeleton import build, read_config
 from budwood.checkpoints.soundness import check_layout, check_positions
 from budwood.checkpoints.substitution import EXPERT, unfuse_experts
 from budwood.checkpoints.writer import OURS, copy_companions, write_json

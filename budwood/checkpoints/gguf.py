@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from budwood.demo_assets import SMALL_MODEL
 from budwood.errors import RunError, UsageError
-from budwood.packages import SMALL_MODEL
 
 logger = logging.getLogger(__name__)
 

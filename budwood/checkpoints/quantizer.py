@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from budwood.checkpoints.integrity import INDEX_NAME, verify
+from budwood.checkpoints.checksums import INDEX_NAME, verify
 from budwood.checkpoints.reader import Place, read_header, read_tensor
 from budwood.checkpoints.soundness import check_layout, check_positions
 from budwood.errors import RunError, UsageError
@@ -168,7 +168,7 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from budwood.checkpoints.substitution import local_names
         from budwood.kernels.linear import SparseLinear
-        from budwood.kernels.readiness import ready
+        from budwood.kernels.optimize import ready
 
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from budwood.checkpoints.anatomy import Anatomy
+from budwood.checkpoints.meta_model import read_config
 from budwood.checkpoints.reader import Shards, sample
-from budwood.checkpoints.skeleton import read_config
+from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import Weights
 from budwood.errors import UsageError
 
@@ -49,9 +49,9 @@ class Source:
             )
         return dict(settings.get("linears", {}))
 
-    def weights(self, anatomy: Anatomy) -> Weights:
+    def weights(self, structure: ModelStructure) -> Weights:
         """The tensors under the names of the modules."""
-        return Weights(self.shards, anatomy, self.packed)
+        return Weights(self.shards, structure, self.packed)
 
     @property
     def is_local(self) -> bool:

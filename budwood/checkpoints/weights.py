@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from budwood.checkpoints.anatomy import Anatomy
 from budwood.checkpoints.reader import Shards
+from budwood.checkpoints.structure import ModelStructure
 from budwood.errors import RunError
 from budwood.formats import named
 from budwood.models.experts import split_fused
@@ -34,10 +34,10 @@ class Origin:
 class Weights:
     """Reads the tensors of a model, dense and in module names (experts as plain linears)."""
 
-    def __init__(self, shards: Shards, anatomy: Anatomy, packed: dict[str, dict[str, Any]] | None = None):
-        self.shards, self.model = shards, anatomy.module
+    def __init__(self, shards: Shards, structure: ModelStructure, packed: dict[str, dict[str, Any]] | None = None):
+        self.shards, self.model = shards, structure.module
         self.packed = packed or {}
-        self.origins = self._origins(anatomy.module, anatomy.fused)
+        self.origins = self._origins(structure.module, structure.fused)
 
     def _origins(self, model: PreTrainedModel, expected: dict[str, Tensor]) -> dict[str, Origin]:
         mapping = get_model_conversion_mapping(model)

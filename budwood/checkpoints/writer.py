@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from budwood.checkpoints.integrity import index_of, sha256
+from budwood.checkpoints.checksums import index_of, sha256
 from budwood.checkpoints.reader import Shards, read_header
 from budwood.checkpoints.shard import write_shard
 from budwood.checkpoints.weights import assemble
@@ -194,7 +194,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Beside, then renamed."""
+    """DenseStream, then renamed."""
     beside = file.with_name(file.name + ".tmp")
     beside.write_text(text, "utf-8")
     _flush(beside)

@@ -9,6 +9,7 @@ import typer
 from budwood.cli.bench import bench
 from budwood.cli.convert import convert
 from budwood.cli.env import env
+from budwood.cli.errors import told_plainly
 from budwood.cli.evaluate import evaluate
 from budwood.cli.export import export
 from budwood.cli.generate import generate
@@ -16,7 +17,6 @@ from budwood.cli.inspect import inspect
 from budwood.cli.methods import methods
 from budwood.cli.plan import plan
 from budwood.cli.prune import prune
-from budwood.cli.refusals import told_plainly
 
 VERBS = (plan, prune, evaluate, inspect, bench, generate, export, convert, methods, env)
 

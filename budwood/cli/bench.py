@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from budwood import amounts
+from budwood import humanize
 from budwood.cli import options
 from budwood.cli.progress import telling
 from budwood.cli.terminal import answer, console, pairs, table, working
@@ -55,7 +55,7 @@ def show(found: Mapping[str, Any]) -> None:
                 ("kernels", found["kernels"]),
                 ("type", found["dtype"]),
                 ("loaded in", f"{found['seconds_to_load']:.1f} s"),
-                ("peak memory", amounts.size(found["peak_memory"])),
+                ("peak memory", humanize.size(found["peak_memory"])),
             ]
         )
     )
@@ -64,7 +64,7 @@ def show(found: Mapping[str, Any]) -> None:
             ("matrix", "rows", "kernel", "pruned, us", "dense, us", "times dense", "share of read"),
             [
                 (
-                    amounts.shape(one["shape"]),
+                    humanize.shape(one["shape"]),
                     one["rows"],
                     one["kernel"],
                     micro(one["seconds"]["pruned"]),
@@ -90,7 +90,7 @@ def show(found: Mapping[str, Any]) -> None:
                     name,
                     f"{whole[name]['prefill_tokens_per_second']:.0f}",
                     f"{whole[name]['decode_tokens_per_second']:.1f}",
-                    amounts.size(whole[name]["bytes"]),
+                    humanize.size(whole[name]["bytes"]),
                 )
                 for name in ("pruned", "dense")
                 if name in whole

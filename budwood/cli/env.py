@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from budwood import amounts
+from budwood import humanize
 from budwood.cli import options
 from budwood.cli.terminal import answer, console, pairs, working
 
@@ -26,7 +26,7 @@ def env(json: options.Json = False) -> None:
 def show(found: Mapping[str, Any]) -> None:
     sizes = {"memory", "disk_free"}
     rows = [
-        (name.replace("_", " "), amounts.size(value) if name in sizes else value)
+        (name.replace("_", " "), humanize.size(value) if name in sizes else value)
         for name, value in found.items()
         if not isinstance(value, Mapping)
     ]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from budwood import amounts
+from budwood import humanize
 from budwood.cli import options
 from budwood.cli.progress import telling
 from budwood.cli.terminal import answer, console, working
@@ -66,7 +66,7 @@ def show(measured: Mapping[str, Any]) -> None:
     out.print(f"perplexity {measured['perplexity']:.4f}   (mean loss {measured['mean_loss']:.5f} per token)")
     out.print(
         f"{measured['windows']} windows of {measured['seq_length']:,} tokens, {measured['variant']}, "
-        f"bos {measured['bos']}, {measured['dtype']}, {amounts.seconds(measured['seconds'])}"
+        f"bos {measured['bos']}, {measured['dtype']}, {humanize.seconds(measured['seconds'])}"
     )
     for note in measured["notes"]:
         out.print(f"note: {note}")

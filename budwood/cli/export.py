@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from budwood import amounts
+from budwood import humanize
 from budwood.cli import options
 from budwood.cli.progress import telling
 from budwood.cli.terminal import answer, console, working
@@ -55,5 +55,5 @@ def export(
 
 def show(written: Mapping[str, Any]) -> None:
     totals = written.get("totals")
-    bits = f", {amounts.figure(totals['bits_per_weight'])} bits per pruned weight" if totals else ""
+    bits = f", {humanize.figure(totals['bits_per_weight'])} bits per pruned weight" if totals else ""
     console().print(f"written: {written['target']} ({written['format']}{bits})")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from budwood import amounts
+from budwood import humanize
 from budwood.cli import options
 from budwood.cli.terminal import answer, console, table, working
 
@@ -47,11 +47,11 @@ def show(found: Mapping[str, Any]) -> None:
             [
                 (
                     name,
-                    amounts.shape(matrix["shape"]),
+                    humanize.shape(matrix["shape"]),
                     matrix["format"],
-                    amounts.share(matrix["density"]),
-                    amounts.share(matrix["recovered"]),
-                    amounts.size(matrix["bytes"]),
+                    humanize.share(matrix["density"]),
+                    humanize.share(matrix["recovered"]),
+                    humanize.size(matrix["bytes"]),
                     matrix["pattern"] if matrix["holds"] else f"{matrix['pattern']} BROKEN",
                 )
                 for name, matrix in found["linears"].items()
@@ -62,12 +62,12 @@ def show(found: Mapping[str, Any]) -> None:
     totals = found["totals"]
     out.print(
         f"{totals['matrices']} matrices, {totals['in_scope']:,} weights, "
-        f"density {amounts.share(totals['density'])}, recovered {amounts.share(totals['recovered'])}, "
-        f"{amounts.figure(totals['bits_per_weight'])} bits per weight"
+        f"density {humanize.share(totals['density'])}, recovered {humanize.share(totals['recovered'])}, "
+        f"{humanize.figure(totals['bits_per_weight'])} bits per weight"
     )
     out.print(
-        f"all weights: {amounts.size(totals['bytes'])} on disk, "
-        f"{amounts.share(totals['bytes'] / totals['bytes_dense'], 1)} of dense; {found['checksums']}"
+        f"all weights: {humanize.size(totals['bytes'])} on disk, "
+        f"{humanize.share(totals['bytes'] / totals['bytes_dense'], 1)} of dense; {found['checksums']}"
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from budwood import amounts
+from budwood import humanize
 from budwood.cli import options
 from budwood.cli.terminal import answer, console, table, working
 
@@ -36,7 +36,7 @@ def plan(
     with working():
         import budwood
 
-        outlook = budwood.plan(
+        forecast = budwood.plan(
             source,
             method,
             format=format,
@@ -46,15 +46,15 @@ def plan(
             num_samples=num_samples,
             seq_length=seq_length,
         )
-    answer(outlook, json, show)
+    answer(forecast, json, show)
 
 
-def show(outlook: Mapping[str, Any]) -> None:
+def show(forecast: Mapping[str, Any]) -> None:
     out = console()
-    out.print(f"{outlook['source']}, {outlook['method']}, {outlook['dtype']}")
+    out.print(f"{forecast['source']}, {forecast['method']}, {forecast['dtype']}")
     out.print(
-        f"{outlook['parameters']:,} weights, {outlook['in_scope']:,} of them in scope "
-        f"({amounts.share(outlook['coverage'], 1)})"
+        f"{forecast['parameters']:,} weights, {forecast['in_scope']:,} of them in scope "
+        f"({humanize.share(forecast['coverage'], 1)})"
     )
     out.print(
         table(
@@ -62,11 +62,11 @@ def show(outlook: Mapping[str, Any]) -> None:
             [
                 (
                     row["name"],
-                    amounts.shape(row["shape"]),
+                    humanize.shape(row["shape"]),
                     row["count"],
                     "yes" if row["pruned"] else row["reason"],
                 )
-                for row in outlook["linears"]
+                for row in forecast["linears"]
             ],
             words=("pruned",),
         )
@@ -76,26 +76,26 @@ def show(outlook: Mapping[str, Any]) -> None:
             ("format", "bytes", "of dense", "bits per weight"),
             [
                 (
-                    f"{name} (chosen)" if name == outlook["chosen"] else name,
+                    f"{name} (chosen)" if name == forecast["chosen"] else name,
                     *(
                         ("cannot hold it", None, None)
                         if held is None
                         else (
-                            amounts.size(held["bytes"]),
-                            amounts.share(held["share_of_dense"], 1),
-                            amounts.figure(held["bits_per_weight"]),
+                            humanize.size(held["bytes"]),
+                            humanize.share(held["share_of_dense"], 1),
+                            humanize.figure(held["bits_per_weight"]),
                         )
                     ),
                 )
-                for name, held in outlook["formats"].items()
+                for name, held in forecast["formats"].items()
             ],
         )
     )
     out.print(
-        f"whole model: {amounts.size(outlook['bytes_dense'])} before, "
-        f"{amounts.size(outlook['bytes_after'])} after "
-        f"({amounts.share(outlook['bytes_after'] / outlook['bytes_dense'], 1)})"
+        f"whole model: {humanize.size(forecast['bytes_dense'])} before, "
+        f"{humanize.size(forecast['bytes_after'])} after "
+        f"({humanize.share(forecast['bytes_after'] / forecast['bytes_dense'], 1)})"
     )
-    out.print(f"to expect: {amounts.size(outlook['memory_peak'])} of memory, {amounts.seconds(outlook['seconds'])}")
-    for note in outlook["notes"]:
+    out.print(f"to expect: {humanize.size(forecast['memory_peak'])} of memory, {humanize.seconds(forecast['seconds'])}")
+    for note in forecast["notes"]:
         out.print(f"note: {note}")

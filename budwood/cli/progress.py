@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from budwood import amounts
+from budwood import humanize
 from budwood.progress import Progress as Telling
 from budwood.progress import Silent
 
@@ -32,7 +32,9 @@ class Lines:
         self.said = now
         left = (now - self.began) / done * (self.total - done)
         rest = (
-            f", {amounts.seconds(left)} left" if done < self.total else f", {amounts.seconds(now - self.began)} in all"
+            f", {humanize.seconds(left)} left"
+            if done < self.total
+            else f", {humanize.seconds(now - self.began)} in all"
         )
         self.note(f"{self.what}: {done} of {self.total}{erred(relative_error)}{rest}")
 
@@ -71,7 +73,7 @@ class Bar:
 
 
 def erred(relative_error: float | None) -> str:
-    return "" if relative_error is None else f", output error {amounts.share(relative_error, 1)}"
+    return "" if relative_error is None else f", output error {humanize.share(relative_error, 1)}"
 
 
 def telling(quiet: bool) -> Telling:

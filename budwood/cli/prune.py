@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from budwood import amounts
+from budwood import humanize
 from budwood.cli import options
+from budwood.cli.errors import Interrupted
 from budwood.cli.progress import telling
-from budwood.cli.refusals import Interrupted
 from budwood.cli.terminal import answer, console, pairs, working
 
 
@@ -98,19 +98,19 @@ def show(report: Mapping[str, Any], target: str) -> None:
     roundings = [matrix["rounding_error"] for matrix in report["linears"].values() if matrix.get("rounding_error")]
     rows: list[tuple[str, object]] = [
         ("method", report["method"]),
-        ("density of the pruned matrices", amounts.share(totals["density"])),
-        ("recovered beyond 2:4", amounts.share(totals["recovered"])),
-        ("bits per pruned weight", amounts.figure(totals["bits_per_weight"])),
-        ("weights on disk", amounts.size(totals["bytes"])),
-        ("share of dense", amounts.share(totals["bytes"] / totals["bytes_dense"], 1)),
-        ("matrices in scope", f"{amounts.share(totals['coverage'], 1)} of all weights"),
-        ("peak memory", amounts.size(report["peak_memory"])),
-        ("time", amounts.seconds(report["seconds"]["total"])),
+        ("density of the pruned matrices", humanize.share(totals["density"])),
+        ("recovered beyond 2:4", humanize.share(totals["recovered"])),
+        ("bits per pruned weight", humanize.figure(totals["bits_per_weight"])),
+        ("weights on disk", humanize.size(totals["bytes"])),
+        ("share of dense", humanize.share(totals["bytes"] / totals["bytes_dense"], 1)),
+        ("matrices in scope", f"{humanize.share(totals['coverage'], 1)} of all weights"),
+        ("peak memory", humanize.size(report["peak_memory"])),
+        ("time", humanize.seconds(report["seconds"]["total"])),
     ]
     if errors:
-        rows.insert(4, ("output error of a block", amounts.span(errors)))
+        rows.insert(4, ("output error of a block", humanize.span(errors)))
     if roundings:
-        rows.insert(4, ("rounding error of a matrix", amounts.span(roundings)))
+        rows.insert(4, ("rounding error of a matrix", humanize.span(roundings)))
     out.print(pairs(rows))
     for note in report["notes"]:
         out.print(f"note: {note}")

@@ -6,8 +6,8 @@ Public domain, plain prose, at hand without a hub. The first four characters of 
 import re
 
 from budwood.data.texts import Purpose, Texts
+from budwood.demo_assets import SPEECHES
 from budwood.errors import UsageError
-from budwood.packages import SPEECHES
 
 YEARS: dict[Purpose, str] = {"calibration": "1947-1999", "evaluation": "2000-"}
 

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budwood.calibration.arithmetic import Arithmetic, dtype_named, name_of
-from budwood.calibration.stream import Model
 from budwood.checkpoints.loading import load
 from budwood.checkpoints.source import Source, open_source
 from budwood.data.evaluation import Variant, evaluation_windows
@@ -20,6 +18,8 @@ from budwood.data.tokens import Bos, tokenizer_for
 from budwood.errors import RunError
 from budwood.kernels.dispatch import exact
 from budwood.progress import Progress, Silent
+from budwood.stream.arithmetic import Arithmetic, dtype_named, name_of
+from budwood.stream.model import Model
 
 BOS_GAIN = 0.1  # share of the loss that a BOS must save to be worth a word
 BOS_TOKENS = 256  # of the first window are enough to see it

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from budwood import amounts
+from budwood import humanize
 
 Report = Mapping[str, Any]
 BUDWOOD = "./budwood  # the source folder of budwood"
@@ -53,7 +53,7 @@ def render_report(report: Report) -> str:
             table(
                 ("block", "seconds", "output error"),
                 [
-                    (code(block["name"]), figure(block["seconds"]), amounts.share(block["relative_error"]))
+                    (code(block["name"]), figure(block["seconds"]), humanize.share(block["relative_error"]))
                     for block in report["blocks"]
                 ],
             ),
@@ -67,11 +67,11 @@ def render_report(report: Report) -> str:
             [
                 (
                     code(name),
-                    amounts.shape(matrix["shape"]),
+                    humanize.shape(matrix["shape"]),
                     matrix["format"],
-                    amounts.share(matrix["density"]),
-                    amounts.share(matrix["recovered"]),
-                    *([amounts.share(matrix.get("rounding_error"))] if rounded else []),
+                    humanize.share(matrix["density"]),
+                    humanize.share(matrix["recovered"]),
+                    *([humanize.share(matrix.get("rounding_error"))] if rounded else []),
                     f"{matrix['bytes']:,}",
                 )
                 for name, matrix in report["linears"].items()
@@ -96,14 +96,14 @@ def totals(report: Report) -> list[tuple[str, str]]:
     total = report["totals"]
     rows = [
         ("weights of the model", f"{total['parameters']:,}"),
-        ("of them pruned", f"{total['in_scope']:,} ({amounts.share(total['coverage'], 1)})"),
-        ("density of the pruned matrices", amounts.share(total["density"])),
-        ("bits per pruned weight, index and all", amounts.figure(total["bits_per_weight"])),
-        ("bytes of all weights", f"{total['bytes']:,} ({amounts.size(total['bytes'])})"),
-        ("share of the dense model", amounts.share(total["bytes"] / total["bytes_dense"], 1)),
+        ("of them pruned", f"{total['in_scope']:,} ({humanize.share(total['coverage'], 1)})"),
+        ("density of the pruned matrices", humanize.share(total["density"])),
+        ("bits per pruned weight, index and all", humanize.figure(total["bits_per_weight"])),
+        ("bytes of all weights", f"{total['bytes']:,} ({humanize.size(total['bytes'])})"),
+        ("share of the dense model", humanize.share(total["bytes"] / total["bytes_dense"], 1)),
     ]
     if total["recovered"] is not None:
-        rows.insert(3, ("recovered beyond 2:4", amounts.share(total["recovered"], 3)))
+        rows.insert(3, ("recovered beyond 2:4", humanize.share(total["recovered"], 3)))
     return rows
 
 
@@ -124,7 +124,7 @@ def circumstances(report: Report) -> list[tuple[str, str]]:
             "seconds",
             escape(", ".join(f"{part} {seconds:.1f}" for part, seconds in report["seconds"].items())),
         ),
-        ("peak memory", amounts.size(report["peak_memory"])),
+        ("peak memory", humanize.size(report["peak_memory"])),
     ]
     return rows
 
@@ -186,14 +186,14 @@ def front_matter(base_model: str | None, license: str | None) -> str:
 def measured(report: Report, packed: bool) -> str:
     """What is known of quality and speed, and plainly what is not."""
     errors = [block["relative_error"] for block in report["blocks"] if block["relative_error"] is not None]
-    counted = amounts.share(report["totals"]["bytes"] / report["totals"]["bytes_dense"], 1)
-    error = amounts.span(errors) if errors else "not measured"
+    counted = humanize.share(report["totals"]["bytes"] / report["totals"]["bytes_dense"], 1)
+    error = humanize.span(errors) if errors else "not measured"
     speed = " A packed matrix is unpacked whenever it multiplies: that saves bytes, not time." if packed else ""
     rounded = rounding(report)
     return "\n".join(
         [
             f"- Output error of a block: {error}.",
-            *([f"- Rounding error of a matrix: {amounts.span(rounded)}."] if rounded else []),
+            *([f"- Rounding error of a matrix: {humanize.span(rounded)}."] if rounded else []),
             f"- Bytes, counted: {counted} of the dense model.",
             "- Perplexity: not measured when this card was written; `budwood evaluate` measures it.",
             f"- Speed: not measured.{speed}",

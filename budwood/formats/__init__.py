@@ -20,7 +20,7 @@ from budwood.formats.two_four import TwoFour
 from budwood.formats.two_four_compact import TwoFourCompact
 from budwood.formats.two_four_csr import TwoFourCsr
 from budwood.formats.two_four_ell import TwoFourEll, smallest_block
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 
 # Of equal sizes the earlier wins.
 LOSSLESS: dict[str, type[Format]] = {
@@ -49,8 +49,8 @@ def store(weight: Tensor, layout: str) -> tuple[str, dict[str, Tensor]]:
     """
     name = layout
     if layout not in FORMATS:
-        shape, outlook = (weight.shape[0], weight.shape[1]), count(weight)
-        name, _ = smallest(shape, outlook, weight.element_size(), candidates(layout, shape, outlook))
+        shape, forecast = (weight.shape[0], weight.shape[1]), count(weight)
+        name, _ = smallest(shape, forecast, weight.element_size(), candidates(layout, shape, forecast))
     try:
         return name, FORMATS[name].nearest(weight)
     except Refusal as refusal:
@@ -62,7 +62,7 @@ def rounds(layout: str) -> bool:
     return layout == "auto_int8" or FORMATS.get(layout) in WITH_INT8.values()
 
 
-def candidates(layout: str, shape: tuple[int, int], outlook: Outlook) -> Mapping[str, type[Format]]:
+def candidates(layout: str, shape: tuple[int, int], forecast: Forecast) -> Mapping[str, type[Format]]:
     """The formats among which a layout takes the smallest.
 
     With int8 values the recovered weights of a 2:4 part keep their own dtype, although a bitmask is smaller.
@@ -70,17 +70,17 @@ def candidates(layout: str, shape: tuple[int, int], outlook: Outlook) -> Mapping
     if layout == "auto":
         return LOSSLESS
     if layout == "auto_int8":
-        formats = (TwoFourInt8, TwoFourCompactInt8) if has_base(shape, outlook) else (BitmaskInt8,)
+        formats = (TwoFourInt8, TwoFourCompactInt8) if has_base(shape, forecast) else (BitmaskInt8,)
         return {format.name: format for format in formats}
     return {layout: named(layout)}
 
 
-def has_base(shape: tuple[int, int], outlook: Outlook) -> bool:
+def has_base(shape: tuple[int, int], forecast: Forecast) -> bool:
     """Whether a matrix is 2:4 with perhaps a few recovered weights, and no free pattern."""
-    if outlook.recovered is None or shape[1] % 4:
+    if forecast.recovered is None or shape[1] % 4:
         return False
     weights = shape[0] * shape[1]
-    return outlook.nonzeros - outlook.recovered >= FULL * weights / 2 and outlook.recovered <= FEW * weights
+    return forecast.nonzeros - forecast.recovered >= FULL * weights / 2 and forecast.recovered <= FEW * weights
 
 
 def choose(weight: Tensor, formats: Mapping[str, type[Format]] = LOSSLESS) -> tuple[str, dict[str, Tensor]]:
@@ -100,12 +100,12 @@ def pack_as(name: str, weight: Tensor, base: Tensor | None = None) -> dict[str, 
         raise UsageError(str(refusal)) from refusal
 
 
-def predict(shape: tuple[int, int], outlook: Outlook, itemsize: int, layout: str = "auto") -> tuple[str, int]:
+def predict(shape: tuple[int, int], forecast: Forecast, itemsize: int, layout: str = "auto") -> tuple[str, int]:
     """Format and bytes that a layout will take for a matrix, from shapes alone.
 
     Raises `UsageError` where the layout cannot hold such a matrix.
     """
-    return smallest(shape, outlook, itemsize, candidates(layout, shape, outlook))
+    return smallest(shape, forecast, itemsize, candidates(layout, shape, forecast))
 
 
 def named(name: str) -> type[Format]:
@@ -135,10 +135,10 @@ def known_layout(name: str, values: str | None = None) -> str:
 
 
 def smallest(
-    shape: tuple[int, int], outlook: Outlook, itemsize: int, formats: Mapping[str, type[Format]]
+    shape: tuple[int, int], forecast: Forecast, itemsize: int, formats: Mapping[str, type[Format]]
 ) -> tuple[str, int]:
     """Name and bytes of the smallest of the formats; raises `UsageError` where none holds such a matrix."""
-    sizes = {name: format.nbytes(shape, outlook, itemsize) for name, format in formats.items()}
+    sizes = {name: format.nbytes(shape, forecast, itemsize) for name, format in formats.items()}
     fitting = {name: size for name, size in sizes.items() if size is not None}
     if not fitting:
         raise UsageError(
@@ -148,15 +148,15 @@ def smallest(
     return min(fitting.items(), key=lambda item: item[1])
 
 
-def count(weight: Tensor) -> Outlook:
-    """What a matrix holds, exactly: its outlook once it is here."""
+def count(weight: Tensor) -> Forecast:
+    """What a matrix holds, exactly: its forecast once it is here."""
     width = weight.shape[1]
     if width % 4:
-        return Outlook(nonzeros=sum(int(stored(weight[rows]).sum()) for rows in slabs(weight.shape)))
+        return Forecast(nonzeros=sum(int(stored(weight[rows]).sum()) for rows in slabs(weight.shape)))
     groups = torch.cat(
         [stored(weight[rows]).reshape(-1, width // 4, 4).sum(2, dtype=torch.uint8) for rows in slabs(weight.shape)]
     )  # [out, in/4], stored weights in each
-    return Outlook(
+    return Forecast(
         nonzeros=int(groups.sum()),
         recovered=int((groups.clamp(min=2) - 2).sum()),
         block=smallest_block(groups > 2, weight.element_size()),

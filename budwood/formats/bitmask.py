@@ -5,7 +5,7 @@ from torch import Tensor
 
 from budwood.formats.bits import pack_bits, select, stored, unpack_bits
 from budwood.formats.format import Format
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 
 
 class Bitmask(Format):
@@ -26,5 +26,5 @@ class Bitmask(Format):
         return dense.masked_scatter_(mask, tensors["values"])
 
     @staticmethod
-    def nbytes(shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
-        return itemsize * round(outlook.nonzeros) + shape[0] * -(-shape[1] // 8)
+    def nbytes(shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
+        return itemsize * round(forecast.nonzeros) + shape[0] * -(-shape[1] // 8)

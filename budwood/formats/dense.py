@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from budwood.formats.format import Format
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 
 
 class Dense(Format):
@@ -22,5 +22,5 @@ class Dense(Format):
         return tensors["weight"].view(shape)
 
     @staticmethod
-    def nbytes(shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
+    def nbytes(shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
         return itemsize * shape[0] * shape[1]

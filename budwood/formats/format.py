@@ -4,7 +4,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 
 
 class Refusal(ValueError):
@@ -32,7 +32,7 @@ class Format(Protocol):
         """The matrix `[out, in]` that was packed, bit for bit, in the dtype of the values."""
 
     @staticmethod
-    def nbytes(shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
+    def nbytes(shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
         """The bytes of the packed tensors; None where the format cannot hold such a matrix."""
 
 

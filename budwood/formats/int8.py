@@ -15,8 +15,8 @@ from budwood.formats.bits import raw, select
 from budwood.formats.format import Format, Refusal, size
 from budwood.formats.two_four import TwoFour
 from budwood.formats.two_four_compact import TwoFourCompact, put_back
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.integers import SEGMENT, dequantise, quantise
-from budwood.sparsity.outlook import Outlook
 
 # By machine epsilon: 2**-7, 2**-10, 2**-23.
 ROUNDED_TO = {torch.finfo(dtype).eps: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -65,8 +65,8 @@ class Int8(Format):
         return weight.to(epsilon.dtype)
 
     @classmethod
-    def nbytes(cls, shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
-        plain = cls.plain.nbytes(shape, outlook, itemsize=1)
+    def nbytes(cls, shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
+        plain = cls.plain.nbytes(shape, forecast, itemsize=1)
         return None if plain is None else plain + 4 * shape[0] * -(-shape[1] // SEGMENT) + itemsize
 
 
@@ -98,6 +98,6 @@ class TwoFourCompactInt8(Int8):
         return put_back(super().unpack(tensors, shape), tensors)
 
     @classmethod
-    def nbytes(cls, shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
-        alone = super().nbytes(shape, outlook, itemsize)
-        return None if alone is None else alone + (itemsize - 1) * round(outlook.recovered or 0)
+    def nbytes(cls, shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
+        alone = super().nbytes(shape, forecast, itemsize)
+        return None if alone is None else alone + (itemsize - 1) * round(forecast.recovered or 0)

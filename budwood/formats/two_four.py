@@ -10,7 +10,7 @@ from torch import Tensor
 
 from budwood.formats.bits import look_up, pack_bits, raw, slabs, stored, unpack_bits
 from budwood.formats.format import Format, Refusal, size
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 
 _COMPLETED = {(): (2, 3), (0,): (0, 2), (1,): (1, 2), (2,): (2, 3), (3,): (2, 3)}  # torch's fillers
 
@@ -53,8 +53,8 @@ class TwoFour(Format):
         return dense.masked_scatter_(covered(tensors["places"], shape[1]), tensors["values"])
 
     @staticmethod
-    def nbytes(shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
-        if shape[1] % 4 or outlook.recovered != 0:
+    def nbytes(shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
+        if shape[1] % 4 or forecast.recovered != 0:
             return None
         return skeleton_bytes(shape, itemsize)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from budwood.formats.bits import columns, select
 from budwood.formats.format import Format
 from budwood.formats.two_four import TwoFour, skeleton_bytes, split
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 
 BLOCK = 256  # columns that one byte can tell apart
 
@@ -37,11 +37,11 @@ class TwoFourCompact(Format):
         return put_back(TwoFour.unpack(tensors, shape), tensors)
 
     @staticmethod
-    def nbytes(shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
-        if shape[1] % 4 or outlook.recovered is None:
+    def nbytes(shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
+        if shape[1] % 4 or forecast.recovered is None:
             return None
         counts = shape[0] * -(-shape[1] // BLOCK)
-        return skeleton_bytes(shape, itemsize) + counts + (1 + itemsize) * round(outlook.recovered)
+        return skeleton_bytes(shape, itemsize) + counts + (1 + itemsize) * round(forecast.recovered)
 
 
 def put_back(dense: Tensor, tensors: dict[str, Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from budwood.formats.bits import columns, select
 from budwood.formats.format import Format
 from budwood.formats.two_four import TwoFour, skeleton_bytes, split
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 
 
 class TwoFourCsr(Format):
@@ -34,7 +34,7 @@ class TwoFourCsr(Format):
         return dense
 
     @staticmethod
-    def nbytes(shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
-        if shape[1] % 4 or outlook.recovered is None:
+    def nbytes(shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
+        if shape[1] % 4 or forecast.recovered is None:
             return None
-        return skeleton_bytes(shape, itemsize) + 4 * (shape[0] + 1) + (4 + itemsize) * round(outlook.recovered)
+        return skeleton_bytes(shape, itemsize) + 4 * (shape[0] + 1) + (4 + itemsize) * round(forecast.recovered)

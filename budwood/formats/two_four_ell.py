@@ -13,7 +13,7 @@ from torch import Tensor
 from budwood.formats.bits import stored
 from budwood.formats.format import Format, Refusal, size
 from budwood.formats.two_four import TwoFour, skeleton_bytes, split
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 
 LARGEST_SIDE = 128
 
@@ -44,8 +44,8 @@ class TwoFourEll(Format):
         return dense
 
     @staticmethod
-    def nbytes(shape: tuple[int, int], outlook: Outlook, itemsize: int) -> int | None:
-        block = outlook.block or ((4, 0) if outlook.recovered == 0 else None)
+    def nbytes(shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
+        block = forecast.block or ((4, 0) if forecast.recovered == 0 else None)
         if block is None or shape[0] % block[0] or shape[1] % block[0] or shape[1] % 4:
             return None
         return skeleton_bytes(shape, itemsize) + block_bytes(shape[0], block, itemsize)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from budwood.kernels import native
 from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE, BY_ROWS, FEW
-from budwood.kernels.packed import Packed
-from budwood.timing import in_turns
+from budwood.kernels.native_matrix import Packed
+from budwood.timing import interleaved
 
 UNPACK = -1
 NAMES = {BY_ROWS: "by rows", AS_FEW: "few", AS_SPARSE: "sparse", AS_PANELS: "panels", UNPACK: "unpack"}
@@ -108,6 +108,6 @@ def fastest(products: Mapping[int, Callable[[], object]]) -> Choice:
     def run(product: Callable[[], object], turn: int) -> None:
         product()
 
-    times = in_turns({way: partial(run, product) for way, product in products.items()}, ROUNDS)
+    times = interleaved({way: partial(run, product) for way, product in products.items()}, ROUNDS)
     seconds = {way: median(found) for way, found in times.items()}
     return Choice(min(seconds, key=seconds.__getitem__), {NAMES[way]: found for way, found in seconds.items()})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from budwood.kernels.contest import Outcome, contest, graph_clock, wall_clock
+from budwood.kernels.autotune import Outcome, autotune, graph_clock, wall_clock
 from budwood.kernels.gpu_layouts import FEW, SOME, TwoFourLayout, fits, pack_two_four
 
 Product = Callable[[Tensor, Tensor | None], Tensor]  # x [tokens, in], bias [out] -> [tokens, out]
@@ -101,18 +101,18 @@ class Prepared:
         if key not in outcomes:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return self._unpacked  # nothing can be timed inside a graph; run once before capturing
-            outcomes[key] = self._contest(ways, rows, bias, x)
+            outcomes[key] = self._autotune(ways, rows, bias, x)
             if outcomes[key].winner != "semi-structured":
                 self._semi = None
         return ways[outcomes[key].winner]
 
-    def _contest(self, ways: dict[str, Product], rows: int, bias: Tensor | None, like: Tensor) -> Outcome:
+    def _autotune(self, ways: dict[str, Product], rows: int, bias: Tensor | None, like: Tensor) -> Outcome:
         """Everyone on a product of `rows` rows, against the dense weight."""
         generator = torch.Generator(like.device).manual_seed(0)
         x = torch.randn(rows, like.shape[1], dtype=like.dtype, device=like.device, generator=generator)
         dense = self.layout.unpack()
         runners = {name: (lambda way=way: way(x, bias)) for name, way in ways.items()}
-        outcome = contest(
+        outcome = autotune(
             runners,
             expected=F.linear(x, dense, bias),
             clock=graph_clock() if x.is_cuda else wall_clock,

@@ -60,7 +60,7 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
-def quicken(model: nn.Module) -> None:
+def accelerate_head(model: nn.Module) -> None:
     """Let the head of a model multiply with our kernel, where it is a plain linear."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None

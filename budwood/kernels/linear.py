@@ -13,8 +13,8 @@ from budwood.formats.bits import stored
 from budwood.formats.two_four import covered
 from budwood.kernels import dispatch, gpu, ops
 from budwood.kernels.arena import Arena
-from budwood.kernels.packed import CODINGS, Packed, prepare
-from budwood.kernels.siblings import Siblings
+from budwood.kernels.native_matrix import CODINGS, Packed, prepare
+from budwood.kernels.shared_input import SharedInput
 
 _SPARSE = {name: format for name, format in LOSSLESS.items() if name != "dense"}
 
@@ -29,7 +29,7 @@ class SparseLinear(nn.Linear):
 
     format: str
     shape: tuple[int, int]
-    siblings: Siblings | None = None  # layers that are given the same input, multiplied in one call
+    siblings: SharedInput | None = None  # layers that are given the same input, multiplied in one call
     _prepared: Packed | None = None
     _prepared_for: list[int] | None = None
     _dtype: torch.dtype | None = None

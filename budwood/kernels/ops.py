@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from budwood.formats import FORMATS
 from budwood.kernels import dispatch
-from budwood.kernels.packed import Packed, prepare
+from budwood.kernels.native_matrix import Packed, prepare
 
 
 def unpack(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> Tensor:

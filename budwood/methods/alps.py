@@ -8,7 +8,7 @@ from budwood.errors import UsageError
 from budwood.methods.method import Block, Linear, Method, naming, prune
 from budwood.methods.metrics import heard
 from budwood.methods.refit import check_fit, fit
-from budwood.methods.settings import number, one_of, whole
+from budwood.methods.validation import number, one_of, whole
 from budwood.sparsity import scores
 from budwood.sparsity.admm import Spectrum, admm
 from budwood.sparsity.patterns import NM, Pattern, Scope, Shape, Top, parse_pattern

@@ -9,20 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from budwood.calibration.beside import Beside
 from budwood.errors import UsageError
 from budwood.formats import predict
+from budwood.methods.allocation import kept_counts
 from budwood.methods.alps import Inputs, inputs
 from budwood.methods.method import Block, Method, naming
 from budwood.methods.reconstruction import reconstruct_block
 from budwood.methods.refit import check_fit, fit
-from budwood.methods.settings import number, one_of, truth, whole
-from budwood.methods.survey import kept_counts
+from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity import scores
 from budwood.sparsity.admm import admm
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.patterns import NM, Pattern, Shape, Top
 from budwood.sparsity.recovery import Recovered
+from budwood.stream.dense_stream import DenseStream
 
 ITEMSIZE = 2  # bytes of a value: bits are counted as the 16-bit types store them
 
@@ -97,23 +97,23 @@ class Graft(Method):
     def _bytes(self, shape: Shape, count: int) -> int:
         return predict(shape, self._outlook(shape, count), ITEMSIZE)[1]
 
-    def _outlook(self, shape: Shape, count: int) -> Outlook:
-        return Outlook(count, count - self._least(shape) if self.base else None)
+    def _outlook(self, shape: Shape, count: int) -> Forecast:
+        return Forecast(count, count - self._least(shape) if self.base else None)
 
-    def outlook(self, shape: Shape, name: str = "") -> Outlook:
+    def forecast(self, shape: Shape, name: str = "") -> Forecast:
         return self._outlook(shape, self.count_for(shape))
 
     def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
         counts = {}
         if self.allocate == "global":
-            total = sum(self.count_for(shape) for shape in model.anatomy.shapes.values())
+            total = sum(self.count_for(shape) for shape in model.structure.shapes.values())
             counts = kept_counts(model, batches, self.pattern_for, self.base, total)
-        return partial(self.step, counts=counts, dense=Beside(model, batches) if self.steps else None)
+        return partial(self.step, counts=counts, dense=DenseStream(model, batches) if self.steps else None)
 
     def __call__(self, block: Block) -> None:
         self.step(block, {}, None)
 
-    def step(self, block: Block, counts: Mapping[str, int], dense: Beside | None) -> None:
+    def step(self, block: Block, counts: Mapping[str, int], dense: DenseStream | None) -> None:
         """Prunes one block. counts: weights that a linear keeps, by full name; its own share where it is not there.
 
         dense: the stream whose outputs the whole block is fitted to at last, where steps are asked for.

@@ -6,9 +6,9 @@ from typing import ClassVar
 from budwood.errors import UsageError
 from budwood.methods import metrics
 from budwood.methods.method import Block, Method, prune
-from budwood.methods.settings import one_of, truth
-from budwood.sparsity.official import OfficialShare
+from budwood.methods.validation import one_of, truth
 from budwood.sparsity.patterns import NM, Pattern, Scope, Shape, parse_pattern
+from budwood.sparsity.published import PublishedShare
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Magnitude(Method):
         pattern = parse_pattern(self.pattern, self.scope)
         if not self.parity:
             return pattern
-        return replace(pattern, published=True) if isinstance(pattern, NM) else OfficialShare(pattern.drop)
+        return replace(pattern, published=True) if isinstance(pattern, NM) else PublishedShare(pattern.drop)
 
     def __call__(self, block: Block) -> None:
         for linear, scores in metrics.magnitude(block):

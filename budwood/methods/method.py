@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from budwood.errors import RunError
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.patterns import Pattern, Shape
 from budwood.sparsity.selection import NotFinite
 
@@ -59,9 +59,9 @@ class Method:
         for name, shape in linears.items():
             self.pattern_for(shape, name).check(shape, name)
 
-    def outlook(self, shape: Shape, name: str = "") -> Outlook:
+    def forecast(self, shape: Shape, name: str = "") -> Forecast:
         """What will be left of a matrix [out, in]; `name` matters only where settings differ by linear."""
-        return self.pattern_for(shape, name).outlook(shape)
+        return self.pattern_for(shape, name).forecast(shape)
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         """What may stay of the linear `name`, [out, in]."""

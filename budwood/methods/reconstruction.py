@@ -6,12 +6,12 @@ from typing import Any
 from torch import Tensor
 from torch.func import functional_call
 
-from budwood.calibration.beside import Beside
 from budwood.models.linears import read
+from budwood.stream.dense_stream import DenseStream
 from budwood.training.reconstruct import reconstruct
 
 
-def reconstruct_block(block: Any, dense: Beside, steps: int, rate: float) -> None:
+def reconstruct_block(block: Any, dense: DenseStream, steps: int, rate: float) -> None:
     """Moves the kept weights of a pruned block so that its outputs, for the inputs it really gets, come near dense's.
 
     steps, rate: see `reconstruct`.
@@ -25,11 +25,9 @@ def reconstruct_block(block: Any, dense: Beside, steps: int, rate: float) -> Non
         own = {
             f"{name}.weight": read(modules[name], weight.to(block.model.compute)) for name, weight in weights.items()
         }
-        rehearsal = dense.model.rehearsal(hidden.shape[0], hidden.shape[1])
+        calls = dense.model.calls(hidden.shape[0], hidden.shape[1])
         hidden = hidden.to(block.model.device, copy=True)
-        return rehearsal.run(
-            block.index, lambda *args, **kwargs: functional_call(block.module, own, args, kwargs), hidden
-        )
+        return calls.run(block.index, lambda *args, **kwargs: functional_call(block.module, own, args, kwargs), hidden)
 
     found = reconstruct(
         {name: linear.weight for name, linear in block.linears.items()},

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from budwood.calibration.beside import Beside
-from budwood.calibration.pairs import cross_moments
 from budwood.errors import UsageError
 from budwood.methods.method import Block, Linear, Method
 from budwood.methods.metrics import heard
-from budwood.methods.once import Once
-from budwood.methods.settings import number, whole
+from budwood.methods.shared_pass import Once
+from budwood.methods.validation import number, whole
 from budwood.methods.wrp import Wrp
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.patterns import Pattern, Shape
 from budwood.sparsity.refit import refit
 from budwood.sparsity.statistics import Gram
+from budwood.stream.cross_moments import cross_moments
+from budwood.stream.dense_stream import DenseStream
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ class Refit(Method):
     def check(self, linears: Mapping[str, Shape]) -> None:
         self.inner.check(linears)
 
-    def outlook(self, shape: Shape, name: str = "") -> Outlook:
-        return self.inner.outlook(shape, name)
+    def forecast(self, shape: Shape, name: str = "") -> Forecast:
+        return self.inner.forecast(shape, name)
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         return self.inner.pattern_for(shape, name)
 
     def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
-        beside = Beside(model, batches, model.batch_for(batches)) if self.target else None
+        beside = DenseStream(model, batches, model.batch_for(batches)) if self.target else None
         return partial(self.improve, choose=self.inner.prepare(model, batches), beside=beside)
 
     def __call__(self, block: Block) -> None:
         self.improve(block, self.inner, None)
 
-    def improve(self, block: Any, choose: Callable[[Any], None], beside: Beside | None) -> None:
+    def improve(self, block: Any, choose: Callable[[Any], None], beside: DenseStream | None) -> None:
         """Prunes one block by `choose`, then fits. beside: the dense model's stream, where the target asks for it."""
         once = Once(block)
         grams = once.collect(Gram)

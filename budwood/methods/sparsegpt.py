@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from budwood.errors import UsageError
+from budwood.methods.allocation import Allocate, check_allocate, kept_shares
 from budwood.methods.method import Block, Linear, Method, naming, prune
 from budwood.methods.metrics import heard
-from budwood.methods.settings import number, truth, whole
-from budwood.methods.survey import Allocate, check_allocate, kept_shares
+from budwood.methods.validation import number, truth, whole
 from budwood.sparsity import scores
-from budwood.sparsity.official import OfficialShare
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.patterns import NM, Pattern, Shape, Top, parse_pattern
+from budwood.sparsity.published import PublishedShare
 from budwood.sparsity.second_order import sparsegpt
 from budwood.sparsity.statistics import Gram
 
@@ -66,7 +66,7 @@ class SparseGPT(Method):
         pattern = parse_pattern(self.pattern, per="matrix")
         if self.allocate == "global" and not isinstance(pattern, NM):
             return Top(1 - pattern.drop, "matrix")
-        return OfficialShare(pattern.drop) if self.parity and not isinstance(pattern, NM) else pattern
+        return PublishedShare(pattern.drop) if self.parity and not isinstance(pattern, NM) else pattern
 
     def check(self, linears: Mapping[str, Shape]) -> None:
         if self.mask is None:
@@ -74,14 +74,14 @@ class SparseGPT(Method):
         else:
             self.mask.check(linears)
 
-    def outlook(self, shape: Shape, name: str = "") -> Outlook:
+    def forecast(self, shape: Shape, name: str = "") -> Forecast:
         if self.mask is not None:
-            return self.mask.outlook(shape, name)
+            return self.mask.forecast(shape, name)
         pattern = self.pattern_for(shape, name)
         if isinstance(pattern, NM):
-            return pattern.outlook(shape)
+            return pattern.forecast(shape)
         widths = [min(self.block, shape[1] - first) for first in range(0, shape[1], self.block)]
-        return Outlook(sum(pattern.outlook((shape[0], width)).nonzeros for width in widths))
+        return Forecast(sum(pattern.forecast((shape[0], width)).nonzeros for width in widths))
 
     def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
         if self.allocate == "global":

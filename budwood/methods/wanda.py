@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from budwood.errors import UsageError
 from budwood.methods import metrics
+from budwood.methods.allocation import Allocate, check_allocate, kept_shares
 from budwood.methods.method import Block, Method, prune
-from budwood.methods.settings import one_of, truth
-from budwood.methods.survey import Allocate, check_allocate, kept_shares
+from budwood.methods.validation import one_of, truth
 from budwood.sparsity.patterns import NM, LowPrunes, Pattern, Scope, Shape, Share, Top, parse_pattern
 from budwood.sparsity.row_mass import RowMass
 

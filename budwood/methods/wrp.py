@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any, Literal
 
 from budwood.errors import UsageError
+from budwood.methods.allocation import Allocate, kept_shares
 from budwood.methods.method import Block, Method, prune
 from budwood.methods.metrics import METRICS, wanda
-from budwood.methods.settings import number, one_of, truth, whole
-from budwood.methods.survey import Allocate, kept_shares
+from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity.blocks import TopBlocks
-from budwood.sparsity.outlook import expected_density
+from budwood.sparsity.forecast import expected_density
 from budwood.sparsity.patterns import NM, Pattern, Scope, Shape, Top, parse_pattern
 from budwood.sparsity.recovery import Either, EitherToDensity, Recovered
 

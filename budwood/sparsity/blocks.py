@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad as extend
 
 from budwood.errors import UsageError
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.patterns import Shape, leave_dense
 from budwood.sparsity.selection import largest
 
@@ -66,5 +66,5 @@ class TopBlocks:
                 f"{blocks} of side {self.side}; ask for fewer or for a density"
             )
 
-    def outlook(self, shape: Shape) -> Outlook:
-        return Outlook(shape[0] * min(shape[1], self.count_for(shape[1]) * self.side))
+    def forecast(self, shape: Shape) -> Forecast:
+        return Forecast(shape[0] * min(shape[1], self.count_for(shape[1]) * self.side))

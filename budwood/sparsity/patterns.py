@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from budwood.errors import UsageError
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.selection import largest, portion, published_largest
 
 Scope = Literal["row", "matrix"]  # among which weights ranks are compared
@@ -23,7 +23,7 @@ class Pattern(Protocol):
 
     def check(self, shape: Shape, name: str) -> None: ...  # UsageError where it cannot be applied
 
-    def outlook(self, shape: Shape) -> Outlook: ...
+    def forecast(self, shape: Shape) -> Forecast: ...
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class NM:
                 f"{name}: {self} needs the inputs to divide by {self.group}, got {shape[1]}; {leave_dense(name)}"
             )
 
-    def outlook(self, shape: Shape) -> Outlook:
+    def forecast(self, shape: Shape) -> Forecast:
         size = shape[0] * shape[1]
-        return Outlook(size * self.density, recovered=self.beyond_two(size))
+        return Forecast(size * self.density, recovered=self.beyond_two(size))
 
     def beyond_two(self, size: int) -> float | None:
         """Weights beyond two of each group of four, where groups of four hold a fixed number."""
@@ -85,9 +85,9 @@ class Share:
 
     def check(self, shape: Shape, name: str) -> None: ...
 
-    def outlook(self, shape: Shape) -> Outlook:
+    def forecast(self, shape: Shape) -> Forecast:
         rows, width = _ranked_shape(shape, self.per)
-        return Outlook(rows * (width - portion(self.drop, width)))
+        return Forecast(rows * (width - portion(self.drop, width)))
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class Top:
 
     def check(self, shape: Shape, name: str) -> None: ...
 
-    def outlook(self, shape: Shape) -> Outlook:
-        return Outlook(self.count(shape))
+    def forecast(self, shape: Shape) -> Forecast:
+        return Forecast(self.count(shape))
 
     def count(self, shape: Shape) -> int:
         rows, width = _ranked_shape(shape, self.per)
@@ -133,8 +133,8 @@ class LowPrunes:
     def check(self, shape: Shape, name: str) -> None:
         self.base.check(shape, name)
 
-    def outlook(self, shape: Shape) -> Outlook:
-        return self.base.outlook(shape)
+    def forecast(self, shape: Shape) -> Forecast:
+        return self.base.forecast(shape)
 
 
 def parse_pattern(text: str, per: Scope = "row") -> NM | Share:

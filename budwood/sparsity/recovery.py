@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from budwood.sparsity.blocks import TopBlocks
-from budwood.sparsity.outlook import Outlook, expected_density
+from budwood.sparsity.forecast import Forecast, expected_density
 from budwood.sparsity.patterns import NM, Shape, Top
 from budwood.sparsity.selection import portion
 
@@ -31,14 +31,14 @@ class Either:
     def check(self, shape: Shape, name: str) -> None:
         self.base.check(shape, name)
 
-    def outlook(self, shape: Shape) -> Outlook:
+    def forecast(self, shape: Shape) -> Forecast:
         size, width = shape[0] * shape[1], self.extra.ranked_among(shape)
         kept, group = self.base.kept, self.base.group
         density = expected_density(self.extra.share, width, kept, group)
         beyond_two = None
         if group == 4:  # a group ends with max(kept, crucial) weights
             beyond_two = size * (max(kept - 2, 0) / 4 + expected_density(self.extra.share, width, max(kept, 2), 4))
-        return Outlook(size * (self.base.density + density), recovered=beyond_two)
+        return Forecast(size * (self.base.density + density), recovered=beyond_two)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Recovered:
         self.base.check(shape, name)
         self.extra.check(shape, name)
 
-    def outlook(self, shape: Shape) -> Outlook:
+    def forecast(self, shape: Shape) -> Forecast:
         size = shape[0] * shape[1]
         dropped = size * (1 - self.base.density)
         block = None
@@ -73,8 +73,8 @@ class Recovered:
         else:
             extra = min(dropped, float(self.extra.count(shape)))
         if self.base.group != 4 or self.base.kept < 2:
-            return Outlook(size - dropped + extra)
-        return Outlook(size - dropped + extra, size * (self.base.density - 0.5) + extra, block)
+            return Forecast(size - dropped + extra)
+        return Forecast(size - dropped + extra, size * (self.base.density - 0.5) + extra, block)
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class EitherToDensity:
     def check(self, shape: Shape, name: str) -> None:
         self.base.check(shape, name)
 
-    def outlook(self, shape: Shape) -> Outlook:
+    def forecast(self, shape: Shape) -> Forecast:
         size = shape[0] * shape[1]
         extra = min(self.density, 1 - self.base.density) * size
         if self.base.group != 4 or self.base.kept < 2:
-            return Outlook(size * self.base.density + extra)
-        return Outlook(size * self.base.density + extra, size * (self.base.density - 0.5) + extra)
+            return Forecast(size * self.base.density + extra)
+        return Forecast(size * self.base.density + extra, size * (self.base.density - 0.5) + extra)

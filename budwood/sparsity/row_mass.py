@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from budwood.errors import UsageError
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.patterns import Shape
 from budwood.sparsity.selection import portion, refuse_not_finite
 
@@ -51,6 +51,6 @@ class RowMass:
 
     def check(self, shape: Shape, name: str) -> None: ...
 
-    def outlook(self, shape: Shape) -> Outlook:
+    def forecast(self, shape: Shape) -> Forecast:
         size = shape[0] * shape[1]
-        return Outlook(size - portion(self.drop, size))
+        return Forecast(size - portion(self.drop, size))

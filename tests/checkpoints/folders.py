@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from budwood.checkpoints.integrity import INDEX_NAME, index_of, sha256
+from budwood.checkpoints.checksums import INDEX_NAME, index_of, sha256
 from budwood.formats import FORMATS, store
 from budwood.models.experts import unfuse
 

@@ -9,7 +9,7 @@ from families import tokenizer
 from folders import change_config, change_tensor, logits, write_packed
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from budwood.checkpoints.integrity import INDEX_NAME
+from budwood.checkpoints.checksums import INDEX_NAME
 from budwood.checkpoints.loading import load
 from budwood.checkpoints.quantizer import PackedConfig, register
 from budwood.checkpoints.reader import Shards

@@ -12,7 +12,7 @@ from budwood.errors import UsageError
 from budwood.formats import FORMATS, LOSSLESS, Refusal, choose, count, pack_as, predict
 from budwood.formats.bits import raw
 from budwood.formats.two_four import covered
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = [4, 7, 8, 12, 36, 260, 288, 576]
@@ -207,11 +207,11 @@ def test_a_named_format_that_does_not_fit_is_a_usage_error():
 
 
 def test_prediction_from_shapes():
-    wrp = Outlook(nonzeros=8388608 + 258048, recovered=258048)
+    wrp = Forecast(nonzeros=8388608 + 258048, recovered=258048)
     assert predict((4096, 4096), wrp, 2, "two_four_csr") == ("two_four_csr", 20439044)
     assert predict((4096, 4096), wrp, 2) == ("bitmask", 2 * (8388608 + 258048) + 2097152)
-    assert predict((4096, 4096), Outlook(8388608, 0), 2) == ("two_four", 18874368)
+    assert predict((4096, 4096), Forecast(8388608, 0), 2) == ("two_four", 18874368)
     with pytest.raises(UsageError, match="two_four cannot hold a 4096 x 4096 matrix"):
         predict((4096, 4096), wrp, 2, "two_four")
     with pytest.raises(UsageError, match="two_four_ell cannot hold"):
-        predict((4096, 4096), Outlook(8388608), 2, "two_four_ell")
+        predict((4096, 4096), Forecast(8388608), 2, "two_four_ell")

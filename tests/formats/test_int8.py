@@ -8,8 +8,8 @@ from budwood.errors import UsageError
 from budwood.formats import FORMATS, Refusal, count, known_layout, predict, rounds, store
 from budwood.formats.two_four import covered
 from budwood.kernels.linear import SparseLinear
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.integers import dequantise
-from budwood.sparsity.outlook import Outlook
 
 INT8 = [name for name in FORMATS if rounds(name)]
 
@@ -116,7 +116,7 @@ def test_the_bytes_are_foretold(layout):
 
 
 def test_bits_of_wrp():
-    wrp = Outlook(nonzeros=8388608 + 258048, recovered=258048)
+    wrp = Forecast(nonzeros=8388608 + 258048, recovered=258048)
     name, nbytes = predict((4096, 4096), wrp, 2, "auto_int8")
     assert name == "two_four_compact_int8"
     bits = 4 + 1 + 8 / 256 + 32 / 256 + 24 * 258048 / 4096**2

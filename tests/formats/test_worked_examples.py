@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from budwood.formats import FORMATS, Outlook
+from budwood.formats import FORMATS, Forecast
 from budwood.formats.bits import pack_bits, unpack_bits
 from budwood.formats.two_four import split
 from budwood.formats.two_four_ell import pack_blocks, smallest_block
@@ -214,12 +214,12 @@ def test_no_recovered_weight_takes_no_block():
     ],
 )
 def test_bytes_of_the_published_form(shape, recovered, total):
-    outlook = Outlook(nonzeros=shape[0] * shape[1] / 2 + recovered, recovered=recovered)
-    assert FORMATS["two_four_csr"].nbytes(shape, outlook, 2) == total
-    skeleton = FORMATS["two_four"].nbytes(shape, Outlook(shape[0] * shape[1] / 2, 0), 2)
+    forecast = Forecast(nonzeros=shape[0] * shape[1] / 2 + recovered, recovered=recovered)
+    assert FORMATS["two_four_csr"].nbytes(shape, forecast, 2) == total
+    skeleton = FORMATS["two_four"].nbytes(shape, Forecast(shape[0] * shape[1] / 2, 0), 2)
     assert skeleton == shape[0] * shape[1] + shape[0] * shape[1] // 8
     assert total - skeleton == 6 * recovered + 4 * (shape[0] + 1)
-    assert FORMATS["bitmask"].nbytes(shape, outlook, 2) == skeleton + 2 * recovered
+    assert FORMATS["bitmask"].nbytes(shape, forecast, 2) == skeleton + 2 * recovered
 
 
 @pytest.mark.parametrize(
@@ -231,13 +231,13 @@ def test_bytes_of_the_published_form(shape, recovered, total):
     ],
 )
 def test_bytes_of_blocks(shape, block, values, index):
-    outlook = Outlook(nonzeros=0, recovered=0, block=block)
-    skeleton = FORMATS["two_four"].nbytes(shape, Outlook(0, 0), 2)
-    assert FORMATS["two_four_ell"].nbytes(shape, outlook, 2) == skeleton + values + index
+    forecast = Forecast(nonzeros=0, recovered=0, block=block)
+    skeleton = FORMATS["two_four"].nbytes(shape, Forecast(0, 0), 2)
+    assert FORMATS["two_four_ell"].nbytes(shape, forecast, 2) == skeleton + values + index
 
 
 def test_compact_takes_nine_bits_and_a_little():
     shape, recovered = (4096, 4096), 258048
     density = recovered / (4096 * 4096)
-    nbytes = FORMATS["two_four_compact"].nbytes(shape, Outlook(0, recovered), 2)
+    nbytes = FORMATS["two_four_compact"].nbytes(shape, Forecast(0, recovered), 2)
     assert 8 * nbytes / (4096 * 4096) == 9.03125 + 24 * density

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from budwood.errors import UsageError
 from budwood.formats import FORMATS, LOSSLESS, pack_as
 from budwood.kernels import dispatch, native, ops
-from budwood.kernels.head import DenseLinear, quicken
+from budwood.kernels.head import DenseLinear, accelerate_head
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE
-from budwood.kernels.packed import Packed, linears, prepare
-from budwood.kernels.readiness import ready
+from budwood.kernels.native_matrix import Packed, linears, prepare
+from budwood.kernels.optimize import ready
 
 SHAPES = [(8, 32), (7, 64), (130, 36), (33, 100), (1, 4), (257, 130), (64, 1000), (5, 7), (300, 576)]
 ROWS = [1, 2, 3, 5, 8, 9, 16, 17, 33, 65]
@@ -301,7 +301,7 @@ def test_a_compiled_head_multiplies_as_an_eager_one_does(fastest, bias):
     model = nn.Module()
     model.head = nn.Linear(96, 300, bias=bias).bfloat16()
     model.get_output_embeddings = lambda: model.head
-    quicken(model)
+    accelerate_head(model)
     assert type(model.head) is DenseLinear
     compiled = torch.compile(model.head, backend="eager", fullgraph=True)
     with torch.no_grad():

@@ -7,12 +7,12 @@ import torch
 from families import save_model
 from transformers import AutoModelForCausalLM
 
-from budwood.calibration.stream import Model
 from budwood.checkpoints.source import open_source
 from budwood.methods import METHODS, parse_method
 from budwood.planning import plan
 from budwood.pruning import prune
 from budwood.sparsity.statistics import Gram, SquaredNorm
+from budwood.stream.model import Model
 
 SETTINGS = {
     "magnitude": ['magnitude("2:4")', 'magnitude("50%")', 'magnitude("2:4", parity=True)'],
@@ -101,7 +101,7 @@ def test_density_is_reached_and_the_rest_is_whole(llama, text, tmp_path, express
     method = parse_method(expression)
     dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     pruned = linears_of(tmp_path / "out")
-    expected = {name: method.outlook(tuple(weight.shape), name).nonzeros for name, weight in pruned.items()}
+    expected = {name: method.forecast(tuple(weight.shape), name).nonzeros for name, weight in pruned.items()}
     whole = sum(weight.numel() for weight in pruned.values())
     tolerance = 0.02 if mentions(expression, ROUGH) else 1e-9
     assert report["totals"]["density"] == pytest.approx(sum(expected.values()) / whole, abs=max(tolerance, 1 / whole))

@@ -8,18 +8,18 @@ from families import save_model
 from safetensors.torch import load_file, save_file
 from stand_in import random_block
 
-from budwood.calibration.beside import Beside
-from budwood.calibration.pairs import cross_moments
-from budwood.calibration.stream import Model
 from budwood.checkpoints.loading import load
 from budwood.checkpoints.source import open_source
 from budwood.errors import UsageError
 from budwood.formats import choose
 from budwood.inspection import inspect
 from budwood.methods import parse_method
-from budwood.methods.survey import kept_counts
+from budwood.methods.allocation import kept_counts
 from budwood.pruning import prune
 from budwood.sparsity.statistics import Gram
+from budwood.stream.cross_moments import cross_moments
+from budwood.stream.dense_stream import DenseStream
+from budwood.stream.model import Model
 
 INNER = ["wrp(alpha=0.5)", 'wanda("2:4")', 'wanda("50%")', 'magnitude("2:4")', 'sparsegpt("2:4")', "wrp(block=8, k=1)"]
 
@@ -50,7 +50,7 @@ def test_refit_leaves_the_mask_and_lowers_every_error(inner, dtype):
 def test_refit_foretells_what_its_inner_method_does():
     for inner in INNER:
         method, alone = parse_method(f"refit({inner})"), parse_method(inner)
-        assert method.outlook((64, 32), "a") == alone.outlook((64, 32), "a")
+        assert method.forecast((64, 32), "a") == alone.forecast((64, 32), "a")
         assert method.pattern_for((64, 32), "a") == alone.pattern_for((64, 32), "a")
     with pytest.raises(UsageError, match="divide by 4"):
         parse_method('refit(wanda("2:4"))').check({"fc": (8, 6)})
@@ -66,7 +66,7 @@ def test_the_stored_bytes_are_the_most_that_the_bits_allow(bits, pattern):
         stored = sum(part.nbytes for part in choose(linear.stored)[1].values())
         room = bits * linear.stored.numel() / 8
         assert room - 2 < stored <= room
-        foretold = method.outlook(linear.shape, linear.name)
+        foretold = method.forecast(linear.shape, linear.name)
         assert foretold.nonzeros == torch.count_nonzero(linear.stored)
         assert foretold.recovered == linear.recovered
         if pattern == "2:4":
@@ -117,7 +117,7 @@ def test_the_target_between_the_pruned_and_the_dense_inputs(llama, tmp_path):
 def test_cross_moments_of_the_same_model_are_second_moments(llama):
     model = Model(open_source(llama))
     ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(0))
-    beside = Beside(model, ids, batch=2)
+    beside = DenseStream(model, ids, batch=2)
     for block in model.blocks(ids, batch=2):
         crosses, grams = cross_moments(beside.at(block.index), block), block.collect(Gram)
         for name in block.linears:
@@ -129,7 +129,7 @@ def test_the_survey_spends_all_and_matrices_differ(llama):
     model = Model(open_source(llama))
     ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(0))
     method = parse_method('graft(pattern="free")')
-    shapes = model.anatomy.shapes
+    shapes = model.structure.shapes
     total = sum(method.count_for(shape) for shape in shapes.values())
     counts = kept_counts(model, ids, method.pattern_for, None, total)
     assert set(counts) == set(shapes)
@@ -148,7 +148,7 @@ def test_what_nobody_hears_gets_nothing_beside_the_pattern(llama, tmp_path):
     model = Model(open_source(tmp_path))
     ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(0))
     method = parse_method("graft(bits=9.75)")
-    shapes = model.anatomy.shapes
+    shapes = model.structure.shapes
     counts = kept_counts(model, ids, method.pattern_for, method.base, sum(map(method.count_for, shapes.values())))
     beside = {name: count - shapes[name][0] * shapes[name][1] // 2 for name, count in counts.items()}
     assert not any(count for name, count in beside.items() if "layers.1.self_attn." in name)

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from budwood.errors import UsageError
 from budwood.sparsity import scores
-from budwood.sparsity.official import OfficialShare
 from budwood.sparsity.patterns import NM, LowPrunes, Share, Top, parse_pattern
+from budwood.sparsity.published import PublishedShare
 
 WEIGHT = torch.tensor(
     [
@@ -62,8 +62,8 @@ def test_shares_drop_exactly_the_count_and_the_smallest(rows, width, drop, level
     assert int((~by_matrix).sum()) == int(rows * width * drop + 1e-9)
     if by_matrix.any() and not by_matrix.all():
         assert metric[by_matrix].min() >= metric[~by_matrix].max()
-    assert Share(drop).outlook((rows, width)).nonzeros == by_row.sum()
-    assert Share(drop, "matrix").outlook((rows, width)).nonzeros == by_matrix.sum()
+    assert Share(drop).forecast((rows, width)).nonzeros == by_row.sum()
+    assert Share(drop, "matrix").forecast((rows, width)).nonzeros == by_matrix.sum()
 
 
 @settings(deadline=None, max_examples=60)
@@ -73,7 +73,7 @@ def test_every_group_keeps_exactly_n(rows, groups, group, data):
     metric = torch.randint(0, 9, (rows, groups * group), generator=torch.Generator().manual_seed(group)).float()
     keep = pattern.keep(metric)
     assert (keep.unflatten(1, (groups, group)).sum(dim=-1) == pattern.kept).all()
-    assert pattern.outlook(tuple(metric.shape)).nonzeros == pytest.approx(int(keep.sum()))
+    assert pattern.forecast(tuple(metric.shape)).nonzeros == pytest.approx(int(keep.sum()))
     assert torch.equal(pattern.keep(metric * keep), keep) or not metric.all()  # again changes nothing
 
 
@@ -82,7 +82,7 @@ def test_every_group_keeps_exactly_n(rows, groups, group, data):
     [("2:4", 0), ("1:4", 0), ("1:2", 0), ("3:4", 8), ("4:4", 16), ("4:8", None), ("50%", None)],
 )
 def test_outlook_knows_which_patterns_hold_a_two_four_skeleton(pattern, beyond_two):
-    assert parse_pattern(pattern).outlook((4, 8)).recovered == beyond_two
+    assert parse_pattern(pattern).forecast((4, 8)).recovered == beyond_two
 
 
 def test_low_prunes_turns_ties_and_nothing_else():
@@ -111,11 +111,11 @@ def test_a_dead_channel_goes_first_in_every_row():
 
 def test_the_official_count_is_one_more_and_all_ties():
     metric = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
-    assert OfficialShare(0.5).keep(metric).sum() == 3
-    assert OfficialShare(0.0).keep(metric).sum() == 7
-    assert OfficialShare(1.0).keep(metric).sum() == 0
-    assert OfficialShare(0.25).keep(torch.ones(2, 4)).sum() == 0
-    assert OfficialShare(0.5).outlook((2, 4)).nonzeros == 3
+    assert PublishedShare(0.5).keep(metric).sum() == 3
+    assert PublishedShare(0.0).keep(metric).sum() == 7
+    assert PublishedShare(1.0).keep(metric).sum() == 0
+    assert PublishedShare(0.25).keep(torch.ones(2, 4)).sum() == 0
+    assert PublishedShare(0.5).forecast((2, 4)).nonzeros == 3
 
 
 @pytest.mark.parametrize("text", ["2:4", "4:8", "1:4", "16:32", "50%", "62.5%", "0%", "100%", "33.3333%"])
@@ -134,7 +134,7 @@ def test_what_is_no_pattern_is_refused(text):
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_shares_lie_between_nothing_and_everything(share):
-    for make in (Share, Top, OfficialShare):
+    for make in (Share, Top, PublishedShare):
         with pytest.raises(UsageError):
             make(share)
 

@@ -116,10 +116,10 @@ def test_block_recovery():
     assert back[7].tolist() == [0, 0, 0, 0, 0, 0, -3, 6, 0, 0, 0, 0, -4, 7, 0, 0]
     assert int((back != 0).sum()) == 32
     for pattern in (one, two):
-        outlook = pattern.outlook((8, 16))
-        assert outlook.nonzeros == int(pattern.keep(metric).sum())
-        assert outlook.recovered == int((pattern.keep(metric) & ~base).sum())
-        assert outlook.block == (4, pattern.extra.count)
+        forecast = pattern.forecast((8, 16))
+        assert forecast.nonzeros == int(pattern.keep(metric).sum())
+        assert forecast.recovered == int((pattern.keep(metric) & ~base).sum())
+        assert forecast.block == (4, pattern.extra.count)
     assert torch.equal(Recovered(NM(2, 4), TopBlocks(4, density=0.5)).keep(metric), two.keep(metric))
 
 
@@ -128,8 +128,8 @@ def test_padded_blocks_recover_only_what_exists():
     pattern = Recovered(NM(2, 4), TopBlocks(8, count=3, pad=True))
     pattern.check((10, 20), "ragged")
     assert pattern.keep(metric).all()  # three blocks of 8 cover 20 columns
-    assert pattern.outlook((10, 20)).nonzeros == 200
-    assert pattern.outlook((10, 20)).block is None
+    assert pattern.forecast((10, 20)).nonzeros == 200
+    assert pattern.forecast((10, 20)).block is None
     few = Recovered(NM(2, 4), TopBlocks(8, count=1, pad=True)).keep(metric)
     assert few.shape == (10, 20)
     assert few.sum() > NM(2, 4).keep(metric).sum()
@@ -231,4 +231,4 @@ def test_a_fixed_number_per_row_prefers_dropped_weights_of_score_zero_to_kept_on
 def test_an_exact_number_is_foretold_exactly(scope):
     metric = torch.rand(7, 24, generator=torch.Generator().manual_seed(8))
     pattern = Recovered(NM(2, 4), Top(0.1, scope))
-    assert pattern.outlook((7, 24)).nonzeros == int(pattern.keep(metric).sum())
+    assert pattern.forecast((7, 24)).nonzeros == int(pattern.keep(metric).sum())

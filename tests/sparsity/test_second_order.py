@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budwood.sparsity import scores
-from budwood.sparsity.official import OfficialShare
 from budwood.sparsity.patterns import NM, Share, Top
+from budwood.sparsity.published import PublishedShare
 from budwood.sparsity.recovery import Either
 from budwood.sparsity.second_order import factorise, sparsegpt
 from budwood.sparsity.statistics import Gram
@@ -57,11 +57,11 @@ def test_the_factor_of_the_worked_example():
     [
         (NM(2, 4), 128, [[1, 0, 0, 1.752475], [0, 1.401619, -0.909334, 0]], 5.473306),
         (HALF, 4, [[0, 0, 0, 2.459689], [0, 1.401619, -0.909334, 1.134711]], 3.176341),
-        (OfficialShare(0.5), 4, [[0, 0, 0, 2.459689], [0, 1.401619, -0.909334, 0]], 7.727896),
+        (PublishedShare(0.5), 4, [[0, 0, 0, 2.459689], [0, 1.401619, -0.909334, 0]], 7.727896),
         (HALF, 2, [[1, 0, 0, 1.752475], [0, 1.401619, 0, 0.748855]], None),
-        (OfficialShare(0.5), 2, [[0, 0, 0, 2.459689], [0, 1.401619, 0, 0]], None),
+        (PublishedShare(0.5), 2, [[0, 0, 0, 2.459689], [0, 1.401619, 0, 0]], None),
         (Share(1.0, "matrix"), 128, [[0] * 4] * 2, None),
-        (OfficialShare(1.0), 128, [[0] * 4] * 2, None),
+        (PublishedShare(1.0), 128, [[0] * 4] * 2, None),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -21,11 +21,11 @@ class Statistic(Protocol):
 S = TypeVar("S", bound=Statistic)
 
 
-class Heard(Exception):
+class StopForward(Exception):
     """Every linear of the block has been heard in this batch; the rest of its forward pass is not needed."""
 
 
-class Listener:
+class Collector:
     """Hooks on linears, between `with` and its end.
 
     Linears that are handed the very same tensor (q, k, v; gate, up) share one statistic, which is added to once. The
@@ -40,7 +40,7 @@ class Listener:
         self.last: str | None = None
         self._inputs: dict[int, tuple[Tensor, int, str]] = {}
 
-    def __enter__(self) -> "Listener":
+    def __enter__(self) -> "Collector":
         self._hooks = [
             module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             for name, module in self.linears.items()
@@ -70,7 +70,7 @@ class Listener:
             x = args[0] if args else next(iter(kwargs.values()))
             self._hear(name, x)
             if name == self.last:
-                raise Heard
+                raise StopForward
 
         return hear
 

@@ -5,11 +5,11 @@ import torch
 from families import BLOCKS, FAMILIES, build, save_model, token_ids
 from torch.nn.functional import scaled_dot_product_attention
 
-from budwood.calibration.arithmetic import Arithmetic
-from budwood.calibration.attention import NAME, attend_in_blocks, blocked_attention, by_fused_kernel, by_products
-from budwood.calibration.beside import Beside
-from budwood.calibration.stream import Model
 from budwood.checkpoints.source import open_source
+from budwood.stream.arithmetic import Arithmetic
+from budwood.stream.attention import NAME, attend_in_blocks, blocked_attention, by_fused_kernel, by_products
+from budwood.stream.dense_stream import DenseStream
+from budwood.stream.model import Model
 
 WAYS = pytest.mark.parametrize("way", [by_products, by_fused_kernel])
 
@@ -39,7 +39,7 @@ def test_gradients_are_torchs_too(way):
 def test_both_streams_of_a_run_attend_alike(tmp_path):
     save_model("llama", tmp_path, dtype=torch.bfloat16)
     model = Model(open_source(tmp_path), arithmetic=Arithmetic(torch.bfloat16, blocked_attention=True))
-    beside = Beside(model, token_ids())
+    beside = DenseStream(model, token_ids())
     assert {some.module.config._attn_implementation for some in (model, beside.model)} == {NAME}
     assert Model(open_source(tmp_path)).module.config._attn_implementation == "sdpa"
 
@@ -48,7 +48,7 @@ def test_parts_of_the_heads_make_the_whole(monkeypatch):
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, heads, 150, 8, dtype=torch.float64) for heads in (4, 2, 2))
     whole = by_products(query, key, value)
-    monkeypatch.setattr("budwood.calibration.attention.SCORES", 1)
+    monkeypatch.setattr("budwood.stream.attention.SCORES", 1)
     torch.testing.assert_close(by_products(query, key, value), whole)
 
 
@@ -69,7 +69,7 @@ def test_models_compute_the_same(family, dtype, tolerance):
 def test_only_plain_causal_attention_is_taken_over(monkeypatch):
     taken = []
     monkeypatch.setattr(
-        "budwood.calibration.attention.blocked_attention",
+        "budwood.stream.attention.blocked_attention",
         lambda query, *others: taken.append(query.dtype) or blocked_attention(query, *others),
     )
     for family, dtype, padded in (

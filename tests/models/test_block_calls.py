@@ -8,9 +8,9 @@ from families import build, token_ids
 from torch import nn
 
 from budwood.errors import UsageError
+from budwood.models.block_calls import record_calls
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import unfuse
-from budwood.models.rehearsal import rehearse
 
 
 def streamed(model, ids, learnt_from):
@@ -19,13 +19,13 @@ def streamed(model, ids, learnt_from):
     states = [{name: tensor.clone() for name, tensor in block.state_dict().items()} for block in blocks]
     for block in blocks:
         forget(block)
-    rehearsal = rehearse(model, blocks, learnt_from)
-    hidden = rehearsal.embed(ids)
+    calls = record_calls(model, blocks, learnt_from)
+    hidden = calls.embed(ids)
     for index, block in enumerate(blocks):
         block.load_state_dict(states[index], assign=True)
-        hidden = rehearsal.run(index, block, hidden)
+        hidden = calls.run(index, block, hidden)
         forget(block)
-    return rehearsal.logits(hidden)
+    return calls.logits(hidden)
 
 
 def forget(block):
@@ -56,7 +56,7 @@ def test_so_they_are_with_experts_taken_apart(moe_family):
 def test_nothing_is_left_behind(family):
     model = build(family)
     _, blocks = find_blocks(model)
-    rehearse(model, blocks, token_ids())
+    record_calls(model, blocks, token_ids())
     assert all("forward" not in block.__dict__ for block in blocks)
 
 
@@ -64,22 +64,22 @@ def test_a_replaced_forward_comes_back(tiny_model):
     _, blocks = find_blocks(tiny_model)
     replaced = blocks[1].forward
     blocks[1].forward = replaced
-    rehearse(tiny_model, blocks, token_ids())
+    record_calls(tiny_model, blocks, token_ids())
     assert blocks[1].forward is replaced
 
 
 def test_a_failure_leaves_nothing_behind(tiny_model):
     _, blocks = find_blocks(tiny_model)
-    rehearsal = rehearse(tiny_model, blocks, token_ids())
+    calls = record_calls(tiny_model, blocks, token_ids())
     with pytest.raises(RuntimeError):
-        rehearsal.logits(torch.zeros(2, 24, 5))
+        calls.logits(torch.zeros(2, 24, 5))
     assert all("forward" not in block.__dict__ for block in blocks)
 
 
 def test_another_shape_needs_another_rehearsal(tiny_model):
-    rehearsal = rehearse(tiny_model, find_blocks(tiny_model)[1], token_ids())
+    calls = record_calls(tiny_model, find_blocks(tiny_model)[1], token_ids())
     with pytest.raises(ValueError, match=r"\[2, 24\], got \[1, 24\]"):
-        rehearsal.embed(token_ids(batch=1))
+        calls.embed(token_ids(batch=1))
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"], ids=["tensor", "tuple"])
@@ -118,18 +118,18 @@ class Block(nn.Module):
 
 def test_a_plain_chain_is_driven():
     model = Between(extra=lambda ids: torch.ones(ids.shape))
-    rehearsal = rehearse(model, model.blocks, token_ids())
-    hidden = rehearsal.embed(token_ids())
-    assert torch.equal(rehearsal.run(1, model.blocks[1], hidden), hidden + 1)
+    calls = record_calls(model, model.blocks, token_ids())
+    hidden = calls.embed(token_ids())
+    assert torch.equal(calls.run(1, model.blocks[1], hidden), hidden + 1)
 
 
 def test_work_between_blocks_is_refused():
     model = Between(between=lambda hidden: 2 * hidden)
     with pytest.raises(UsageError, match="to the next as it is"):
-        rehearse(model, model.blocks, token_ids())
+        record_calls(model, model.blocks, token_ids())
 
 
 def test_arguments_that_depend_on_the_tokens_are_refused():
     model = Between(extra=lambda ids: ids)
     with pytest.raises(UsageError, match="block 0 more of the tokens"):
-        rehearse(model, model.blocks, token_ids())
+        record_calls(model, model.blocks, token_ids())

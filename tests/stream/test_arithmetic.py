@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from budwood.calibration import arithmetic
-from budwood.calibration.arithmetic import Arithmetic, fastest
 from budwood.kernels import native
+from budwood.stream import arithmetic
+from budwood.stream.arithmetic import Arithmetic, fastest
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from budwood.sparsity.forecast import expected_density, group_law
 from budwood.sparsity.histogram import x4_histogram
-from budwood.sparsity.outlook import expected_density, group_law
 from budwood.sparsity.patterns import NM, Share, Top
 from budwood.sparsity.recovery import Either
 
@@ -55,7 +55,7 @@ def test_the_law_holds_on_random_metrics(alpha, tolerance):
     metric = torch.randn(256, 4096, generator=torch.Generator().manual_seed(1)).exp()
     recovered = int(Either(NM(2, 4), Top(alpha)).keep(metric).sum()) - metric.numel() // 2
     assert recovered / metric.numel() == pytest.approx(expected_density(alpha, 4096), rel=tolerance)
-    assert Either(NM(2, 4), Top(alpha)).outlook((256, 4096)).recovered == pytest.approx(recovered, rel=tolerance)
+    assert Either(NM(2, 4), Top(alpha)).forecast((256, 4096)).recovered == pytest.approx(recovered, rel=tolerance)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
@@ -65,10 +65,10 @@ def test_outlook_counts_what_lies_beyond_two_of_four(kept, scope):
         Either(NM(kept, 4), Top(0.4, scope)),
         torch.rand(512, 512, generator=torch.Generator().manual_seed(2)),
     )
-    keep, outlook = pattern.keep(metric), pattern.outlook((512, 512))
-    assert outlook.nonzeros == pytest.approx(int(keep.sum()), rel=0.02)
+    keep, forecast = pattern.keep(metric), pattern.forecast((512, 512))
+    assert forecast.nonzeros == pytest.approx(int(keep.sum()), rel=0.02)
     beyond = (keep.unflatten(1, (-1, 4)).sum(dim=-1) - 2).clamp(min=0).sum()
-    assert outlook.recovered == pytest.approx(int(beyond), rel=0.03)
+    assert forecast.recovered == pytest.approx(int(beyond), rel=0.03)
 
 
 def test_histogram_counts_groups():

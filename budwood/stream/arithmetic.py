@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from budwood.calibration.attention import blocked_attention
 from budwood.errors import UsageError
 from budwood.formats import pack_as
 from budwood.kernels import native
-from budwood.kernels.packed import prepare
-from budwood.timing import in_turns, ratio
+from budwood.kernels.native_matrix import prepare
+from budwood.stream.attention import blocked_attention
+from budwood.timing import interleaved, ratio
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,7 +96,7 @@ def sparse_product_gain(width: int = 1024, rows: int = 1024, rounds: int = 5) ->
     kernel = prepare("bitmask", (width, width), pack_as("bitmask", weight))
     if kernel is None:
         return 0.0
-    times = in_turns(
+    times = interleaved(
         {
             "torch": lambda turn: linear(x, weight),
             "native": lambda turn: kernel.linear(x, way=native.AS_SPARSE),
@@ -111,7 +111,7 @@ def blocked_attention_gain(compute: torch.dtype, tokens: int = 512, rounds: int 
     """How many times as fast as torch's fused attention ours by blocks of queries is."""
     own = torch.Generator().manual_seed(0)  # the caller's random numbers are not ours to draw
     q, k, v = (torch.randn(4, heads, tokens, 64, dtype=compute, generator=own) for heads in (8, 4, 4))
-    times = in_turns(
+    times = interleaved(
         {
             "torch": lambda turn: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
             "blocked": lambda turn: blocked_attention(q, k, v),

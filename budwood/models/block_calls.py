@@ -57,7 +57,7 @@ class Call:
         return Call((), {**kwargs, self.first: None}, self.first)
 
 
-class Rehearsal:
+class BlockCalls:
     """How the blocks of a model are called for inputs of one shape (batch, tokens), without padding."""
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor, form: Form, calls: list[Call]):
@@ -88,7 +88,7 @@ class Rehearsal:
 
 
 @torch.no_grad()
-def rehearse(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> Rehearsal:
+def record_calls(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> BlockCalls:
     """Learns how the blocks are called for input_ids [batch, tokens]; blocks may be on meta, the rest is
     real.
 
@@ -110,7 +110,7 @@ def rehearse(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> Rehe
                 f"{type(model).__name__} gives block {index} more of the tokens than its hidden states; "
                 "budwood prunes models whose blocks see only the block before them"
             )
-    return Rehearsal(model, blocks, input_ids, form, calls)
+    return BlockCalls(model, blocks, input_ids, form, calls)
 
 
 def _fits(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor, form: Form) -> bool:

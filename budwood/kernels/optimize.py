@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from budwood.kernels import dispatch, native
 from budwood.kernels.arena import Arena, file_mappings, forget, needed
-from budwood.kernels.head import quicken
+from budwood.kernels.head import accelerate_head
 from budwood.kernels.linear import SparseLinear
-from budwood.kernels.siblings import acquaint
+from budwood.kernels.shared_input import link_shared_inputs
 
 SMALL = 1 << 18  # weights below which a matrix says nothing about speed
 LARGE = 1 << 22  # and above which it need not be
@@ -30,8 +30,8 @@ def ready(model: nn.Module) -> dict[str, str]:
         layer.settle(arena)
         forget(unsettled, files)
         layer.kernel()  # now and not at the first token
-    acquaint(here.items())
-    quicken(model)
+    link_shared_inputs(here.items())
+    accelerate_head(model)
     sizes = {layer.in_features * layer.out_features: layer for layer in here.values()}
     telling = sorted(size for size in sizes if size >= SMALL)
     if telling:

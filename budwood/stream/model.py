@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood.calibration.activations import Activations, batch_size
-from budwood.calibration.arithmetic import FLOAT32, Arithmetic
-from budwood.calibration.attention import attend_in_blocks
-from budwood.calibration.block import Block, describe
-from budwood.checkpoints.anatomy import Anatomy
+from budwood.checkpoints.meta_model import float32_names
 from budwood.checkpoints.packing import pack
-from budwood.checkpoints.skeleton import float32_names
 from budwood.checkpoints.source import Source
+from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import storage_dtype
 from budwood.checkpoints.writer import Writer
 from budwood.environment import trim_memory
 from budwood.errors import RunError
-from budwood.models.rehearsal import Rehearsal, rehearse
+from budwood.models.block_calls import BlockCalls, record_calls
+from budwood.stream.activations import Activations, batch_size
+from budwood.stream.arithmetic import FLOAT32, Arithmetic
+from budwood.stream.attention import attend_in_blocks
+from budwood.stream.block import Block, describe
 
 BATCH = 4096  # tokens at a time, times the bytes of a value
 TRIMMED = 64 * 2**20  # bytes of a block from which on its memory is handed back: smaller ones are soon taken again
@@ -50,18 +50,18 @@ class Model:
         self.source, self.arithmetic, self.device = source, arithmetic, torch.device(device)
         self.compute = arithmetic.compute
         self.activation_limit, self.scratch = activation_limit, scratch
-        self.anatomy = Anatomy(
+        self.structure = ModelStructure(
             source.config, compute=self.compute, skip=skip, trust_remote_code=source.trust_remote_code
         )
-        self.module, self.path, self.modules = self.anatomy.module, self.anatomy.path, self.anatomy.modules
-        self.linears = self.anatomy.linears
+        self.module, self.path, self.modules = self.structure.module, self.structure.path, self.structure.modules
+        self.linears = self.structure.linears
         if arithmetic.blocked_attention:
             attend_in_blocks(self.module)
-        self.weights = source.weights(self.anatomy)
+        self.weights = source.weights(self.structure)
         self.storage = storage or storage_dtype(source.shards)
         self.activations: Activations | None = None
         self._float32 = float32_names(self.module, self.compute)
-        self._rehearsals: dict[tuple[int, int], Rehearsal] = {}
+        self._calls: dict[tuple[int, int], BlockCalls] = {}
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -100,15 +100,15 @@ class Model:
         """The hidden states [windows, tokens, hidden] that enter the first block."""
         count, tokens = windows.shape
         size = batch or self.batch_for(windows)
-        self._rehearsals.clear()
+        self._calls.clear()
         activations: Activations | None = None
         with self.outside(), torch.no_grad():
             for start in range(0, count, size):
                 ids = windows[start : start + size].to(self.device)
                 shape = (ids.shape[0], tokens)
-                if shape not in self._rehearsals:
-                    self._rehearsals[shape] = rehearse(self.module, self.modules, ids)
-                hidden = self._rehearsals[shape].embed(ids)
+                if shape not in self._calls:
+                    self._calls[shape] = record_calls(self.module, self.modules, ids)
+                hidden = self._calls[shape].embed(ids)
                 if activations is None:
                     whole = (count, tokens, hidden.shape[-1])
                     activations = Activations(whole, hidden.dtype, size, self.activation_limit, self.scratch)
@@ -120,12 +120,12 @@ class Model:
         """Windows at a time [windows, tokens]: what a block makes of them should not leave the caches too often."""
         return batch_size(windows.shape[0], windows.shape[1], BATCH // self.compute.itemsize)
 
-    def rehearsal(self, batch: int, tokens: int) -> Rehearsal:
-        return self._rehearsals[batch, tokens]
+    def calls(self, batch: int, tokens: int) -> BlockCalls:
+        return self._calls[batch, tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[batch, tokens, hidden] after the last block -> [batch, tokens, vocabulary]; needs `outside`."""
-        return self.rehearsal(hidden.shape[0], hidden.shape[1]).logits(hidden)
+        return self.calls(hidden.shape[0], hidden.shape[1]).logits(hidden)
 
     @contextmanager
     def outside(self) -> Iterator[None]:

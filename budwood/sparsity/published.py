@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from budwood.errors import UsageError
-from budwood.sparsity.outlook import Outlook
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.patterns import Shape
 from budwood.sparsity.selection import kth_largest, refuse_not_finite
 
 
 @dataclass(frozen=True)
-class OfficialShare:
+class PublishedShare:
     """Drop everything up to the value at index int(drop * n) of the ascending scores of the whole matrix.
 
     That is one more than floor(drop * n), and all ties with it. Dropping everything is allowed here.
@@ -33,6 +33,6 @@ class OfficialShare:
 
     def check(self, shape: Shape, name: str) -> None: ...
 
-    def outlook(self, shape: Shape) -> Outlook:
+    def forecast(self, shape: Shape) -> Forecast:
         size = shape[0] * shape[1]
-        return Outlook(size - self._dropped(size))
+        return Forecast(size - self._dropped(size))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from budwood import amounts
+from budwood import humanize
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from budwood import amounts
     ],
 )
 def test_size(count, words):
-    assert amounts.size(count) == words
+    assert humanize.size(count) == words
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,12 @@ def test_size(count, words):
     [(4.21, "4.2 s"), (59.9, "59.9 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (None, "-")],
 )
 def test_seconds(amount, words):
-    assert amounts.seconds(amount) == words
+    assert humanize.seconds(amount) == words
 
 
 def test_share_and_figure():
-    assert amounts.share(0.588) == "58.80 %"
-    assert amounts.share(None) == "-"
-    assert amounts.span([0.031, 0.0825, 0.05]) == "3.10 % to 8.25 %"
-    assert amounts.figure(9.3794) == "9.379"
-    assert amounts.shape([1536, 576]) == "1536 x 576"
+    assert humanize.share(0.588) == "58.80 %"
+    assert humanize.share(None) == "-"
+    assert humanize.span([0.031, 0.0825, 0.05]) == "3.10 % to 8.25 %"
+    assert humanize.figure(9.3794) == "9.379"
+    assert humanize.shape([1536, 576]) == "1536 x 576"

@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div, log_softmax
 from budwood.errors import UsageError
 from budwood.methods.method import Method
 from budwood.methods.metrics import heard
-from budwood.methods.settings import one_of
+from budwood.methods.validation import one_of
 from budwood.sparsity import scores
 from budwood.sparsity.allocation import Curve, curve_of, divide
 from budwood.sparsity.patterns import NM, Pattern, Shape, parse_pattern
@@ -34,8 +34,8 @@ def kept_shares(method: Method, model: Any, windows: Tensor, base: NM | None = N
 
     base: N:M that is kept in any case.
     """
-    shapes: Mapping[str, Shape] = model.anatomy.shapes
-    total = round(sum(method.outlook(shape, name).nonzeros for name, shape in shapes.items()))
+    shapes: Mapping[str, Shape] = model.structure.shapes
+    total = round(sum(method.forecast(shape, name).nonzeros for name, shape in shapes.items()))
     counts = kept_counts(model, windows, method.pattern_for, base, total)
     return {name: count / (shapes[name][0] * shapes[name][1]) for name, count in counts.items()}
 

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from budwood.cli import with_dashes
-from budwood.cli.refusals import Interrupted, told_plainly
+from budwood.cli.errors import Interrupted, told_plainly
 from budwood.errors import RunError, UsageError
 
 

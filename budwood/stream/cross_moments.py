@@ -5,9 +5,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from budwood.calibration.block import Block
-from budwood.calibration.listening import Heard, Listener
 from budwood.errors import RunError
+from budwood.stream.block import Block
+from budwood.stream.collector import Collector, StopForward
 
 
 class Latest:
@@ -32,9 +32,9 @@ def cross_moments(dense: Block, block: Block) -> dict[str, Tensor]:
     sums: dict[tuple[int, int], Tensor] = {}
     with _listening(dense) as first, _listening(block) as second, torch.no_grad():
         for batch in block.activations.indices():
-            for listener, which in ((first, dense), (second, block)):
-                listener.next_batch()
-                with suppress(Heard):
+            for collector, which in ((first, dense), (second, block)):
+                collector.next_batch()
+                with suppress(StopForward):
                     which.run(batch)
             pairs = {}
             for name, linear in block.linears.items():
@@ -52,6 +52,6 @@ def cross_moments(dense: Block, block: Block) -> dict[str, Tensor]:
         return {name: sums[id(first.found[name]), id(second.found[name])] for name in block.linears}
 
 
-def _listening(block: Block) -> Listener:
+def _listening(block: Block) -> Collector:
     modules = {name: linear.module for name, linear in block.linears.items()}
-    return Listener(modules, {name: linear.shape[1] for name, linear in block.linears.items()}, Latest)
+    return Collector(modules, {name: linear.shape[1] for name, linear in block.linears.items()}, Latest)

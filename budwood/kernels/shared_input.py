@@ -15,7 +15,7 @@ from torch import Tensor
 
 from budwood.kernels import dispatch
 from budwood.kernels.native import AS_FEW, FEW
-from budwood.kernels.packed import linears
+from budwood.kernels.native_matrix import linears
 
 if TYPE_CHECKING:
     from budwood.kernels.linear import SparseLinear
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TOGETHER = (re.compile(r"(q|k|v)_proj|query|key|value|(q|k|v)_lin"), re.compile(r"gate_proj|up_proj|w1|w3"))
 
 
-class Siblings:
+class SharedInput:
     """Layers that share an input; holds what the first has computed for the others until they ask."""
 
     def __init__(self, layers: Iterable["SparseLinear"]):
@@ -59,7 +59,7 @@ class Siblings:
         return first
 
 
-def acquaint(layers: Iterable[tuple[str, "SparseLinear"]]) -> None:
+def link_shared_inputs(layers: Iterable[tuple[str, "SparseLinear"]]) -> None:
     """Tell layers of each other where their names (full, in order) say that they are given the same input."""
     groups: defaultdict[tuple[str, int, int], list[SparseLinear]] = defaultdict(list)
     for name, layer in layers:
@@ -69,6 +69,6 @@ def acquaint(layers: Iterable[tuple[str, "SparseLinear"]]) -> None:
                 groups[parent, kind, layer.shape[1]].append(layer)
     for group in groups.values():
         if len(group) > 1:
-            siblings = Siblings(group)
+            siblings = SharedInput(group)
             for layer in group:
                 layer.siblings = siblings

@@ -23,7 +23,7 @@ class Outcome:
     dropped: dict[str, str]
 
 
-def contest(
+def autotune(
     runners: Mapping[str, Runner],
     expected: Tensor,
     clock: Clock,
