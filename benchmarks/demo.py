@@ -119,9 +119,7 @@ def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
                 (
                     name,
                     f"{row['perplexity']:.2f}",
-                    humanize.share(
-                        gap_closed(row["perplexity"], dense["perplexity"], rows[YARDSTICK]["perplexity"]), 0
-                    ),
+                    humanize.share(gap_closed(row["perplexity"], dense["perplexity"], yardstick), 0),
                     humanize.share(row["recovered"]),
                     humanize.figure(row["bits_per_weight"], 3),
                     humanize.size(row["bytes"]),
