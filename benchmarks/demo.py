@@ -45,7 +45,7 @@ def say(sentence: str) -> None:
 
 def converted(folder: Path) -> Path:
     """The small model as a folder of safetensors in bfloat16, made on the first run."""
-    from budwood.checkpoints.gguf import convert
+    from budwood.conversion import convert
     from budwood.demo_assets import SMALL_MODEL
 
     if not (folder / "config.json").is_file():

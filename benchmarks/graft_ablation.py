@@ -40,7 +40,7 @@ ROWS = {
     "WRP 0.25": "wrp(alpha=0.25)",
     "WRP, 9.75 bits": f'wrp(density={SAME_BYTES}, scope="matrix")',
     "+ re-fit": f'refit(wrp(density={SAME_BYTES}, scope="matrix"))',
-    "+ allocation": f'refit(wrp(density={SAME_BYTES}, scope="matrix", allocate="global"))',
+    "+ allocation": f'refit(allocate(wrp(density={SAME_BYTES}, scope="matrix")))',
     "graft 9.75": "graft(bits=9.75)",
     "graft 9.75, undivided": 'graft(bits=9.75, allocate="uniform")',
     "graft 9.0": "graft(bits=9.0)",

@@ -4,7 +4,6 @@ Everything that is compared is timed in turns, in one process, with weights that
 shape take turns, packed and dense alike. Medians are given with what lies between a tenth and nine tenths.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +19,10 @@ from transformers import PreTrainedModel
 from budwood.checkpoints.loading import load
 from budwood.environment import machine, peak_memory
 from budwood.errors import UsageError
-from budwood.evaluation.report import with_speed
 from budwood.kernels import dispatch, native
 from budwood.kernels.linear import SparseLinear
 from budwood.progress import Progress, Silent
+from budwood.reports.record import add_speed
 from budwood.timing import interleaved, ratio, spread
 
 ROWS = (1, 8, 64, 512)
@@ -90,7 +89,7 @@ def _bench(
     report["model"] = whole(models, progress)
     report["peak_memory"] = peak_memory()
     report["warnings"] = warnings(report)
-    keep(Path(model), report)
+    add_speed(Path(model), report)
     return report
 
 
@@ -223,14 +222,3 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
         if gain is not None and gain < 1:
             said.append(f"the whole model is no faster than the dense one at {what} ({gain:.2f} times)")
     return said
-
-
-def keep(folder: Path, report: dict[str, Any]) -> None:
-    """Put the figures into the folder's `report.json` and model card, where it has them."""
-    written = folder / "report.json"
-    if written.is_file():
-        known = json.loads(written.read_text("utf-8"))
-        written.write_text(json.dumps({**known, "speed": report}, indent=2) + "\n", "utf-8")
-    card = folder / "README.md"
-    if card.is_file():
-        card.write_text(with_speed(card.read_text("utf-8"), report), "utf-8")

@@ -121,7 +121,7 @@ def bytes_of(weights: Weights, names: list[str]) -> int:
 def described(matrix: Stored, method: Method | None) -> dict[str, Any]:
     size = matrix.weight.numel()
     held = count(matrix.weight)
-    promised = method.pattern_for(matrix.shape, matrix.name) if method else None
+    promised = method.pattern_of(matrix.shape, matrix.name) if method else None
     promised = promised.base if isinstance(promised, LowPrunes) else promised
     layered = hasattr(promised, "base") if method else matrix.format.startswith("two_four_")
     recovered = held.recovered / size if layered and held.recovered is not None else None

@@ -124,7 +124,9 @@ def _total(layout: str, structure: ModelStructure, method: Method, itemsize: int
 
 def _packed(layout: str, structure: ModelStructure, method: Method, itemsize: int) -> list[tuple[str, int, int]]:
     """(format, bytes of one, how many) for matrices alike; UsageError where `layout` cannot hold one."""
-    alike = Counter((method.forecast(shape, name), shape) for name, shape in structure.shapes.items())
+    alike = Counter(
+        (forecast, forecast.shape or structure.shapes[name]) for name, forecast in method.forecast(structure).items()
+    )
     return [(*predict(shape, forecast, itemsize, layout), count) for (forecast, shape), count in alike.items()]
 
 

@@ -1,35 +1,32 @@
 """The main job: text in, blocks through a method, a folder that is really smaller out."""
 
-import json
 import math
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from budwood.bookkeeping import account
-from budwood.checkpoints.source import open_source
+from budwood.checkpoints.source import Source, open_source
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import storage_dtype
-from budwood.checkpoints.writer import Writer, claim
 from budwood.data.sources import Data
 from budwood.data.tokens import Bos, tokenizer_for
-from budwood.data.windows import Sampling, calibration_windows
-from budwood.environment import installed
+from budwood.data.windows import Sampling, Windows, calibration_windows
 from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import BOS_TOKENS, bos_note, context, streamed_losses, with_bos
-from budwood.evaluation.report import render_card, render_report
 from budwood.formats import known_layout
 from budwood.humanize import parse_bytes
-from budwood.methods.expression import parse_method
+from budwood.methods import parse_method
 from budwood.methods.method import Method
 from budwood.models.linears import unmatched
-from budwood.progress import Progress, Silent
-from budwood.stream.arithmetic import Arithmetic, dtype_named, faster_dtype, fastest, known_device, name_of
-from budwood.stream.block import Block
+from budwood.progress import Progress
+from budwood.reports.record import Report
+from budwood.runs.recipe import Recipe
+from budwood.runs.run import Run
+from budwood.stream.arithmetic import Arithmetic, choose_arithmetic, dtype_named, known_device, name_of
 from budwood.stream.model import DEFAULT_LIMIT, Model
 
 
@@ -48,158 +45,188 @@ def prune(
     values: str | None = None,
     dtype: str | None = None,
     compute_dtype: str = "auto",
-    device: str | None = None,
+    sparse_products: str = "auto",
+    attention: str = "auto",
+    device: str | None = "auto",
     skip: Sequence[str] = (),
     overwrite: bool = False,
     activation_memory: int | str = DEFAULT_LIMIT,
     trust_remote_code: bool = False,
+    like: Recipe | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Prunes `source` with `method` into the folder `target`, and returns the report that is also written there.
+) -> Report:
+    """Prunes `source` with `method` into the folder `target`; returns the report that is also written there.
 
-    The same call goes on where an earlier one was cut off. source: folder or hub name. method: an expression such as
-    'wrp(alpha=0.25)', or the method itself. data: calibration text (see `calibration_windows`); methods that need
-    none run none. values: "int8" rounds the kept weights, which later blocks see. dtype: type of the written weights.
-    compute_dtype: "auto" times one product and takes the faster. activation_memory: bytes, or text such as "4GB".
+    The same call continues where an earlier one was interrupted. source: folder or hub name. method: an expression
+    such as 'wrp(alpha=0.25)', or the method itself. data: calibration text (see `calibration_windows`); methods that
+    need none run nothing forward. values: "int8" rounds the kept weights, which later blocks see. dtype: of the written
+    weights. compute_dtype, sparse_products ("on", "off"), attention ("fused", "blocked"): how the forward passes
+    compute; "auto" tries what is fastest here, and the recipe records it. activation_memory: bytes, or text such as
+    "4GB". overwrite: replace what budwood wrote to `target` before, once the new folder is complete. like: the recipe
+    that the folder is to repeat (see `recipe_options`); another source or text than its own is noted.
 
     Raises UsageError for what cannot be (nothing is written), RunError when the run fails (finished blocks stay).
     """
-    started = time.perf_counter()
-    notes = Notes(progress or Silent())
-    method = parse_method(method) if isinstance(method, str) else method
-    layout, place = known_layout(format, values), known_device(device)
-    opened, folder = open_source(source, trust_remote_code), Path(target).expanduser()
-    if folder.resolve() == opened.folder.resolve():
-        raise UsageError(f"{target} is the model to prune itself; give another folder")
-    structure = ModelStructure(opened.config, skip=skip, trust_remote_code=trust_remote_code)
-    for sentence in unmatched(structure.module, skip):
-        notes.say(sentence)
-    method.check(structure.shapes)
-    storage = storage_dtype(opened.shards) if dtype in (None, "auto") else dtype_named(str(dtype))
+    job = Job.of(
+        source,
+        target,
+        parse_method(method) if isinstance(method, str) else method,
+        known_layout(format, values),
+        dtype,
+        {"compute_dtype": compute_dtype, "sparse_products": sparse_products, "attention": attention},
+        known_device(device),
+        skip,
+        parse_bytes(activation_memory),
+        trust_remote_code,
+    )
+    job.calibrate(data, num_samples=num_samples, seq_length=seq_length, sampling=sampling, seed=seed, bos=bos)
+    with Run.open(target, job.recipe(), job.source.folder, overwrite=overwrite, progress=progress) as run:
+        if run.report is not None:
+            return run.report
+        for sentence in unmatched(job.structure.module, skip) + job.differences(like):
+            run.note(sentence)
+        model = job.model(run)
+        step = job.method.prepare(model, job.ids, run.work)
+        for block in run.blocks(job.ids, f"pruning with {job.method}"):
+            step(block)
+        step.finish(run)
+        base_model = None if job.source.is_local else job.source.name
+        return run.finish(type(model.module).__name__, job.source.folder, base_model, job.source.license)
 
-    windows = tokenizer = None
-    if method.calibrated:
+
+@dataclass
+class Job:
+    """What is asked for, checked as far as it can be before anything is written."""
+
+    source: Source
+    method: Method
+    layout: str
+    storage: torch.dtype
+    asked: dict[str, str]  # arithmetic options
+    device: torch.device
+    skip: Sequence[str]
+    activation_limit: int
+    structure: ModelStructure
+    windows: Windows | None = None
+    tokenizer: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        source: str | Path,
+        target: str | Path,
+        method: Method,
+        layout: str,
+        dtype: str | None,
+        asked: dict[str, str],
+        device: torch.device,
+        skip: Sequence[str],
+        activation_limit: int,
+        trust_remote_code: bool,
+    ) -> "Job":
+        opened = open_source(source, trust_remote_code)
+        if Path(target).expanduser().resolve() == opened.folder.resolve():
+            raise UsageError(f"{target} is the model to prune itself; give another folder")
+        structure = ModelStructure(opened.config, skip=skip, trust_remote_code=trust_remote_code)
+        method.check(structure.shapes)
+        choose_arithmetic_words(asked)
+        storage = storage_dtype(opened.shards) if dtype in (None, "auto") else dtype_named(str(dtype))
+        return cls(opened, method, layout, storage, asked, device, skip, activation_limit, structure)
+
+    def calibrate(self, data: Data | None, *, seq_length: int, **options: Any) -> None:
+        """Reads the calibration windows, where the method needs them. Raises UsageError where there are none."""
+        if not self.method.calibrated:
+            return
         if data is None:
             raise UsageError(
-                f"{method} chooses by activations and needs text: give --data FILE, or a name such as sotu"
+                f"{self.method} chooses by activations and needs text: give --data FILE, or a name such as sotu"
             )
-        tokenizer = tokenizer_for(opened.folder, data)
-        length = min(seq_length, context(opened.config))
-        windows = calibration_windows(
-            data, tokenizer, num_samples=num_samples, seq_length=length, sampling=sampling, seed=seed, bos=bos
+        self.tokenizer = tokenizer_for(self.source.folder, data)
+        length = min(seq_length, context(self.source.config))
+        self.windows = calibration_windows(data, self.tokenizer, seq_length=length, **options)
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The calibration windows [windows, tokens]."""
+        return self.windows.ids if self.windows else None
+
+    def recipe(self) -> Recipe:
+        """Without the arithmetic, which is chosen when the run starts."""
+        return Recipe(
+            method=str(self.method),
+            source={"name": self.source.name, "sha256": self.source.fingerprint},
+            data=self.windows.record if self.windows else None,
+            dtype=name_of(self.storage),
+            format=self.layout,
+            skip=list(self.skip),
+            asked=self.asked,
         )
-    recipe = {
-        "budwood": installed("budwood"),
-        "method": str(method),
-        "source": {"name": str(source), "sha256": opened.fingerprint},
-        "data": windows.record if windows else None,
-        "dtype": name_of(storage),
-        "compute_dtype": compute_dtype,
-        "format": layout,
-        "skip": list(skip),
+
+    def differences(self, like: Recipe | None) -> list[str]:
+        """In what this job departs from the recipe that it is to repeat, a sentence each."""
+        if like is None:
+            return []
+        mine, sentences = self.recipe(), []
+        if like.source.get("sha256") != mine.source["sha256"]:
+            sentences.append(f"{self.source.name} is not the model of the recipe, so the folder will be another one")
+        if (like.data or {}).get("sha256") != (mine.data or {}).get("sha256"):
+            sentences.append("the calibration windows are not those of the recipe, so the folder will be another one")
+        return sentences
+
+    def model(self, run: Run) -> Model:
+        """The model to stream, its arithmetic chosen now or when the run began; the run is started with it.
+
+        Raises RunError where the loss of the dense model is not finite.
+        """
+        notes: list[str] = []
+        if run.recorded is not None:
+            arithmetic = Arithmetic.recorded(run.recorded)
+        elif self.windows is None and self.asked["compute_dtype"] == "auto":
+            arithmetic = Arithmetic()
+        else:
+            widest = max((columns for _, columns in self.structure.shapes.values()), default=1)
+            arithmetic, notes = choose_arithmetic(
+                **self.asked, device=self.device, widest=min(2048, widest), published=self.method.published
+            )
+        model = Model(
+            self.source,
+            storage=self.storage,
+            arithmetic=arithmetic,
+            device=self.device,
+            skip=self.skip,
+            activation_limit=self.activation_limit,
+        )
+        for sentence in notes:
+            run.note(sentence)
+        if self.windows and run.recorded is None:
+            run.note(check_dense_loss(model, self.windows.ids, self.tokenizer))
+        run.start(model, {**arithmetic.record(), "device": self.device.type})
+        return model
+
+
+def choose_arithmetic_words(asked: dict[str, str]) -> None:
+    """UsageError for a word that no arithmetic option takes."""
+    words = {
+        "compute_dtype": ("auto", "float32", "bfloat16", "float16"),
+        "sparse_products": ("auto", "on", "off"),
+        "attention": ("auto", "fused", "blocked"),
     }
-    found = claim(folder, recipe, overwrite)
-    if found and (folder / "config.json").is_file() and (folder / "report.json").is_file():
-        notes.say(f"{target} is finished already; nothing is left to do")
-        return dict(json.loads((folder / "report.json").read_text("utf-8")))
-
-    if found:
-        arithmetic = Arithmetic.recorded(found)  # a resumed run goes on as it began
-    else:
-        compute = torch.float32
-        if compute_dtype != "auto":
-            compute = dtype_named(compute_dtype)
-        elif windows:
-            widest = max(columns for _, columns in structure.shapes.values())
-            compute, sentence = faster_dtype(place, min(2048, widest))
-            notes.say(sentence)
-        arithmetic = fastest(compute, place, method.published) if windows else Arithmetic(compute)
-    limit = parse_bytes(activation_memory)
-    model = Model(
-        opened,
-        storage=storage,
-        arithmetic=arithmetic,
-        device=place,
-        skip=skip,
-        activation_limit=limit,
-    )
-    if windows and not found:
-        notes.say(first_look(model, windows.ids, tokenizer))
-
-    writer = Writer(folder, {**recipe, **arithmetic.record()}, len(model), layout)
-    model.scratch = folder  # hidden states beyond the limit lie on the disk that is written to anyway
-    seconds = through_blocks(model, method, windows.ids if windows else None, writer, notes.progress)
-    writer.write_outside(model.names_outside(), model.read_outside)
-    report = account(model, writer, seconds, notes.said, str(source), str(method))
-    report["seconds"]["total"] = time.perf_counter() - started
-    base = None if opened.is_local else str(source)
-    documents = {
-        "report.json": json.dumps(report, indent=2) + "\n",
-        "report.md": render_report(report),
-        "README.md": render_card(report, base, opened.license, type(model.module).__name__),
-    }
-    writer.finish(opened.folder, str(method), documents)
-    return report
+    for name, known in words.items():
+        if asked[name] not in known:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} has no such type or way {asked[name]!r}; choose one of {', '.join(known)}")
 
 
-class Notes:
-    """What the user should know, said at once and kept for the report."""
+def check_dense_loss(model: Model, ids: Tensor, tokenizer: Any) -> str | None:
+    """Runs the start of the first window through the dense model, with a BOS token and without.
 
-    def __init__(self, progress: Progress):
-        self.progress = progress
-        self.said: list[str] = []
-
-    def say(self, sentence: str | None) -> None:
-        if sentence:
-            self.said.append(sentence)
-            self.progress.note(sentence)
-
-
-def through_blocks(
-    model: Model, method: Method, ids: Tensor | None, writer: Writer, progress: Progress
-) -> dict[int, float]:
-    """The loop itself; what an earlier run finished is replayed. Returns the seconds of every block done here.
-
-    A block's time runs until the next one is handed over: reading, statistics, choice, propagation, writing.
-    """
-    done = sum(writer.finished(index) for index in range(len(model)))
-    if done:
-        progress.note(f"{done} of {len(model)} blocks are finished already; going on from there")
-    seconds: dict[int, float] = {}
-    step = method.prepare(model, ids)
-    last: Block | None = None
-    before = time.perf_counter()
-
-    def tell(block: Block | None) -> None:
-        nonlocal before
-        now = time.perf_counter()
-        if block is not None:
-            seconds[block.index] = now - before
-            progress.block(block.index, block.name, now - before, block.relative_error)
-        before = now
-
-    progress.start(len(model), f"pruning with {method}")
-    try:
-        for block in model.blocks(ids, writer):
-            tell(last)
-            step(block)
-            last = block
-        tell(last)
-    finally:
-        progress.finish()
-    return seconds
-
-
-def first_look(model: Model, ids: Tensor, tokenizer: Any) -> str | None:
-    """Runs the start of the first window through the dense model, with a start token and without.
-
-    Returns the advice to use one where it helps; RunError when the dense model is broken already.
+    Returns the advice to use one where it helps. Raises RunError where the loss is not finite.
     """
     pair = with_bos(ids[:1], tokenizer)
     losses = streamed_losses(model, ids[:1, :BOS_TOKENS] if pair is None else pair)
     if not all(map(math.isfinite, losses)):
         raise RunError(
-            f"the loss of the dense model {model.source.name} is no number in {name_of(model.compute)}; "
+            f"the loss of the dense model {model.source.name} is NaN or infinite in {name_of(model.compute)}; "
             "its checkpoint is broken, or it needs --compute-dtype float32"
         )
     return bos_note(*losses) if pair is not None else None

@@ -1,18 +1,15 @@
-"""A pruned folder in another form: its matrices in another format, or their values rounded, without any text."""
+"""A pruned folder in another form: dense, in another format, or with rounded values; without calibration text."""
 
-import json
-import time
 from pathlib import Path
-from typing import Any
 
-from budwood.bookkeeping import account
-from budwood.checkpoints.source import open_source
-from budwood.checkpoints.writer import Writer, claim
-from budwood.environment import installed
+from budwood.checkpoints.checksums import INDEX_NAME, verify
+from budwood.checkpoints.source import Source, open_source
 from budwood.errors import UsageError
-from budwood.evaluation.report import render_card, render_report
 from budwood.formats import count, has_base, known_layout, rounds
-from budwood.progress import Progress, Silent
+from budwood.progress import Progress
+from budwood.reports.record import Report
+from budwood.runs.recipe import FILE, Recipe, read_recipe
+from budwood.runs.run import Run
 from budwood.stream.arithmetic import name_of
 from budwood.stream.block import Linear
 from budwood.stream.model import Model
@@ -25,74 +22,59 @@ def repack(
     values: str | None = None,
     *,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Writes the pruned model of `folder` into `target` in another layout; returns the report that is also written.
 
-    The same call goes on where an earlier one was cut off. With values="int8" every matrix is rounded as it is; in
-    `prune` later blocks see the rounding of earlier ones.
-    Raises UsageError where `folder` was not pruned by budwood or is rounded already, or where `target` is taken.
+    The same call continues where an earlier one was interrupted. format="dense" gives a folder that loads anywhere,
+    with zeros in place. With values="int8" every matrix is rounded as it is; in `prune` later blocks see the rounding
+    of earlier ones.
+    Raises UsageError where `folder` was not pruned by budwood or is rounded already, or where `target` is taken;
+    RunError where a shard is damaged.
     """
-    started = time.perf_counter()
-    progress = progress or Silent()
     layout = known_layout(format, values)
-    opened, target = open_source(folder), Path(target).expanduser()
-    if target.resolve() == opened.folder.resolve():
+    opened = open_source(folder, trust_remote_code)
+    if Path(target).expanduser().resolve() == opened.folder.resolve():
         raise UsageError(f"{target} is the folder to export itself; give another folder")
-    file = opened.folder / "recipe.json"
-    if not file.is_file():
-        raise UsageError(f"{folder} holds no recipe.json, so it is no folder that budwood pruned; prune it first")
-    made = json.loads(file.read_text("utf-8"))
+    made = recipe_of(opened)
     if rounds(layout) and any(rounds(entry["format"]) for entry in opened.packed.values()):
         raise UsageError(f"the values of {folder} are int8 already; export the folder that they were rounded from")
-
-    model = Model(opened, skip=made["skip"])
-    recipe = {
-        "budwood": installed("budwood"),
-        "method": made["method"],
-        "source": {"name": str(folder), "sha256": opened.fingerprint},
-        "data": made["data"],
-        "dtype": name_of(model.storage),
-        "compute_dtype": made["compute_dtype"],
-        "format": layout,
-        "skip": made["skip"],
-        "repacked": made,  # how the folder came to be that was repacked
-    }
-    found = claim(target, recipe, overwrite)
-    if found and (target / "config.json").is_file() and (target / "report.json").is_file():
-        progress.note(f"{target} is finished already; nothing is left to do")
-        return dict(json.loads((target / "report.json").read_text("utf-8")))
-
-    writer = Writer(target, recipe, len(model), layout)
-    seconds = through_blocks(model, writer, progress)
-    writer.write_outside(model.names_outside(), model.read_outside)
-    notes = [f"repacked from {folder}, where the output errors of the blocks are reported"]
-    report = account(model, writer, seconds, notes, str(folder), made["method"])
-    report["seconds"]["total"] = time.perf_counter() - started
-    documents = {
-        "report.json": json.dumps(report, indent=2) + "\n",
-        "report.md": render_report(report),
-        "README.md": render_card(report, None, opened.license, type(model.module).__name__),
-    }
-    writer.finish(opened.folder, made["method"], documents)
-    return report
-
-
-def through_blocks(model: Model, writer: Writer, progress: Progress) -> dict[int, float]:
-    """Reads and writes one block after the other; the seconds of every block done here."""
-    seconds: dict[int, float] = {}
-    before = time.perf_counter()
-    progress.start(len(model), f"storing as {writer.layout}")
-    try:
-        for block in model.blocks(writer=writer):
+    if (opened.folder / INDEX_NAME).is_file():
+        verify(opened.folder)
+    model = Model(opened, skip=made.skip)
+    recipe = Recipe(
+        verb="export",
+        method=made.method,
+        source={"name": str(folder), "sha256": opened.fingerprint},
+        data=made.data,
+        dtype=name_of(model.storage),
+        format=layout,
+        skip=made.skip,
+        made_from=made.to_json(),
+    )
+    with Run.open(target, recipe, opened.folder, overwrite=overwrite, progress=progress) as run:
+        if run.report is not None:
+            return run.report
+        run.start(model, {})
+        run.note(f"exported from {folder}, whose report has the output errors of the blocks")
+        for block in run.blocks(None, f"storing as {layout}"):
             for linear in block.linears.values():
                 linear.recovered = recovered(linear)
-            now = time.perf_counter()
-            seconds[block.index], before = now - before, now
-            progress.block(block.index, block.name, seconds[block.index])
-    finally:
-        progress.finish()
-    return seconds
+        return run.finish(type(model.module).__name__, opened.folder, None, opened.license)
+
+
+def recipe_of(source: Source) -> Recipe:
+    """How a pruned folder was made; of one that transformers saved again, what its configuration still says.
+
+    Raises UsageError where the folder holds nothing that budwood pruned.
+    """
+    made = read_recipe(source.folder / FILE)
+    if made is not None and made.method is not None:
+        return made
+    if not source.packed:
+        raise UsageError(f"{source.name} holds nothing that budwood pruned; prune it first")
+    return Recipe(method=None, source={"name": source.name}, data=None, dtype="auto", format="auto")
 
 
 def recovered(linear: Linear) -> int | None:

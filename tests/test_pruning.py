@@ -14,7 +14,6 @@ from families import FAMILIES, MOE, build, save_model, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from budwood.checkpoints.export import export_dense
 from budwood.checkpoints.loading import load
 from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import evaluate
@@ -22,6 +21,7 @@ from budwood.formats import FORMATS, LOSSLESS
 from budwood.humanize import parse_bytes
 from budwood.planning import plan
 from budwood.pruning import prune
+from budwood.repacking import repack
 
 CALIBRATION = {"num_samples": 4, "seq_length": 24, "compute_dtype": "float32"}
 IDS = token_ids(1, 400) % 90 + 3
@@ -72,7 +72,7 @@ def test_every_format_gives_the_logits_of_the_dense_folder(llama, tmp_path, layo
     if layout in LOSSLESS:
         prune(llama, tmp_path / "dense", method, TEXT, format="dense", **CALIBRATION)
     else:
-        export_dense(tmp_path / "packed", tmp_path / "dense")
+        repack(tmp_path / "packed", tmp_path / "dense", "dense")
     assert {linear["format"] for linear in report["linears"].values()} == {layout}
     ids = torch.arange(3, 60)[None]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
@@ -113,7 +113,7 @@ def test_later_blocks_see_the_rounding_and_it_is_reported(llama, tmp_path):
 def test_rounded_folders_are_one_model_however_they_are_read(llama, tmp_path):
     """In bfloat16 and cast to float32, resident and streamed, packed and exported."""
     prune(llama, tmp_path / "int8", "wrp(alpha=0.5)", TEXT, values="int8", dtype="bfloat16", **CALIBRATION)
-    export_dense(tmp_path / "int8", tmp_path / "dense")
+    repack(tmp_path / "int8", tmp_path / "dense", "dense")
     ids = torch.arange(3, 60)[None]
     for dtype in (torch.bfloat16, torch.float32):
         packed, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / f, dtype=dtype) for f in ("int8", "dense"))

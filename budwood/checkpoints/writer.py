@@ -1,90 +1,92 @@
-"""The target folder: one shard per finished block, written beside and renamed; the rest when all are there.
+"""The shards of a run: one per finished block, written under a temporary name and renamed; index and config at the end.
 
-A finished file is finished work and nothing else is remembered: `recipe.json` is written first and says what the
-folder is for, `config.json` last, so that a folder that was interrupted can be resumed and cannot be loaded.
+A finished file is finished work; nothing else is remembered. Every shard carries the id of its run, so that shards of
+another run in the same folder are not taken for its own.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from budwood.checkpoints.checksums import index_of, sha256
+from budwood.checkpoints.files import copy_file, write_json, written_whole
+from budwood.checkpoints.packing import PackedEntries
 from budwood.checkpoints.reader import Shards, read_header
 from budwood.checkpoints.shard import write_shard
 from budwood.checkpoints.weights import assemble
-from budwood.errors import RunError, UsageError
+from budwood.errors import RunError
 
-OURS = (
-    "sparse*.safetensors*",
-    "model*.safetensors*",
-    "config.json",
-    "recipe.json",
-    "report.*",
-    "README.md",
-    "*.tmp",
-)
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 NOT_COMPANIONS = ("config.json", "recipe.json", "report.json", "adapter_config.json")
-IDENTITY = ("budwood", "method", "source", "data", "dtype", "compute_dtype", "format", "skip")
+OUTSIDE = -1  # the index of the shard of everything outside the blocks
+
+
+@dataclass(frozen=True)
+class ShardNotes:
+    """What the header of a shard says beside its tensors.
+
+    packed: format and [out, in] shape of every packed matrix. shapes: parameters (full name: shape as the module stores
+    it) that the configuration gives another shape, or none. notes: JSON-plain, for the report.
+    """
+
+    run: str | None
+    packed: PackedEntries
+    shapes: dict[str, list[int]]
+    notes: dict[str, Any]
 
 
 class Writer:
-    """Writes the shards of one run into `target`, and reads back those that are finished.
+    """Writes the shards of one run into `folder`, and reads back those that are finished.
 
-    target: the folder; created here. recipe: JSON-plain, says what the run is (IDENTITY keys decide whether a folder
-    belongs to it). blocks: number of decoder blocks. layout: a format's name, or "auto"; a
-    dense folder carries the usual file names.
+    run: the id of the run. blocks: number of decoder blocks. layout: a format's name, "auto" or "auto_int8". Shards of
+    a dense layout have the usual file names.
     """
 
-    def __init__(self, target: Path, recipe: dict[str, Any], blocks: int, layout: str):
-        self.target, self.recipe, self.blocks, self.layout = target, recipe, blocks, layout
+    def __init__(self, folder: Path, run: str, blocks: int, layout: str):
+        self.folder, self.run, self.blocks, self.layout = folder, run, blocks, layout
         self.stem = "model" if layout == "dense" else "sparse"
-        target.mkdir(parents=True, exist_ok=True)
-        for stray in target.glob("*.tmp"):
-            stray.unlink()
-        write_json(target / "recipe.json", recipe)
 
     def shard(self, index: int) -> Path:
-        """File of block `index`; index -1 is the shard of everything outside the blocks."""
-        return self.target / f"{self.stem}-{index + 2:05d}-of-{self.blocks + 1:05d}.safetensors"
+        """File of block `index`, or of everything outside the blocks."""
+        return self.folder / f"{self.stem}-{index + 2:05d}-of-{self.blocks + 1:05d}.safetensors"
 
     def finished(self, index: int) -> bool:
-        return self.shard(index).is_file()
+        file = self.shard(index)
+        return file.is_file() and self.about(index).run == self.run
 
     def write(
-        self, index: int, tensors: dict[str, Tensor], packed: dict[str, dict[str, Any]], notes: dict[str, Any]
+        self, index: int, tensors: dict[str, Tensor], packed: PackedEntries, shapes: dict[str, list[int]], notes: Any
     ) -> None:
-        """One shard. packed: format and shape of the matrices stored as several tensors; notes: JSON-plain."""
-        metadata = {"format": "pt", "budwood": json.dumps({"packed": packed, "notes": notes})}
-        beside = self.shard(index).with_suffix(".tmp")
+        """One shard; see `ShardNotes`. Raises RunError where it cannot be written."""
+        about = {"run": self.run, "packed": packed, "shapes": shapes, "notes": notes}
         try:
-            write_shard(beside, tensors, metadata)
-        except BaseException as error:
-            beside.unlink(missing_ok=True)
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
+            with written_whole(self.shard(index)) as beside:
+                write_shard(beside, tensors, {"format": "pt", "budwood": json.dumps(about)})
+        except OSError as error:
             finished = sum(self.finished(i) for i in range(self.blocks))
             raise RunError(
-                f"{beside.parent} could not be written ({error}); {finished} of {self.blocks} blocks are finished and "
+                f"{self.folder} could not be written ({error}); {finished} of {self.blocks} blocks are finished and "
                 "kept there: make room and give the same command again"
             ) from error
-        os.replace(beside, self.shard(index))
 
-    def read(self, index: int, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The dense tensors of a finished shard as the modules of `model` hold them, and its notes."""
+    def read(self, index: int, model: nn.Module) -> tuple[dict[str, Tensor], ShardNotes]:
+        """The dense tensors of a finished shard as the modules of `model` hold them, and what its header says."""
         shards = Shards([self.shard(index)])
-        packed, notes = self.about(index)
-        return assemble({name: shards.read(name) for name in shards.names()}, packed, model), notes
+        about = self.about(index)
+        return assemble({name: shards.read(name) for name in shards.names()}, about.packed, model), about
 
-    def about(self, index: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """What is packed in a finished shard and how, and its notes."""
-        said = json.loads(read_header(self.shard(index))[1]["budwood"])
-        return said["packed"], said["notes"]
+    def about(self, index: int) -> ShardNotes:
+        """What the header of a shard says. Raises RunError where it is damaged."""
+        file = self.shard(index)
+        try:
+            said = json.loads(read_header(file)[1].get("budwood", "{}"))
+            return ShardNotes(said.get("run"), said.get("packed", {}), said.get("shapes", {}), said.get("notes", {}))
+        except (ValueError, AttributeError) as error:
+            raise RunError(f"{file} is damaged ({error}); delete it and give the same command again") from error
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every matrix stored under its own name, by linear; those fused with others are not listed."""
@@ -98,109 +100,61 @@ class Writer:
 
     def total_bytes(self) -> int:
         """Bytes of all tensors written so far."""
-        files = [self.shard(index) for index in range(-1, self.blocks)]
+        files = [self.shard(index) for index in range(OUTSIDE, self.blocks)]
         return sum(place.nbytes for file in files if file.is_file() for place in read_header(file)[0].values())
 
     def write_outside(self, names: Iterable[str], read: Callable[[str], dict[str, Tensor]]) -> None:
         """The shard of everything that is in no block, once."""
-        if not self.finished(-1):
+        if not self.finished(OUTSIDE):
             tensors = {full: tensor for name in names for full, tensor in read(name).items()}
-            self.write(-1, tensors, {}, {})
+            self.write(OUTSIDE, tensors, {}, {}, {})
 
-    def finish(self, source: Path, method: str, documents: Mapping[str, str]) -> None:
-        """Index, companions of the source (tokenizer, templates), documents by file name, and last the config."""
+    def needs_plug_in(self) -> bool:
+        """Whether transformers alone would not load these shards, or would load them wrongly."""
+        return self.layout != "dense" or any(self.about(index).shapes for index in range(self.blocks))
+
+    def write_index(self) -> None:
+        """The index of all shards with their checksums; under the usual name where no plug-in is needed."""
         weight_map: dict[str, str] = {}
         digests: dict[str, str] = {}
-        for index in range(-1, self.blocks):
+        for index in range(OUTSIDE, self.blocks):
             file = self.shard(index)
-            places, _ = read_header(file)
-            weight_map |= dict.fromkeys(places, file.name)
+            weight_map |= dict.fromkeys(read_header(file)[0], file.name)
             digests[file.name] = sha256(file)
+        stem = "sparse" if self.needs_plug_in() else "model"
         listing = index_of(weight_map, self.total_bytes(), digests)
-        write_json(self.target / f"{self.stem}.safetensors.index.json", listing)
-        copy_companions(source, self.target)
-        for name, text in documents.items():
-            write_text(self.target / name, text)
-        write_json(self.target / "config.json", self._config(source, method))
+        write_json(self.folder / f"{stem}.safetensors.index.json", listing)
 
-    def _config(self, source: Path, method: str) -> dict[str, Any]:
-        """The source's config.json, with the type and the packing of what was written."""
-        config = json.loads((source / "config.json").read_text("utf-8"))
+    def config(self, source: Path, method: str | None, dtype: str) -> dict[str, Any]:
+        """The config.json of `source`, with dtype and packing of what was written."""
+        config: dict[str, Any] = json.loads((source / "config.json").read_text("utf-8"))
         config.pop("quantization_config", None)
         config.pop("torch_dtype", None)
-        config["dtype"] = self.recipe["dtype"]
-        if self.layout != "dense":
-            packed = [entry for index in range(self.blocks) for entry in self.about(index)[0].items()]
+        config["dtype"] = dtype
+        if self.needs_plug_in():
+            written = [self.about(index) for index in range(self.blocks)]
+            shapes = {name: shape for about in written for name, shape in about.shapes.items()}
             config["quantization_config"] = {
                 "quant_method": "budwood",
                 "format_version": 1,
                 "recipe": method,
-                "linears": dict(packed),
+                "linears": {name: entry for about in written for name, entry in about.packed.items()},
+                **({"shapes": shapes} if shapes else {}),
             }
         return config
 
 
-def claim(target: Path, recipe: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Looks whether a run may go to `target`: returns the recipe found there when it is the same run, else None.
-
-    Raises UsageError when the folder holds something else and `overwrite` is not set; with it, files of an earlier
-    run are removed (never anything that budwood does not write).
-    """
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"{target} is a file; give a folder")
-    if not target.exists() or not any(target.iterdir()):
-        return None
-    if overwrite:
-        for pattern in OURS:
-            for file in target.glob(pattern):
-                file.unlink()
-        return None
-    file = target / "recipe.json"
-    if not file.is_file():
-        raise UsageError(f"{target} is not empty and holds no budwood run; give another folder, or --overwrite")
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged; give another folder, or --overwrite") from error
-    for key in IDENTITY:
-        if _identity(found.get(key)) != _identity(recipe.get(key)):
-            raise UsageError(
-                f"{target} holds another run: its {key.replace('_', ' ')} is {_short(found.get(key))}, asked for is "
-                f"{_short(recipe.get(key))}; give another folder, or --overwrite"
-            )
-    return found
-
-
-def _identity(value: Any) -> Any:
-    """What makes a part of a recipe the same: a digest where there is one (names and paths may differ)."""
-    return value.get("sha256", value) if isinstance(value, dict) else value
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return text if len(text) <= 160 else text[:157] + "..."
+def companions(source: Path) -> list[Path]:
+    """Tokenizer, chat template, generation config: the small files beside the weights of a folder."""
+    found = {
+        file.name: file
+        for pattern in COMPANIONS
+        for file in source.glob(pattern)
+        if file.name not in NOT_COMPANIONS and not file.name.endswith(".index.json") and not file.name.startswith(".")
+    }
+    return [found[name] for name in sorted(found)]
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, chat template, generation config: all small files beside the weights, as they are."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.name not in NOT_COMPANIONS and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, target / file.name)
-
-
-def write_json(file: Path, content: Any) -> None:
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """DenseStream, then renamed."""
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(text, "utf-8")
-    _flush(beside)
-    os.replace(beside, file)
-
-
-def _flush(file: Path) -> None:
-    with open(file, "rb+") as stream:
-        os.fsync(stream.fileno())
+    for file in companions(source):
+        copy_file(file, target / file.name)

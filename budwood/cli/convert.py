@@ -26,7 +26,7 @@ def convert(
       budwood convert model.gguf ./model --dtype bfloat16 --overwrite
     """
     with working():
-        from budwood.checkpoints.gguf import convert as turn
+        from budwood.conversion import convert as turn
 
         turn(file, target, dtype=dtype, overwrite=overwrite)
     answer({"source": file, "target": target, "dtype": dtype}, json, show)

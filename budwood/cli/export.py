@@ -40,16 +40,10 @@ def export(
     """
     layout = format or ("dense" if values is None else "auto")
     with working():
-        if (layout, values) == ("dense", None):
-            from budwood.checkpoints.export import export_dense
+        from budwood.repacking import repack
 
-            export_dense(model, target, overwrite=overwrite)
-            written: dict[str, Any] = {"format": layout}
-        else:
-            from budwood.repacking import repack
-
-            report = repack(model, target, layout, values, overwrite=overwrite, progress=telling(quiet))
-            written = {"format": report["format"], "totals": report["totals"]}
+        report = repack(model, target, layout, values, overwrite=overwrite, progress=telling(quiet))
+        written: dict[str, Any] = {"format": report["format"], "totals": report["totals"]}
     answer({"source": model, "target": target, **written}, json, show)
 
 

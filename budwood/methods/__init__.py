@@ -1,23 +1,7 @@
-"""One file per method. A new method is a file and a line here."""
+"""Pruning methods, one file each; `registry.py` lists them."""
 
-from budwood.methods.alps import Alps
-from budwood.methods.expression import parse_method, write_method
-from budwood.methods.graft import Graft
-from budwood.methods.magnitude import Magnitude
-from budwood.methods.method import Method
-from budwood.methods.refit import Refit
-from budwood.methods.sparsegpt import SparseGPT
-from budwood.methods.wanda import Wanda
-from budwood.methods.wrp import Wrp
-
-METHODS: dict[str, type[Method]] = {
-    "magnitude": Magnitude,
-    "wanda": Wanda,
-    "sparsegpt": SparseGPT,
-    "wrp": Wrp,
-    "refit": Refit,
-    "alps": Alps,
-    "graft": Graft,
-}
+from budwood.methods.expression import parse_method
+from budwood.methods.method import Method, write_method
+from budwood.methods.registry import METHODS
 
 __all__ = ["METHODS", "Method", "parse_method", "write_method"]

@@ -1,13 +1,13 @@
-"""A method as text, `wrp(alpha=0.25)`: read without ever evaluating anything, and written back the same."""
+"""A method from its expression, such as `wrp(alpha=0.25)`: parsed with `ast`, never evaluated."""
 
 import ast
 import dataclasses
 import difflib
-import json
 from typing import Any
 
 from budwood.errors import UsageError
-from budwood.methods.method import Method
+from budwood.methods.method import Method, default_of
+from budwood.methods.registry import METHODS
 
 
 def parse_method(text: str) -> Method:
@@ -23,24 +23,6 @@ def parse_method(text: str) -> Method:
     if not isinstance(method, Method):
         raise UsageError(f"{text!r} is no method; write one like {EXAMPLE}")
     return method
-
-
-def write_method(method: Method) -> str:
-    """Canonical text: the fields that differ from their defaults, or the first one where none does.
-
-    The first is written bare if it is text or a method.
-    """
-    from budwood.methods import METHODS
-
-    name = next(name for name, kind in METHODS.items() if kind is type(method))
-    fields = [field for field in dataclasses.fields(method) if field.init]  # type: ignore[arg-type]
-    told = [field for field in fields if getattr(method, field.name) != _default(field)] or fields[:1]
-    arguments = []
-    for field in told:
-        value = getattr(method, field.name)
-        bare = field is fields[0] and isinstance(value, str | Method)
-        arguments.append(_write(value) if bare else f"{field.name}={_write(value)}")
-    return f"{name}({', '.join(arguments)})"
 
 
 EXAMPLE = "'wrp(alpha=0.25)' or 'sparsegpt(\"2:4\")'"
@@ -68,14 +50,13 @@ def _value(node: ast.expr, text: str) -> Any:
 
 
 def _make(name: str, positional: list[Any], keywords: dict[str, Any], text: str) -> Method:
-    from budwood.methods import METHODS
-
     if name not in METHODS:
         raise UsageError(f"in {text!r}: {_unknown('method', name, list(METHODS))}")
     fields = [field for field in dataclasses.fields(METHODS[name]) if field.init]  # type: ignore[arg-type]
     names = [field.name for field in fields]
     if len(positional) > len(names):
         raise UsageError(f"in {text!r}: {name} takes at most {len(names)} options: {', '.join(names)}")
+    keywords, divided = _current(name, keywords)
     given = dict(zip(names, positional, strict=False))
     for key, value in keywords.items():
         if key not in names:
@@ -84,22 +65,25 @@ def _make(name: str, positional: list[Any], keywords: dict[str, Any], text: str)
             raise UsageError(f"in {text!r}: {key} is given twice")
         given[key] = value
     for field in fields:
-        if field.name not in given and _default(field) is dataclasses.MISSING:
+        if field.name not in given and default_of(field) is dataclasses.MISSING:
             raise UsageError(f"in {text!r}: {name} needs {field.name}")
-    return METHODS[name](**given)
+    method = METHODS[name](**given)
+    return METHODS["allocate"](method) if divided else method  # type: ignore[call-arg]
+
+
+def _current(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Options as earlier versions wrote them, in today's spelling; whether matrices were to get shares of their own."""
+    given = dict(given)
+    if given.get("tie") == "published":
+        del given["tie"]
+        given["published"] = True
+    if isinstance(given.get("parity"), bool):
+        given["published"] = given.pop("parity")
+    divided = name != "graft" and given.get("allocate") in ("global", "uniform")
+    return given, divided and given.pop("allocate") == "global"
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     return f"there is no {kind} {name}; there are {', '.join(known)}{hint}"
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def _write(value: Any) -> str:
-    if isinstance(value, Method):
-        return write_method(value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

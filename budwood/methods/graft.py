@@ -1,10 +1,10 @@
 """graft: the best model that a number of bits per weight can buy, with 2:4 inside it or without."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from torch import Tensor
 from budwood.errors import UsageError
 from budwood.formats import predict
 from budwood.methods.allocation import kept_counts
-from budwood.methods.alps import Inputs, inputs
-from budwood.methods.method import Block, Method, naming
+from budwood.methods.fitting import Inputs, check_fit, fit, inputs_of
+from budwood.methods.method import PatternMethod, PatternOf, Step, naming
+from budwood.methods.option import option
 from budwood.methods.reconstruction import reconstruct_block
-from budwood.methods.refit import check_fit, fit
 from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity import scores
 from budwood.sparsity.admm import admm
@@ -24,32 +24,33 @@ from budwood.sparsity.patterns import NM, Pattern, Shape, Top
 from budwood.sparsity.recovery import Recovered
 from budwood.stream.dense_stream import DenseStream
 
+if TYPE_CHECKING:
+    from budwood.checkpoints.work import Work
+    from budwood.stream.block import Block
+    from budwood.stream.model import Model
+
 ITEMSIZE = 2  # bytes of a value: bits are counted as the 16-bit types store them
 
 
 @dataclass(frozen=True)
-class Graft(Method):
-    """Spend a budget of bits on 2:4 and the weights worth most beside it, and fit all that stays to the dense outputs.
+class Graft(PatternMethod):
+    """Spend a budget of bits on 2:4 and the weights that save most beside it; fit all of them to the dense outputs."""
 
-    bits: stored bits per weight of the pruned matrices, values of 16 bits and places together. pattern: "2:4" with
-    recovered weights, or "free" (any places). select: the mask by alternating directions as in "alps", or by the score
-    of "wanda". allocate: "global" divides the weights among all matrices by what they save in the logits, "uniform"
-    gives each the same share. fit: let the kept weights make up for the others. rounds, damp, iterations, tolerance: as
-    in alps; the search ends so near the best values that few iterations are left to do. steps, rate: of gradient
-    descent of each block as a whole towards the outputs of the dense model.
-    """
-
-    bits: float = 9.75
-    pattern: Literal["2:4", "free"] = "2:4"
-    select: Literal["alps", "wanda"] = "alps"
-    allocate: Literal["global", "uniform"] = "global"
-    fit: bool = True
-    rounds: int = 12
-    damp: float = 0.01
-    iterations: int = 8
-    tolerance: float = 3e-3
-    steps: int = 0
-    rate: float = 0.002
+    bits: float = option(9.75, "stored bits per weight of the pruned matrices, 16-bit values and index together")
+    pattern: Literal["2:4", "free"] = option("2:4", '"2:4" with recovered weights beside it, or "free": any positions')
+    select: Literal["alps", "wanda"] = option(
+        "alps", 'the mask by alternating directions as in "alps", or by the score of "wanda"'
+    )
+    allocate: Literal["global", "uniform"] = option(
+        "global", "divide the weights over all matrices by what they save in the logits, or give each the same share"
+    )
+    fit: bool = option(True, "let the kept weights compensate for the others")
+    rounds: int = option(12, "most rounds of the search for the mask, as in alps")
+    damp: float = option(0.01, "pull towards the dense weights, as in alps")
+    iterations: int = option(8, "most steps of the fit, which starts near its end")
+    tolerance: float = option(3e-3, "a row is fitted when its gradient has shrunk to this share")
+    steps: int = option(0, "steps of gradient descent of each block as a whole towards the dense model's outputs")
+    rate: float = option(0.002, "of the first of these steps, relative to the typical size of a matrix's weights")
 
     def __post_init__(self) -> None:
         one_of("pattern", self.pattern, ("2:4", "free"))
@@ -77,9 +78,9 @@ class Graft(Method):
                 )
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
-        return self.keeping(shape, self.count_for(shape))
+        return self.keeping_count(shape, self.count_for(shape))
 
-    def keeping(self, shape: Shape, count: int) -> Pattern:
+    def keeping_count(self, shape: Shape, count: int) -> Pattern:
         """The pattern of a matrix [out, in] that keeps `count` weights."""
         share = max(0, count - self._least(shape)) / (shape[0] * shape[1])
         return Recovered(self.base, Top(share, "matrix")) if self.base else Top(share, "matrix")
@@ -95,31 +96,25 @@ class Graft(Method):
         return shape[0] * (shape[1] // 4) * 2 if self.base else 0
 
     def _bytes(self, shape: Shape, count: int) -> int:
-        return predict(shape, self._outlook(shape, count), ITEMSIZE)[1]
+        return predict(shape, self._forecast(shape, count), ITEMSIZE)[1]
 
-    def _outlook(self, shape: Shape, count: int) -> Forecast:
+    def _forecast(self, shape: Shape, count: int) -> Forecast:
         return Forecast(count, count - self._least(shape) if self.base else None)
 
-    def forecast(self, shape: Shape, name: str = "") -> Forecast:
-        return self._outlook(shape, self.count_for(shape))
+    def forecast_matrix(self, shape: Shape, name: str = "") -> Forecast:
+        return self._forecast(shape, self.count_for(shape))
 
-    def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
-        counts = {}
+    def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
+        assert windows is not None
+        counts: dict[str, int] = {}
         if self.allocate == "global":
             total = sum(self.count_for(shape) for shape in model.structure.shapes.values())
-            counts = kept_counts(model, batches, self.pattern_for, self.base, total)
-        return partial(self.step, counts=counts, dense=DenseStream(model, batches) if self.steps else None)
+            counts = kept_counts(model, windows, work, self, self.pattern_for, self.base, total)
+        return GraftStep(self, counts, DenseStream(model, windows) if self.steps else None)
 
-    def __call__(self, block: Block) -> None:
-        self.step(block, {}, None)
-
-    def step(self, block: Block, counts: Mapping[str, int], dense: DenseStream | None) -> None:
-        """Prunes one block. counts: weights that a linear keeps, by full name; its own share where it is not there.
-
-        dense: the stream whose outputs the whole block is fitted to at last, where steps are asked for.
-        """
-        for linear, known in inputs(block, self.damp):
-            pattern = self.keeping(linear.shape, counts.get(linear.name, self.count_for(linear.shape)))
+    def prune_block(self, block: "Block", pattern_for: PatternOf) -> None:
+        for linear, known in inputs_of(block, self.damp):
+            pattern = pattern_for(linear.shape, linear.name)
             weight = linear.weight
             with naming(linear.name):
                 keep, start = self.choose(weight, known, pattern)
@@ -129,11 +124,9 @@ class Graft(Method):
                 linear.weight = torch.where(keep, weight, 0)
             if self.base:
                 linear.recovered = int(keep.sum()) - self._least(linear.shape)
-        if dense is not None:
-            reconstruct_block(block, dense, self.steps, self.rate)
 
     def choose(self, weight: Tensor, known: Inputs | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """What stays of a matrix, bool [out, in], and weights to begin a fit with [out, in].
+        """The mask of a matrix, bool [out, in], and weights to start a fit from [out, in].
 
         Where no token reached it the largest weights stay.
         """
@@ -142,3 +135,25 @@ class Graft(Method):
         if self.select == "wanda":
             return pattern.keep(scores.wanda(weight, known.gram.norms())), weight
         return admm(weight, known.spectrum, pattern, self.rounds)
+
+
+@dataclass(frozen=True)
+class GraftStep(Step):
+    """counts: weights that a linear keeps, by full name; its own share where it is not there.
+
+    dense: the stream whose outputs the whole block is fitted to in the end, where steps are asked for.
+    """
+
+    method: Graft
+    counts: Mapping[str, int]
+    dense: DenseStream | None
+
+    def __call__(self, block: "Block") -> None:
+        method = self.method
+
+        def pattern_for(shape: Shape, name: str) -> Pattern:
+            return method.keeping_count(shape, self.counts.get(name, method.count_for(shape)))
+
+        method.prune_block(block, pattern_for)
+        if self.dense is not None:
+            reconstruct_block(block, self.dense, method.steps, method.rate)

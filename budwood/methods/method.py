@@ -1,90 +1,152 @@
-"""What a method is: a function of one decoder block, with its settings as fields."""
+"""The contract of a method: prepared once for a model, then called for one decoder block after the other."""
 
+import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from budwood.errors import RunError
+from budwood.errors import RunError, UsageError
 from budwood.sparsity.forecast import Forecast
-from budwood.sparsity.patterns import Pattern, Shape
+from budwood.sparsity.patterns import NM, Pattern, Shape
 from budwood.sparsity.selection import NotFinite
 
-S = TypeVar("S")
+if TYPE_CHECKING:
+    from budwood.checkpoints.structure import ModelStructure
+    from budwood.checkpoints.work import Work
+    from budwood.runs.run import Run
+    from budwood.stream.block import Block, Linear
+    from budwood.stream.model import Model
+
+PatternOf = Callable[[Shape, str], Pattern]  # of the linear of this shape [out, in] and full name
 
 
-class Linear(Protocol):
-    """One prunable matrix of a block."""
+class Step:
+    """A prepared method: called once for every block, in order, then finished once."""
 
-    name: str  # in full, "model.layers.7.self_attn.q_proj"
-    stored: Tensor  # [out, in] in the storage type
-    recovered: int | None  # positions beyond the base pattern, set by methods that recover
+    def __call__(self, block: "Block") -> None:
+        """Changes one block: weights and biases of its linears, or any other parameter of its module."""
+        raise NotImplementedError
 
-    @property
-    def shape(self) -> Shape: ...
-
-    @property
-    def weight(self) -> Tensor: ...  # float32 [out, in]
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None: ...  # [out, in], kept in the storage type
+    def finish(self, run: "Run") -> None:
+        """After the last block; the default does nothing. `Run.rewrite` gives every block again."""
 
 
-class Block(Protocol):
-    """One decoder block as a method sees it."""
+class Method(Step):
+    """What can be pruned with. Subclasses are frozen dataclasses whose fields are the options, checked when made.
 
-    @property
-    def linears(self) -> Mapping[str, Any]: ...  # Linear by name inside the block
-
-    def collect(self, statistic: Callable[[int], S]) -> dict[str, S]: ...  # one pass, by name inside the block
-
-
-class Method:
-    """The call changes the weights of one block. Everything else has a default or a plain answer.
-
-    Subclasses are frozen dataclasses whose fields are the options a user can set, checked when made.
+    A method that needs no look at the model is its own step. `str` gives the expression that `parse_method` reads.
     """
 
     calibrated: ClassVar[bool] = True  # False: works on weights alone, nothing runs forward
 
     @property
     def published(self) -> bool:
-        """Whether the figures of a published program are to be met, whose products are all torch's own."""
-        return getattr(self, "tie", None) == "published" or bool(getattr(self, "parity", False))
+        """Whether ties, counts and sums follow the published program, so that its figures are met.
+
+        Methods with a published program have a field of this name; others answer for the methods inside them.
+        """
+        return any(inner.published for inner in inner_methods(self))
 
     def check(self, linears: Mapping[str, Shape]) -> None:
-        """Raise UsageError where a linear (full name: [out, in]) cannot be pruned as asked."""
-        for name, shape in linears.items():
-            self.pattern_for(shape, name).check(shape, name)
+        """Raises UsageError where a linear (full name: [out, in]) cannot be pruned as asked."""
 
-    def forecast(self, shape: Shape, name: str = "") -> Forecast:
-        """What will be left of a matrix [out, in]; `name` matters only where settings differ by linear."""
-        return self.pattern_for(shape, name).forecast(shape)
+    def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
+        """What will be left of every matrix in scope, by full name: counts, and another shape where it changes."""
+        raise NotImplementedError
+
+    def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
+        """The pattern that a matrix [out, in] keeps to afterwards; None where the method promises none."""
+        return None
+
+    def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
+        """Looks at the dense model first, where that is needed; the default does not.
+
+        windows: calibration token ids [windows, tokens]. work: keeps intermediate results until the run is finished.
+        """
+        return self
+
+    def __str__(self) -> str:
+        return write_method(self)
+
+
+class PatternMethod(Method):
+    """A method that gives every matrix one pattern, and can be given others."""
+
+    @property
+    def base(self) -> NM | None:
+        """N:M that every matrix keeps in any case; None where there is none."""
+        return None
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         """What may stay of the linear `name`, [out, in]."""
         raise NotImplementedError
 
-    def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
-        """Look at the whole model first; most methods need not."""
-        return self
+    def keeping(self, share: float) -> PatternOf:
+        """The patterns that keep this share of a matrix's weights. Raises UsageError where the share is fixed."""
+        raise UsageError(f"allocate needs a method whose matrices may keep different shares; {self} gives all the same")
 
-    def __call__(self, block: Block) -> None:
+    def kept_share(self) -> float:
+        """The share of its weights that every matrix keeps. Raises UsageError where there is nothing to divide."""
+        raise UsageError(f"allocate needs a method whose matrices may keep different shares; {self} gives all the same")
+
+    def prune_block(self, block: "Block", pattern_for: PatternOf) -> None:
+        """Prunes the linears of one block to these patterns."""
         raise NotImplementedError
 
-    def expression(self) -> str:
-        """The method as text, without fields left at their defaults; `parse_method` reads it back."""
-        from budwood.methods.expression import write_method
+    def forecast_for(self, shape: Shape, pattern: Pattern) -> Forecast:
+        """What a pattern will leave of a matrix [out, in]."""
+        return pattern.forecast(shape)
 
-        return write_method(self)
+    def forecast_matrix(self, shape: Shape, name: str = "") -> Forecast:
+        """What will be left of one matrix [out, in]."""
+        return self.forecast_for(shape, self.pattern_for(shape, name))
 
-    __str__ = expression
+    def check(self, linears: Mapping[str, Shape]) -> None:
+        for name, shape in linears.items():
+            self.pattern_for(shape, name).check(shape, name)
+
+    def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
+        return {name: self.forecast_matrix(shape, name) for name, shape in structure.shapes.items()}
+
+    def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
+        return self.pattern_for(shape, name)
+
+    def __call__(self, block: "Block") -> None:
+        self.prune_block(block, self.pattern_for)
 
 
-def prune(linear: Linear, scores: Tensor, pattern: Pattern) -> int:
-    """Set to zero what `pattern` does not keep; returns how many positions stay."""
+@dataclasses.dataclass(frozen=True)
+class Wrapper(Method):
+    """A method that improves or directs another one, and answers for it in everything else."""
+
+    inner: Method = dataclasses.field(metadata={"help": "the method, such as wrp(alpha=0.25)"})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Method):
+            raise UsageError(f"{name_of(type(self))} needs a method such as wrp(alpha=0.25), got {self.inner!r}")
+
+    def check(self, linears: Mapping[str, Shape]) -> None:
+        self.inner.check(linears)
+
+    def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
+        return self.inner.forecast(structure)
+
+    def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
+        return self.inner.pattern_of(shape, name)
+
+
+def inner_methods(method: Method) -> list[Method]:
+    """The methods among the options of a method."""
+    values = (getattr(method, field.name) for field in dataclasses.fields(method))  # type: ignore[arg-type]
+    return [value for value in values if isinstance(value, Method)]
+
+
+def prune(linear: "Linear", scores: Tensor, pattern: Pattern) -> int:
+    """Sets to zero what `pattern` does not keep of scores [out, in]; returns how many positions stay."""
     with naming(linear.name):
         keep = pattern.keep(scores)  # [out, in]
     linear.weight = torch.where(keep, linear.stored, 0)  # a product would leave negative zeros
@@ -93,8 +155,39 @@ def prune(linear: Linear, scores: Tensor, pattern: Pattern) -> int:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Scores without a rank become a failure that names the linear."""
+    """Scores that cannot be ranked become a failure that names the linear."""
     try:
         yield
     except NotFinite as error:
         raise RunError(f"{name}: {error}; check the weights and the calibration for NaN and overflow") from error
+
+
+def name_of(kind: type[Method]) -> str:
+    """The name of a method in expressions: its class's, in lower case."""
+    return kind.__name__.lower()
+
+
+def write_method(method: Method) -> str:
+    """The canonical expression: the options that differ from their defaults, or the first one where none does.
+
+    The first is written without its name if it is text or a method.
+    """
+    fields = [field for field in dataclasses.fields(method) if field.init]  # type: ignore[arg-type]
+    told = [field for field in fields if getattr(method, field.name) != default_of(field)] or fields[:1]
+    arguments = []
+    for field in told:
+        value = getattr(method, field.name)
+        bare = field is fields[0] and isinstance(value, str | Method)
+        arguments.append(_write(value) if bare else f"{field.name}={_write(value)}")
+    return f"{name_of(type(method))}({', '.join(arguments)})"
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of an option; MISSING where it must be given."""
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, Method):
+        return write_method(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

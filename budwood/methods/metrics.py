@@ -1,46 +1,54 @@
-"""The scores of every linear of a block, each by one metric. A dict, one line per metric."""
+"""The scores of every linear of a block, by one metric each."""
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from budwood.methods.method import Block, Linear
 from budwood.sparsity import scores
 from budwood.sparsity.statistics import Gram, PublishedNorm, SquaredNorm
 
+if TYPE_CHECKING:
+    from budwood.stream.block import Block, Linear
+
 log = logging.getLogger(__name__)
 
-DAMP = 0.01  # of the mean diagonal, as SparseGPT has it
+DAMP = 0.01  # of the mean diagonal, as in SparseGPT
 
 
-def magnitude(block: Block) -> Iterator[tuple[Linear, Tensor]]:
+def norm_statistic(published: bool) -> type[SquaredNorm]:
+    """The statistic of input norms: the fast one, or that with the sums of the published programs."""
+    return PublishedNorm if published else SquaredNorm
+
+
+def magnitude(block: "Block") -> Iterator[tuple["Linear", Tensor]]:
     for linear in block.linears.values():
         yield linear, scores.magnitude(linear.weight)
 
 
-def wanda(block: Block, published: bool = False) -> Iterator[tuple[Linear, Tensor]]:
-    norms = block.collect(PublishedNorm if published else SquaredNorm)
+def wanda(block: "Block", published: bool = False) -> Iterator[tuple["Linear", Tensor]]:
+    norms = block.collect(norm_statistic(published))
     for name, linear in block.linears.items():
-        if heard(linear, norms[name]):
+        if reached(linear, norms[name]):
             yield linear, scores.wanda(linear.weight, norms[name].norms())
         else:
             yield linear, scores.magnitude(linear.weight)
 
 
-def obs(block: Block) -> Iterator[tuple[Linear, Tensor]]:
+def obs(block: "Block") -> Iterator[tuple["Linear", Tensor]]:
     grams = block.collect(Gram)
     for name, linear in block.linears.items():
-        if heard(linear, grams[name]):
+        if reached(linear, grams[name]):
             yield linear, scores.obs(linear.weight, grams[name].factor(DAMP))
         else:
             yield linear, scores.magnitude(linear.weight)
 
 
-def heard(linear: Linear, statistic: SquaredNorm | Gram) -> bool:
-    """Whether any token reached the linear; warns that an expert without any is pruned by magnitude.
+def reached(linear: "Linear", statistic: SquaredNorm | Gram) -> bool:
+    """Whether any calibration token reached the linear; warns that an expert without any is pruned by magnitude.
 
-    Raises RunError where the tokens held NaN or infinite values.
+    Raises RunError where its inputs held NaN or infinite values.
     """
     statistic.check(linear.name)
     if statistic.count == 0:
@@ -48,7 +56,7 @@ def heard(linear: Linear, statistic: SquaredNorm | Gram) -> bool:
     return statistic.count > 0
 
 
-METRICS: dict[str, Callable[[Block], Iterator[tuple[Linear, Tensor]]]] = {
+METRICS: dict[str, Callable[["Block"], Iterator[tuple["Linear", Tensor]]]] = {
     "wanda": wanda,
     "magnitude": magnitude,
     "obs": obs,

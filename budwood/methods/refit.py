@@ -1,104 +1,88 @@
 """refit: after any method, the best values for the weights that it kept."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from budwood.errors import UsageError
-from budwood.methods.method import Block, Linear, Method
-from budwood.methods.metrics import heard
-from budwood.methods.shared_pass import Once
-from budwood.methods.validation import number, whole
-from budwood.methods.wrp import Wrp
-from budwood.sparsity.forecast import Forecast
-from budwood.sparsity.patterns import Pattern, Shape
-from budwood.sparsity.refit import refit
+from budwood.methods.fitting import check_fit, fit
+from budwood.methods.method import Step, Wrapper
+from budwood.methods.metrics import norm_statistic, reached
+from budwood.methods.option import option
+from budwood.methods.validation import number
 from budwood.sparsity.statistics import Gram
 from budwood.stream.cross_moments import cross_moments
 from budwood.stream.dense_stream import DenseStream
 
+if TYPE_CHECKING:
+    from budwood.checkpoints.work import Work
+    from budwood.runs.run import Run
+    from budwood.stream.block import Block
+    from budwood.stream.model import Model
+
 
 @dataclass(frozen=True)
-class Refit(Method):
+class Refit(Wrapper):
     """Let another method choose, then fit all weights that it kept to the outputs of the dense matrix.
 
-    inner: the method, such as wrp(alpha=0.25); its mask stays exactly as it is. damp: pull towards the dense weights,
-    as a share of the mean second moment. iterations: most steps of conjugate gradients. tolerance: a row is done when
-    its gradient has shrunk to this share. target: 0 fits to what the dense weights make of the inputs that the pruned
-    model has, 1 to the outputs that the dense model has, and between both.
+    The mask of the inner method stays exactly as it is.
     """
 
-    inner: Method = field(default_factory=Wrp)
-    damp: float = 0.01
-    iterations: int = 100
-    tolerance: float = 1e-3
-    target: float = 0.0
+    damp: float = option(0.01, "pull towards the dense weights, as a share of the mean second moment")
+    iterations: int = option(100, "most steps of conjugate gradients")
+    tolerance: float = option(1e-3, "a row is done when its gradient has shrunk to this share")
+    target: float = option(
+        0.0,
+        "0 fits to the outputs of the dense weights for the pruned model's inputs, 1 to those of the dense model, and "
+        "values between mix both",
+    )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Method):
-            raise UsageError(f"refit needs a method that chooses, such as refit(wrp(alpha=0.25)), got {self.inner!r}")
+        super().__post_init__()
         check_fit(self.damp, self.iterations, self.tolerance)
         number("target", self.target, 0, 1)
 
-    def check(self, linears: Mapping[str, Shape]) -> None:
-        self.inner.check(linears)
+    def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
+        assert windows is not None
+        dense = DenseStream(model, windows, model.batch_for(windows)) if self.target else None
+        return RefitStep(self, self.inner.prepare(model, windows, work), dense)
 
-    def forecast(self, shape: Shape, name: str = "") -> Forecast:
-        return self.inner.forecast(shape, name)
+    def __call__(self, block: "Block") -> None:
+        RefitStep(self, self.inner, None)(block)
 
-    def pattern_for(self, shape: Shape, name: str) -> Pattern:
-        return self.inner.pattern_for(shape, name)
 
-    def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
-        beside = DenseStream(model, batches, model.batch_for(batches)) if self.target else None
-        return partial(self.improve, choose=self.inner.prepare(model, batches), beside=beside)
+@dataclass(frozen=True)
+class RefitStep(Step):
+    """inner: chooses the masks. dense: the dense model's stream, where the target asks for it."""
 
-    def __call__(self, block: Block) -> None:
-        self.improve(block, self.inner, None)
+    method: Refit
+    inner: Step
+    dense: DenseStream | None
 
-    def improve(self, block: Any, choose: Callable[[Any], None], beside: DenseStream | None) -> None:
-        """Prunes one block by `choose`, then fits. beside: the dense model's stream, where the target asks for it."""
-        once = Once(block)
-        grams = once.collect(Gram)
-        crosses = cross_moments(beside.at(block.index), block) if beside else {}
-        dense = {name: linear.weight.clone() for name, linear in block.linears.items()}
-        choose(once)
+    def __call__(self, block: "Block") -> None:
+        method = self.method
+        with block.sharing(norm_statistic(method.published), Gram):
+            grams = block.collect(Gram)
+            crosses = cross_moments(self.dense.at(block.index), block) if self.dense else {}
+            dense = {name: linear.weight.clone() for name, linear in block.linears.items()}
+            self.inner(block)
         for name, linear in block.linears.items():
-            start, gram = linear.weight, grams[name]
-            if heard(linear, gram):
-                moments = gram.matrix()
-                cross = torch.lerp(moments, crosses[name], self.target).float() if crosses else None
-                keep = start != 0
+            gram = grams.pop(name)
+            if reached(linear, gram):
+                start, moments = linear.weight, gram.matrix()
+                cross = torch.lerp(moments, crosses[name], method.target).float() if crosses else None
                 fit(
-                    linear, start, keep, dense[name], moments.float(), self.damp, self.iterations, self.tolerance, cross
+                    linear,
+                    start,
+                    start != 0,
+                    dense[name],
+                    moments.float(),
+                    method.damp,
+                    method.iterations,
+                    method.tolerance,
+                    cross,
                 )
 
-
-def fit(
-    linear: Linear,
-    start: Tensor,
-    keep: Tensor,
-    dense: Tensor,
-    moments: Tensor,
-    damp: float,
-    iterations: int,
-    tolerance: float,
-    cross: Tensor | None = None,
-) -> None:
-    """Gives `linear` the weights on `keep` that come nearest to the outputs of `dense`, from `start`; all [out, in].
-
-    moments: XᵀX [in, in]. cross: X₀ᵀ X [in, in] where those are outputs for other inputs X₀.
-    """
-    found = refit(start, keep, dense, moments, cross, damp=damp, iterations=iterations, tolerance=tolerance)
-    linear.weight = found.weight
-
-
-def check_fit(damp: float, iterations: int, tolerance: float) -> None:
-    """The settings of a fit, which several methods share; UsageError for what cannot be."""
-    number("damp", damp, 0, float("inf"))
-    whole("iterations", iterations, 1)
-    number("tolerance", tolerance, 0, 1)
+    def finish(self, run: "Run") -> None:
+        self.inner.finish(run)

@@ -1,72 +1,72 @@
 """SparseGPT: choose and repair together (Frantar, Alistarh, ICML 2023, arXiv 2301.00774)."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from budwood.errors import UsageError
-from budwood.methods.allocation import Allocate, check_allocate, kept_shares
-from budwood.methods.method import Block, Linear, Method, naming, prune
-from budwood.methods.metrics import heard
+from budwood.methods.method import Method, PatternMethod, PatternOf, Step, naming, prune
+from budwood.methods.metrics import norm_statistic, reached
+from budwood.methods.option import option
 from budwood.methods.validation import number, truth, whole
 from budwood.sparsity import scores
 from budwood.sparsity.forecast import Forecast
-from budwood.sparsity.patterns import NM, Pattern, Shape, Top, parse_pattern
+from budwood.sparsity.patterns import NM, Pattern, Shape, Share, Top, parse_pattern
 from budwood.sparsity.published import PublishedShare
 from budwood.sparsity.second_order import sparsegpt
 from budwood.sparsity.statistics import Gram
+
+if TYPE_CHECKING:
+    from budwood.checkpoints.structure import ModelStructure
+    from budwood.checkpoints.work import Work
+    from budwood.stream.block import Block, Linear
+    from budwood.stream.model import Model
 
 log = logging.getLogger(__name__)
 
 TOGETHER = 1 << 23  # weights swept at once where rows do not depend on one another: 64 MiB in float64
 PATTERN = "50%"
-NONE: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class SparseGPT(Method):
-    """Drop weights from left to right; what stays of each row makes up for every loss.
+class SparseGPT(PatternMethod):
+    """Drop weights from left to right; the kept weights of each row compensate for every loss."""
 
-    pattern: "2:4" (N kept of M) or "50%" (dropped of every `block` columns, all rows together). damp: added
-    to the second moments, as a share of their mean diagonal. block: columns per decision of a share; N:M does
-    not depend on it. parity: count as the published program does, one more than the share and all ties. mask:
-    a method such as wanda("2:4") or wrp() that chooses what stays, so that only the repair is done here. allocate:
-    "global" gives matrices shares of their own, by what they save in the logits (shares only).
-    """
-
-    pattern: str = PATTERN
-    damp: float = 0.01
-    block: int = 128
-    parity: bool = False
-    mask: Method | None = None
-    allocate: Allocate = "uniform"
+    pattern: str = option(
+        PATTERN, 'N:M such as "2:4", or a share such as "50%", dropped of every `block` columns, all rows together'
+    )
+    damp: float = option(0.01, "added to the second moments, as a share of their mean diagonal")
+    block: int = option(128, "columns per decision of a share; N:M does not depend on it")
+    published: bool = option(False, "count a share as the published program does: one more than it, and all ties")
+    mask: Method | None = option(
+        None, 'a method such as wanda("2:4") that chooses the mask, so that only the repair is done'
+    )
 
     def __post_init__(self) -> None:
         number("damp", self.damp, 0, float("inf"))
         whole("block", self.block, 1)
-        truth("parity", self.parity)
+        truth("published", self.published)
         nm = isinstance(parse_pattern(self.pattern), NM)
-        if self.mask is not None and not isinstance(self.mask, Method):
+        if self.mask is None:
+            if self.published and nm:
+                raise UsageError(f"published=True is about counting a share; {self.pattern} counts the same either way")
+            return
+        if not isinstance(self.mask, Method):
             raise UsageError(f'mask must be a method such as wanda("2:4"), got {self.mask!r}')
-        if self.mask is not None and (self.pattern, self.parity) != (PATTERN, False):
-            raise UsageError("mask already says what stays; leave pattern and parity out")
-        check_allocate(self.allocate, self.pattern)
-        if self.allocate == "global" and (self.parity or self.mask is not None):
-            raise UsageError("allocate='global' sets the shares of matrices itself; leave parity and mask out")
-        if self.parity and nm:
-            raise UsageError(f"parity=True is about counting a share; {self.pattern} counts the same either way")
+        if self.pattern != PATTERN or (self.published and not self.mask.published):
+            raise UsageError("mask already says what is kept; leave pattern and published out")
+        object.__setattr__(self, "published", self.mask.published)
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         pattern = parse_pattern(self.pattern, per="matrix")
-        if self.allocate == "global" and not isinstance(pattern, NM):
-            return Top(1 - pattern.drop, "matrix")
-        return PublishedShare(pattern.drop) if self.parity and not isinstance(pattern, NM) else pattern
+        return PublishedShare(pattern.drop) if self.published and isinstance(pattern, Share) else pattern
+
+    def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
+        return self.pattern_for(shape, name) if self.mask is None else self.mask.pattern_of(shape, name)
 
     def check(self, linears: Mapping[str, Shape]) -> None:
         if self.mask is None:
@@ -74,35 +74,44 @@ class SparseGPT(Method):
         else:
             self.mask.check(linears)
 
-    def forecast(self, shape: Shape, name: str = "") -> Forecast:
-        if self.mask is not None:
-            return self.mask.forecast(shape, name)
-        pattern = self.pattern_for(shape, name)
+    def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
+        return super().forecast(structure) if self.mask is None else self.mask.forecast(structure)
+
+    def forecast_for(self, shape: Shape, pattern: Pattern) -> Forecast:
         if isinstance(pattern, NM):
             return pattern.forecast(shape)
         widths = [min(self.block, shape[1] - first) for first in range(0, shape[1], self.block)]
         return Forecast(sum(pattern.forecast((shape[0], width)).nonzeros for width in widths))
 
-    def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
-        if self.allocate == "global":
-            return partial(self.repair, mask=None, shares=kept_shares(self, model, batches))
-        return self if self.mask is None else partial(self.repair, mask=self.mask.prepare(model, batches))
+    def kept_share(self) -> float:
+        pattern = parse_pattern(self.pattern)
+        if not isinstance(pattern, Share):
+            raise UsageError(f"allocate divides a share among matrices, and {pattern} is the same in all; give '50%'")
+        if self.published or self.mask is not None:
+            raise UsageError("allocate sets the shares of matrices itself; leave published and mask out")
+        return 1 - pattern.drop
 
-    def __call__(self, block: Block) -> None:
-        self.repair(block, self.mask)
+    def keeping(self, share: float) -> PatternOf:
+        return lambda shape, name: Top(share, "matrix")
 
-    def repair(self, block: Block, mask: Callable[[Any], None] | None, shares: Mapping[str, float] = NONE) -> None:
-        """Prunes one block. shares: what linears keep, by full name, where they are not all alike."""
+    def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
+        return self if self.mask is None else RepairStep(self, self.mask.prepare(model, windows, work))
+
+    def prune_block(self, block: "Block", pattern_for: PatternOf) -> None:
+        if self.mask is not None:
+            RepairStep(self, self.mask)(block)
+        else:
+            self.repair(block, pattern_for, {})
+
+    def repair(self, block: "Block", pattern_for: PatternOf, given: Mapping[str, Tensor]) -> None:
+        """Prunes one block. given: masks, bool [out, in] by name inside the block, if chosen already."""
         grams = block.collect(Gram)
-        given = {} if mask is None else chosen_by(mask, block)
         for names in self.together(block, grams):
             linears = [block.linears[name] for name in names]
             gram = grams[names[0]]
-            pattern = self.pattern_for(linears[0].shape, linears[0].name)
-            if linears[0].name in shares:
-                pattern = Top(shares[linears[0].name], "matrix")
-            reached = [heard(linear, gram) for linear in linears]  # each is checked and named
-            if all(reached):
+            pattern = pattern_for(linears[0].shape, linears[0].name)
+            known = [reached(linear, gram) for linear in linears]  # each is checked and named
+            if all(known):
                 keep = torch.cat([given[name] for name in names]) if given else pattern
                 self.sweep(linears, gram, keep)
             else:
@@ -114,8 +123,8 @@ class SparseGPT(Method):
             for name in names:
                 del grams[name]  # second moments are the largest thing here
 
-    def together(self, block: Block, grams: dict[str, Gram]) -> list[list[str]]:
-        """Linears swept in one go: they share an input, and the choice in one row leaves others alone."""
+    def together(self, block: "Block", grams: dict[str, Gram]) -> list[list[str]]:
+        """Linears swept at once: they share an input, and the choice in one row does not depend on other rows."""
         groups: list[list[str]] = []
         for name, linear in block.linears.items():
             rows = linear.shape[0]
@@ -132,7 +141,7 @@ class SparseGPT(Method):
     def by_row(self) -> bool:
         return self.mask is not None or isinstance(parse_pattern(self.pattern), NM)
 
-    def sweep(self, linears: list[Linear], gram: Gram, choice: Pattern | Tensor) -> None:
+    def sweep(self, linears: list["Linear"], gram: Gram, choice: Pattern | Tensor) -> None:
         factor = gram.factor(self.damp)
         names = ", ".join(linear.name for linear in linears)
         if factor.damp is None:
@@ -146,11 +155,25 @@ class SparseGPT(Method):
             linear.weight = weight.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def chosen_by(mask: Callable[[Any], None], block: Block) -> dict[str, Tensor]:
-    """What `mask` keeps of each linear, bool [out, in]; the weights are put back."""
+@dataclass(frozen=True)
+class RepairStep(Step):
+    """Masks by another method, repaired by SparseGPT's sweep."""
+
+    method: SparseGPT
+    mask: Step
+
+    def __call__(self, block: "Block") -> None:
+        with block.sharing(norm_statistic(self.method.published), Gram):
+            given = masks_by(self.mask, block)
+            self.method.repair(block, self.method.pattern_for, given)
+
+
+def masks_by(step: Step, block: "Block") -> dict[str, Tensor]:
+    """What `step` keeps of each linear, bool [out, in]; the weights are put back."""
     dense = {name: linear.weight.clone() for name, linear in block.linears.items()}
-    mask(block)
+    step(block)
     keep = {name: linear.weight != 0 for name, linear in block.linears.items()}
     for name, linear in block.linears.items():
         linear.weight = dense[name]
+        linear.recovered = None
     return keep

@@ -1,4 +1,4 @@
-"""Checks of single settings, for the constructors of methods; each raises UsageError naming the setting."""
+"""Checks of single options, for the constructors of methods; each raises UsageError naming the option."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from budwood.errors import UsageError
 
 
 def number(name: str, value: object, low: float, high: float) -> None:
-    """A number in [low, high]; neither NaN nor a truth value passes."""
+    """A number in [low, high]; neither NaN nor a bool passes."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise UsageError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
 

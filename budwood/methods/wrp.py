@@ -1,59 +1,63 @@
 """WRP: 2:4, and the crucial weights it had to drop taken back (Tan, Zhang, Wei, ACL 2024, pp. 6433-6443)."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from budwood.errors import UsageError
-from budwood.methods.allocation import Allocate, kept_shares
-from budwood.methods.method import Block, Method, prune
+from budwood.methods.method import PatternMethod, PatternOf, prune
 from budwood.methods.metrics import METRICS, wanda
+from budwood.methods.option import option
 from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity.blocks import TopBlocks
 from budwood.sparsity.forecast import expected_density
 from budwood.sparsity.patterns import NM, Pattern, Scope, Shape, Top, parse_pattern
 from budwood.sparsity.recovery import Either, EitherToDensity, Recovered
 
+if TYPE_CHECKING:
+    from budwood.stream.block import Block
+
 ALPHA = 0.25  # the paper's choice for all its headline figures
 
 
 @dataclass(frozen=True)
-class Wrp(Method):
+class Wrp(PatternMethod):
     """Prune to 2:4 and take back the dropped weights that rank among the best `alpha` of their row.
 
     At alpha=0.25 about 1.4 to 1.6 % of all weights are taken back; no weight is changed.
-
-    alpha: the share worth protecting, or a dict from regular expressions on linear names to such shares (the
-    first that is found counts, 0.25 where none is). density: the recovered share of all weights instead; with
-    block, the share of the width that blocks cover. block: recover whole blocks of this side; k of them per
-    block row, or as many as density says; pad completes ragged edges. metric: "wanda", "magnitude" or "obs".
-    pattern: any N:M. scope: ranks within the "row" or the "matrix". budget: "rank" recovers what ranks high
-    enough, "row" the same number in every row. tie: which of equal scores N:M keeps, the lower index ("low-keeps") or
-    as torch's unstable top-k has it in the "published" program. allocate: "global" gives matrices densities of their
-    own around `density`, by what they save in the logits.
     """
 
-    alpha: float | dict[str, float] = ALPHA
-    density: float | None = None
-    block: int | None = None
-    k: int | None = None
-    pad: bool = False
-    metric: str = "wanda"
-    pattern: str = "2:4"
-    scope: Scope = "row"
-    budget: Literal["rank", "row"] = "rank"
-    tie: Literal["low-keeps", "published"] = "low-keeps"
-    allocate: Allocate = "uniform"
+    alpha: float | dict[str, float] = option(
+        ALPHA,
+        "the share worth protecting, or a dict from regular expressions on linear names to shares: the first that "
+        "matches counts, 0.25 where none does",
+    )
+    density: float | None = option(
+        None,
+        "instead of alpha: the recovered share of all weights, met within one rank per row; with block, the share of "
+        "the width that blocks cover",
+    )
+    block: int | None = option(None, "recover whole squares of this side, those whose dropped scores sum highest")
+    k: int | None = option(None, "so many blocks per block row, the same for every width, as in the paper")
+    pad: bool = option(False, "complete ragged edges with zeros instead of refusing sides that block does not divide")
+    metric: str = option("wanda", '"wanda", "magnitude" (needs no text) or "obs" (W² / diag(H⁻¹))')
+    pattern: str = option("2:4", "any N:M; recovered are the ranks beyond N of each group")
+    scope: Scope = option("row", 'where alpha ranks: a "row", as in the reference program, or the whole "matrix"')
+    budget: Literal["rank", "row"] = option(
+        "rank", '"rank" recovers what ranks high enough, "row" the same number in every row'
+    )
+    published: bool = option(
+        False, "sums, products and ties of the published program, where torch's unstable top-k decides N:M"
+    )
 
     def __post_init__(self) -> None:
         one_of("metric", self.metric, METRICS)
         one_of("scope", self.scope, ("row", "matrix"))
         one_of("budget", self.budget, ("rank", "row"))
-        one_of("tie", self.tie, ("low-keeps", "published"))
-        one_of("allocate", self.allocate, ("uniform", "global"))
         truth("pad", self.pad)
+        truth("published", self.published)
         self._check_alpha()
         base = self.base
         if self.block is not None:
@@ -77,9 +81,6 @@ class Wrp(Method):
             and (self.scope, self.budget) != ("row", "rank"),
             "alpha says how much to recover, and so do density and block; give one of them": not by_rank
             and (blocks or self.density is not None),
-            "allocate='global' divides what density brings; give density, leave block and metric out": (
-                self.allocate == "global" and (blocks or self.density is None or self.metric != "wanda")
-            ),
             "scope='matrix' ranks over all rows, budget='row' treats rows alike; give one of them": (
                 self.scope == "matrix" and self.budget == "row"
             ),
@@ -104,7 +105,7 @@ class Wrp(Method):
         base = parse_pattern(self.pattern)
         if not isinstance(base, NM):
             raise UsageError(f"wrp recovers what N:M dropped, so its pattern must be like '2:4', got {self.pattern!r}")
-        return replace(base, published=self.tie == "published")
+        return replace(base, published=self.published)
 
     def check(self, linears: Mapping[str, Shape]) -> None:
         super().check(linears)
@@ -135,20 +136,17 @@ class Wrp(Method):
         # Over the whole matrix one cut decides: the best dropped weights up to the wanted number.
         return Recovered(base, Top(self.density, "matrix"))
 
-    def prepare(self, model: Any, batches: Any) -> Callable[[Any], None]:
-        if self.allocate == "uniform":
-            return self
-        kept = kept_shares(self, model, batches, self.base)
-        return partial(self.step, densities={name: max(0.0, share - self.base.density) for name, share in kept.items()})
+    def kept_share(self) -> float:
+        if self.block is not None or self.density is None or self.metric != "wanda":
+            raise UsageError("allocate divides what density recovers; give density, leave block and metric out")
+        return self.base.density + self.density
 
-    def __call__(self, block: Block) -> None:
-        self.step(block, {})
+    def keeping(self, share: float) -> PatternOf:
+        return replace(self, density=max(0.0, share - self.base.density)).pattern_for
 
-    def step(self, block: Block, densities: Mapping[str, float]) -> None:
-        """Prunes one block. densities: recovered shares of linears, by full name, where they are not all alike."""
+    def prune_block(self, block: "Block", pattern_for: PatternOf) -> None:
         metric = partial(wanda, published=self.published) if self.metric == "wanda" else METRICS[self.metric]
         for linear, scores in metric(block):
-            own = replace(self, density=densities.get(linear.name, self.density))
-            kept = prune(linear, scores, own.pattern_for(linear.shape, linear.name))
+            kept = prune(linear, scores, pattern_for(linear.shape, linear.name))
             linear.recovered = kept - scores.numel() * self.base.kept // self.base.group
             del scores  # as large as the matrix in float32, while the next one's are made

@@ -17,6 +17,7 @@ class Forecast:
     nonzeros: float
     recovered: float | None = None
     block: tuple[int, int] | None = None
+    shape: tuple[int, int] | None = None  # [out, in] afterwards, where the matrix becomes smaller
 
 
 def group_law(share: float, width: int, group: int) -> list[float]:

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from budwood.checkpoints.files import TEMPORARY
+
 
 class Activations:
-    """[windows, tokens, hidden] in the compute type, handed out in batches of equal shape (the last may be smaller).
+    """[windows, tokens, hidden] in the compute dtype, read in batches of equal shape (the last may be smaller).
 
-    limit: bytes above which they live in a file in `folder` instead of memory; the file has no name any more once it
+    limit: bytes above which they are kept in a file in `folder` instead of memory. The file is unlinked as soon as it
     is open, so nothing is left behind however the process ends.
     """
 
@@ -28,7 +30,7 @@ class Activations:
         if math.prod(shape) * dtype.itemsize <= limit:
             self.hidden = torch.empty(shape, dtype=dtype)
             return
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".activations", suffix=TEMPORARY) as file:
             file.truncate(math.prod(shape) * dtype.itemsize)
             self.hidden = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
@@ -36,6 +38,7 @@ class Activations:
         return math.ceil(self.shape[0] / self.batch)
 
     def span(self, index: int) -> slice:
+        """The windows of batch `index`."""
         return slice(index * self.batch, min((index + 1) * self.batch, self.shape[0]))
 
     def read(self, index: int, device: torch.device) -> Tensor:

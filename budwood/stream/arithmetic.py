@@ -36,7 +36,7 @@ def name_of(dtype: torch.dtype) -> str:
 def known_device(name: str | None) -> torch.device:
     """The device of that name, the CPU by default; UsageError where it cannot be used."""
     try:
-        device = torch.device(name or "cpu")
+        device = torch.device("cpu" if name in (None, "auto") else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
@@ -143,3 +143,15 @@ def _operands(dtype: torch.dtype, device: torch.device, rows: int, width: int) -
     left = torch.randn(rows, width, generator=generator).to(device, dtype)
     right = torch.randn(width, width, generator=generator).to(device, dtype)
     return left, right
+
+
+def choose_arithmetic(
+    compute_dtype: str, sparse_products: str, attention: str, device: torch.device, widest: int, published: bool
+) -> tuple[Arithmetic, list[str]]:
+    notes = []
+    if compute_dtype == "auto":
+        compute, sentence = faster_dtype(device, widest)
+        notes.append(sentence)
+    else:
+        compute = dtype_named(compute_dtype)
+    return fastest(compute, device, published), notes

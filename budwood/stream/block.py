@@ -1,40 +1,42 @@
-"""One decoder block in hand: its matrices, the inputs that reach it, statistics of them, its outputs."""
+"""One decoder block, filled: its matrices, its calibration inputs, statistics of them, its outputs."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from budwood.checkpoints.packing import Stored, store_named
+from budwood.checkpoints.packing import PackedTensors, pack_named
 from budwood.errors import RunError
 from budwood.formats import FORMATS, pack_as, rounds
 from budwood.kernels.native import AS_SPARSE
 from budwood.kernels.native_matrix import prepare
+from budwood.models.block_calls import BlockCalls
 from budwood.models.linears import read, write
+from budwood.models.reshape import note_sizes
 from budwood.stream.activations import Activations
-from budwood.stream.collector import Collector, StopForward
-
-if TYPE_CHECKING:
-    from budwood.stream.model import Model
+from budwood.stream.arithmetic import Arithmetic
+from budwood.stream.collector import Collector, Several, StopForward
 
 S = TypeVar("S")
+Kind = Callable[[int], Any]  # of statistic, made for a width
 
 
 class Linear:
-    """One prunable matrix: stored in its storage type, multiplied in the compute type, judged in float32."""
+    """One prunable matrix: stored in storage dtype, multiplied in the compute dtype, scored in float32."""
 
     def __init__(self, name: str, module: nn.Module, stored: Tensor):
-        self.name, self.module = name, module
-        self.stored = stored  # [out, in]
-        self.recovered: int | None = None  # positions taken back, where a method counts them
-        self.rounded: Stored | None = None  # the tensors of the folder, once `round` has made them
+        self.name, self.module = name, module  # in full, "model.layers.7.self_attn.q_proj"
+        self.stored = stored  # [out, in], storage dtype
+        self.recovered: int | None = None  # positions beyond the base pattern, set by methods that recover
+        self.rounded: PackedTensors | None = None  # the packed tensors, where `round` has made them
         self.rounding_error: float | None = None  # of the pruned weight, relative in the norm
         if not all_finite(stored):
             raise RunError(
-                f"{name} holds NaN or infinite weights; mend the checkpoint, or skip it with --skip '{name}'"
+                f"{name} holds NaN or infinite weights; repair the checkpoint, or skip it with --skip '{name}'"
             )
 
     @property
@@ -48,40 +50,108 @@ class Linear:
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
+        """Rounded to storage dtype. Another shape than before resizes the module. Raises RunError for NaN, overflow."""
         self.stored = value.to(self.stored.dtype)
         if not all_finite(self.stored):
             raise RunError(f"{self.name}: the new weights do not fit {self.stored.dtype}; choose another --dtype")
-        write(self.module, self.stored)
+        held = read(self.module)  # [out, in]
+        if held.shape == self.stored.shape:
+            write(self.module, self.stored)
+            return
+        weight = read(self.module, self.stored).to(held).contiguous()  # in the module's orientation
+        self.module.register_parameter("weight", nn.Parameter(weight, requires_grad=held.requires_grad))
+        note_sizes(self.module)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] float32."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach().float()
+
+    @bias.setter
+    def bias(self, value: Tensor) -> None:
+        """Rounded to storage dtype; added where the linear has none."""
+        held = read(self.module)
+        bias = value.to(self.stored.dtype).to(held.device, held.dtype)
+        if bias.shape != (held.shape[0],):
+            raise ValueError(f"{self.name}: a bias of {tuple(bias.shape)} does not fit {held.shape[0]} outputs")
+        if not all_finite(bias):
+            raise RunError(f"{self.name}: the new bias does not fit {self.stored.dtype}; choose another --dtype")
+        self.module.register_parameter("bias", nn.Parameter(bias, requires_grad=held.requires_grad))
 
     def round(self, layout: str) -> None:
-        """The weight becomes the one that a layout with rounded values will give back."""
-        format, tensors = store_named(self.name, self.stored, layout)
+        """The weight becomes the one that a layout with rounded values unpacks to."""
+        format, tensors = pack_named(self.name, self.stored, layout)
         rounded = FORMATS[format].unpack(tensors, self.shape)
         self.rounded, self.rounding_error = (format, tensors), relative_error(rounded, self.stored)
         self.weight = rounded  # last: the linear may share the memory of what is stored
 
 
 class Block:
-    """One decoder block, filled, with the calibration inputs that reach it."""
+    """One decoder block with the calibration inputs that reach it.
 
-    def __init__(self, model: "Model", index: int, stored: dict[str, Tensor], activations: Activations | None):
-        self.model, self.index, self.activations = model, index, activations
-        self.name = f"{model.path}.{index}"
-        self.module = model.modules[index]
-        self.stored = stored  # all tensors in storage type, by full name
-        self.linears: dict[str, Linear] = {}
-        for full_name, module in model.linears.items():
-            if full_name.startswith(f"{self.name}."):
-                linear = Linear(full_name, module, read(module, stored[f"{full_name}.weight"]))
-                self.linears[full_name.removeprefix(f"{self.name}.")] = linear
-        self.relative_error: float | None = None
+    A method may set weights and biases of `linears`, and change, resize or add any parameter of `module`: all of it is
+    written. Statistics come from `collect`; several of them in one pass inside `sharing`.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        name: str,
+        module: nn.Module,
+        linears: Mapping[str, nn.Module],
+        stored: Mapping[str, Tensor],
+        activations: Activations | None,
+        calls: Callable[[int, int], BlockCalls],
+        arithmetic: Arithmetic,
+        device: torch.device,
+    ):
+        """linears: the matrices in scope by full name. stored: all tensors of the block in storage dtype by full name.
+
+        calls: how the model calls its blocks for so many windows of so many tokens.
+        """
+        self.index, self.name, self.module = index, name, module
+        self.stored, self.activations = stored, activations
+        self.arithmetic, self.device = arithmetic, device
+        self.linears = {
+            full.removeprefix(f"{name}."): Linear(full, linear, read(linear, stored[f"{full}.weight"]))
+            for full, linear in linears.items()
+        }
+        self.relative_error: float | None = None  # of the outputs, once `propagate` has measured it
+        self._calls = calls
         self._dense: Tensor | None = None  # outputs of the first batch before anything was changed
+        self._shared: dict[Kind, dict[str, Any] | None] = {}  # statistics that are collected together
 
     def collect(self, statistic: Callable[[int], S]) -> dict[str, S]:
-        """One pass over the calibration batches with the block as it is: a statistic of each linear's inputs.
+        """A statistic of each linear's inputs, by name inside the block: one pass over the calibration batches.
 
         Linears that share an input share one statistic object. Raises RunError where there are no batches.
         """
+        if statistic not in self._shared:
+            return self._pass(statistic)
+        if self._shared[statistic] is None:
+            together = [kind for kind, found in self._shared.items() if found is None]
+            several = self._pass(partial(Several, kinds=together))
+            for kind in together:
+                self._shared[kind] = {name: found.parts[kind] for name, found in several.items()}
+        return dict(self._shared[statistic] or {})
+
+    @contextmanager
+    def sharing(self, *statistics: Kind) -> Iterator[None]:
+        """Inside, the first `collect` of one of these collects all of them, with the weights as they then are.
+
+        For a method that works on another one's result and collects its own statistics before.
+        """
+        new = [kind for kind in statistics if kind not in self._shared]
+        self._shared |= dict.fromkeys(new)
+        try:
+            yield
+        finally:
+            for kind in new:
+                del self._shared[kind]
+
+    def _pass(self, statistic: Callable[[int], S]) -> dict[str, S]:
         if self.activations is None:
             raise RunError(f"{self.name}: statistics were asked for, but there are no calibration windows")
         modules = {name: linear.module for name, linear in self.linears.items()}
@@ -98,25 +168,51 @@ class Block:
         return collector.statistics()
 
     def run(self, batch: int) -> Tensor:
-        """Outputs [batch, tokens, hidden] of the block as it is now, for one batch of the inputs that reach it."""
+        """Outputs [batch, tokens, hidden] of the block as it is now, for one batch of its calibration inputs."""
         assert self.activations is not None
-        return self.forward(self.activations.read(batch, self.model.device))
+        return self.forward(self.activations.read(batch, self.device))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The same for any hidden states [batch, tokens, hidden] of a shape that the batches have."""
-        return self.model.calls(hidden.shape[0], hidden.shape[1]).run(self.index, self.module, hidden)
+    def forward(
+        self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None, calls: BlockCalls | None = None
+    ) -> Tensor:
+        """Outputs for hidden states [batch, tokens, hidden] of a shape that the batches have.
+
+        weights: matrices [out, in] to compute with in place of the block's own, by name inside the block; gradients
+        flow to them. calls: how the model calls the block for another shape of batch.
+        """
+        calls = calls or self._calls(hidden.shape[0], hidden.shape[1])
+        if weights is None:
+            return calls.run(self.index, self.module, hidden)
+        own = {
+            f"{name}.weight": read(self.linears[name].module, weight.to(self.arithmetic.compute))
+            for name, weight in weights.items()
+        }
+        return calls.run(
+            self.index,
+            lambda *args, **kwargs: functional_call(self.module, own, args, kwargs),
+            hidden.to(self.device, copy=True),
+        )
 
     def round(self, layout: str) -> None:
-        """Before anything runs on: the matrices as the folder will hold them, where its layout rounds values."""
+        """Before the block runs again: its matrices as they will be stored, where the layout rounds values."""
+        self.take_in_changes()
         if rounds(layout):
             for linear in self.linears.values():
                 linear.round(layout)
+
+    def take_in_changes(self) -> None:
+        """What a method did to the weights of the linears' modules themselves is their weight from now on."""
+        for linear in self.linears.values():
+            held = read(linear.module).detach()
+            if not same(linear.stored, held):
+                linear.weight = held
 
     def propagate(self, first_batch_only: bool = False) -> None:
         """Makes the next block's inputs; measures the change of the first batch where its dense outputs are known."""
         if self.activations is None:
             return
-        with torch.no_grad(), multiplied(self.linears.values() if self.model.arithmetic.sparse_products else ()):
+        linears = self.linears.values() if self.arithmetic.sparse_products else ()
+        with torch.no_grad(), sparse_products(linears):
             for batch in [0] if first_batch_only else self.activations.indices():
                 outputs = self.run(batch)
                 if batch == 0 and self._dense is not None:
@@ -128,15 +224,26 @@ class Block:
                     )
                 self.activations.write(batch, outputs)
 
-    def state(self) -> dict[str, Tensor]:
-        """All tensors of the block in storage type and module orientation, by full name."""
-        changed = {f"{linear.name}.weight": read(linear.module, linear.stored) for linear in self.linears.values()}
-        return self.stored | changed
+    def state(self, storage: torch.dtype) -> dict[str, Tensor]:
+        """All tensors of the block in storage dtype, as its modules store them, by full name.
+
+        Tensors that nothing changed are those that were read, bit for bit.
+        """
+        kept = {f"{linear.name}.weight": read(linear.module, linear.stored) for linear in self.linears.values()}
+        known = {**self.stored, **kept}
+        tensors = {}
+        for name, tensor in self.module.state_dict().items():
+            full = f"{self.name}.{name}"
+            if full in known and same(known[full], tensor):
+                tensors[full] = known[full]
+            else:
+                tensors[full] = tensor.detach().to(storage) if tensor.is_floating_point() else tensor.detach()
+        return tensors
 
 
 @contextmanager
-def multiplied(linears: Iterable[Linear]) -> Iterator[None]:
-    """Inside, pruned matrices are multiplied without what is zero in them, where a native kernel can."""
+def sparse_products(linears: Iterable[Linear]) -> Iterator[None]:
+    """Inside, pruned matrices are multiplied by the native sparse kernels, where these can."""
     replaced: list[nn.Module] = []
     try:
         for linear in linears:
@@ -151,6 +258,11 @@ def multiplied(linears: Iterable[Linear]) -> Iterator[None]:
     finally:
         for module in replaced:
             del module.forward  # the class has its own
+
+
+def same(stored: Tensor, held: Tensor) -> bool:
+    """Whether a tensor in the compute dtype is the stored one."""
+    return stored.shape == held.shape and torch.equal(stored.to(held.device, held.dtype), held)
 
 
 def all_finite(tensor: Tensor) -> bool:

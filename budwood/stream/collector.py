@@ -1,6 +1,6 @@
-"""Statistics of the inputs of a block's linears, in one pass that stops where nothing more can be learnt."""
+"""Statistics of the inputs of a block's linears, in one forward pass that stops where nothing more can be collected."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -10,9 +10,9 @@ from budwood.errors import RunError
 
 
 class Statistic(Protocol):
-    """A sum over tokens, so that merging batches, ranks or runs is adding."""
+    """Sums over tokens, so that batches, ranks and runs can be merged by adding."""
 
-    count: int
+    count: int  # tokens
 
     def add(self, x: Tensor) -> None:
         """x: [..., tokens, in], as the linear is called."""
@@ -21,16 +21,29 @@ class Statistic(Protocol):
 S = TypeVar("S", bound=Statistic)
 
 
+class Several:
+    """Several statistics of the same inputs, collected in one pass."""
+
+    def __init__(self, width: int, kinds: Sequence[Callable[[int], Any]]):
+        self.count = 0
+        self.parts = {kind: kind(width) for kind in kinds}
+
+    def add(self, x: Tensor) -> None:  # [..., tokens, in]
+        self.count += x.numel() // x.shape[-1]
+        for part in self.parts.values():
+            part.add(x)
+
+
 class StopForward(Exception):
-    """Every linear of the block has been heard in this batch; the rest of its forward pass is not needed."""
+    """Every linear of the block has been called in this batch; the rest of its forward pass is not needed."""
 
 
 class Collector:
-    """Hooks on linears, between `with` and its end.
+    """Forward hooks on linears, inside a `with` block.
 
-    Linears that are handed the very same tensor (q, k, v; gate, up) share one statistic, which is added to once. The
-    last linear of a block need not multiply: from the second batch on its input ends the pass. That holds only where
-    every linear is called once a batch, so not with experts, who are called as the router likes.
+    Linears that are called with the very same tensor (q, k, v; gate, up) share one statistic, which is added to once.
+    The last linear of a block need not multiply: from the second batch on its input ends the pass. That holds only
+    where every linear is called once per batch, so not with experts, which are called as the router decides.
     """
 
     def __init__(self, linears: Mapping[str, nn.Module], widths: Mapping[str, int], statistic: Callable[[int], Any]):
@@ -55,26 +68,25 @@ class Collector:
         self._inputs.clear()
 
     def next_batch(self) -> None:
-        """Forgets the inputs of the batch before, and learns from the first batch which call is the last."""
+        """Forgets the inputs of the batch before; after the first batch it is known which call is the last."""
         if self.calls and sorted(self.calls) == sorted(self.linears):
             self.last = self.calls[-1]
         self.calls = []
         self._inputs.clear()
 
     def statistics(self) -> dict[str, Any]:
-        """By name, also of those that were never called: their count is 0."""
+        """By name; linears that were never called have a statistic with count 0."""
         return {name: self.found.get(name) or self.statistic(self.widths[name]) for name in self.linears}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            self._hear(name, x)
+        def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._add(name, args[0] if args else next(iter(kwargs.values())))
             if name == self.last:
                 raise StopForward
 
-        return hear
+        return before_forward
 
-    def _hear(self, name: str, x: Tensor) -> None:
+    def _add(self, name: str, x: Tensor) -> None:
         self.calls.append(name)
         known = self._inputs.get(id(x))
         if known is not None and known[1] == x._version:
@@ -82,7 +94,7 @@ class Collector:
             if self.found.setdefault(name, shared) is not shared:
                 raise RunError(f"{name} shares its input with {known[2]} in one batch and not in another")
             return
-        self._inputs[id(x)] = (x, x._version, name)  # holding x keeps its id from being given to another
+        self._inputs[id(x)] = (x, x._version, name)  # holding x keeps its id from being reused
         if name not in self.found:
             self.found[name] = self.statistic(self.widths[name])
         self.found[name].add(x)

@@ -1,6 +1,6 @@
-"""The model as a stream of decoder blocks: read one, hand it over, run it, write it, forget it."""
+"""The model as a stream of decoder blocks: read one, yield it, run it, write it, forget it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,26 +14,27 @@ from budwood.checkpoints.packing import pack
 from budwood.checkpoints.source import Source
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import storage_dtype
-from budwood.checkpoints.writer import Writer
+from budwood.checkpoints.writer import ShardNotes, Writer
 from budwood.environment import trim_memory
 from budwood.errors import RunError
 from budwood.models.block_calls import BlockCalls, record_calls
+from budwood.models.reshape import fit_parameters, note_sizes
 from budwood.stream.activations import Activations, batch_size
 from budwood.stream.arithmetic import FLOAT32, Arithmetic
 from budwood.stream.attention import attend_in_blocks
 from budwood.stream.block import Block, describe
 
-BATCH = 4096  # tokens at a time, times the bytes of a value
-TRIMMED = 64 * 2**20  # bytes of a block from which on its memory is handed back: smaller ones are soon taken again
+BATCH = 4096  # tokens per batch, times the bytes of a value
+TRIMMED = 64 * 2**20  # bytes of a block from which on its memory goes back to the system; smaller ones are reused soon
 DEFAULT_LIMIT = 4 * 2**30  # bytes of hidden states kept in memory
 
 
 class Model:
     """A decoder whose blocks are read from `source` one at a time.
 
-    storage: type of the weights kept and written (the source's own where None). arithmetic: of the forward passes.
+    storage: dtype of the weights kept and written (the source's own where None). arithmetic: of the forward passes.
     skip: regular expressions of linears to leave alone. activation_limit: bytes of hidden states held in memory,
-    beyond which they live in a file in `scratch`.
+    beyond which they are kept in a file in `scratch`.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Model:
         activation_limit: int = DEFAULT_LIMIT,
         scratch: Path | None = None,
     ):
-        self.source, self.arithmetic, self.device = source, arithmetic, torch.device(device)
+        self.source, self.arithmetic, self.device, self.skip = source, arithmetic, torch.device(device), skip
         self.compute = arithmetic.compute
         self.activation_limit, self.scratch = activation_limit, scratch
         self.structure = ModelStructure(
@@ -60,11 +61,24 @@ class Model:
         self.weights = source.weights(self.structure)
         self.storage = storage or storage_dtype(source.shards)
         self.activations: Activations | None = None
+        self._shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
         self._float32 = float32_names(self.module, self.compute)
         self._calls: dict[tuple[int, int], BlockCalls] = {}
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    def copy(self) -> "Model":
+        """Another stream over the same source, computed alike."""
+        return Model(
+            self.source,
+            storage=self.storage,
+            arithmetic=self.arithmetic,
+            device=self.device,
+            skip=self.skip,
+            activation_limit=self.activation_limit,
+            scratch=self.scratch,
+        )
 
     def blocks(
         self, windows: Tensor | None = None, writer: Writer | None = None, batch: int | None = None
@@ -79,22 +93,39 @@ class Model:
         with ThreadPoolExecutor(max_workers=1) as reader:  # reads the next block while this one is worked on
             pending = reader.submit(self._read_block, 0, writer)
             for index in range(len(self)):
-                stored, notes = pending.result()
+                stored, written = pending.result()
                 pending = reader.submit(self._read_block, index + 1, writer)
-                with self._filled(index, stored):
-                    block = Block(self, index, stored, self.activations)
-                    if notes is None:
+                with self._filled(index, stored, written):
+                    block = self._block(index, stored, self.activations)
+                    if written is None:
                         yield block
-                        if writer is not None:
-                            block.round(writer.layout)
-                    needless = writer is not None and index == len(self) - 1  # nothing reads what the last block makes
-                    block.propagate(first_batch_only=needless)
-                    if writer is not None and notes is None:
+                        block.round(writer.layout if writer is not None else "auto")
+                    last = writer is not None and index == len(self) - 1  # nothing reads its outputs
+                    block.propagate(first_batch_only=last)
+                    if writer is not None and written is None:
                         self._write_block(block, writer)
                 large = sum(tensor.nbytes for tensor in stored.values()) >= TRIMMED
                 del stored, block
                 if large:
                     trim_memory()
+
+    def rewrite(self, written: Writer, writer: Writer) -> Iterator[Block]:
+        """Yields the blocks that `written` holds, to be changed; what the loop's body made of them goes to `writer`.
+
+        Blocks that `writer` has finished are not yielded. There are no calibration inputs.
+        """
+        for index in range(len(self)):
+            if writer.finished(index):
+                continue
+            stored, about = written.read(index, self.module)
+            with self._filled(index, stored, about):
+                block = self._block(index, stored, None)
+                block.relative_error = about.notes["relative_error"]
+                for linear in block.linears.values():
+                    linear.recovered = about.notes["linears"][linear.name]["recovered"]
+                yield block
+                block.round(writer.layout)
+                self._write_block(block, writer)
 
     def embed(self, windows: Tensor, batch: int | None = None) -> Activations:
         """The hidden states [windows, tokens, hidden] that enter the first block."""
@@ -117,10 +148,11 @@ class Model:
         return activations
 
     def batch_for(self, windows: Tensor) -> int:
-        """Windows at a time [windows, tokens]: what a block makes of them should not leave the caches too often."""
+        """Windows per batch [windows, tokens]: few enough for a block's intermediate results to stay in the caches."""
         return batch_size(windows.shape[0], windows.shape[1], BATCH // self.compute.itemsize)
 
     def calls(self, batch: int, tokens: int) -> BlockCalls:
+        """How the model calls its blocks for a batch of this shape, which `embed` has seen."""
         return self._calls[batch, tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -166,8 +198,22 @@ class Model:
             if parameter is not None and not f"{path}.".startswith(f"{self.path}.")
         ]
 
-    def _read_block(self, index: int, writer: Writer | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """All tensors of a block in storage type by full name; notes where the writer had finished it."""
+    def _block(self, index: int, stored: Mapping[str, Tensor], activations: Activations | None) -> Block:
+        name = f"{self.path}.{index}"
+        return Block(
+            index=index,
+            name=name,
+            module=self.modules[index],
+            linears={full: module for full, module in self.linears.items() if full.startswith(f"{name}.")},
+            stored=stored,
+            activations=activations,
+            calls=self.calls,
+            arithmetic=self.arithmetic,
+            device=self.device,
+        )
+
+    def _read_block(self, index: int, writer: Writer | None) -> tuple[dict[str, Tensor], ShardNotes | None]:
+        """All tensors of a block in storage dtype by full name; the notes of its shard where the writer finished it."""
         if index == len(self):
             return {}, None
         prefix = f"{self.path}.{index}."
@@ -183,18 +229,27 @@ class Model:
         return {name: self.stored(tensor) for name, tensor in tensors.items() if name in known}, None
 
     @contextmanager
-    def _filled(self, index: int, stored: dict[str, Tensor]) -> Iterator[None]:
-        """The block holds its tensors in the compute type inside, and meta ones afterwards."""
+    def _filled(self, index: int, stored: Mapping[str, Tensor], written: ShardNotes | None) -> Iterator[None]:
+        """The block holds its tensors in the compute dtype inside; afterwards its parameters are what they were.
+
+        written: the notes of the shard that the tensors are from, whose shapes the block takes.
+        """
         module = self.modules[index]
-        meta = [(owner, name, parameter) for owner in module.modules() for name, parameter in owner._parameters.items()]
+        before = [(owner, dict(owner._parameters)) for owner in module.modules()]
+        prefix = f"{self.path}.{index}."
         try:
-            self._assign(module, stored, f"{self.path}.{index}.")
+            if written is not None:
+                fit_parameters(module, {name.removeprefix(prefix): shape for name, shape in written.shapes.items()})
+            self._assign(module, stored, prefix)
             yield
         finally:
-            for owner, name, parameter in meta:
-                owner._parameters[name] = parameter
+            for owner, parameters in before:
+                owner._parameters.clear()
+                owner._parameters.update(parameters)
+                if parameters.get("weight") is not None:
+                    note_sizes(owner)
 
-    def _assign(self, module: nn.Module, stored: dict[str, Tensor], prefix: str) -> None:
+    def _assign(self, module: nn.Module, stored: Mapping[str, Tensor], prefix: str) -> None:
         state = {}
         for name, tensor in stored.items():
             tensor = self.stored(tensor)
@@ -209,11 +264,17 @@ class Model:
             ) from error
 
     def _write_block(self, block: Block, writer: Writer) -> None:
+        state = block.state(self.storage)
+        shapes = {name: list(tensor.shape) for name, tensor in state.items() if self._reshaped(name, tensor)}
         weights = {linear.name: linear.stored for linear in block.linears.values()}
         rounded = {linear.name: linear.rounded for linear in block.linears.values() if linear.rounded}
-        tensors, packed = pack(block.name, block.module, block.state(), weights, writer.layout, rounded)
-        notes = {
+        tensors, packed = pack(block.name, block.module, state, weights, writer.layout, rounded, shapes)
+        notes: dict[str, Any] = {
             "relative_error": block.relative_error,
             "linears": {linear.name: describe(linear) for linear in block.linears.values()},
         }
-        writer.write(block.index, tensors, packed, notes)
+        writer.write(block.index, tensors, packed, shapes, notes)
+
+    def _reshaped(self, name: str, tensor: Tensor) -> bool:
+        """Whether config.json gives a tensor another shape, or none."""
+        return self._shapes.get(name) != list(tensor.shape)

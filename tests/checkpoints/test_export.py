@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from budwood.checkpoints.export import export_dense
 from families import tokenizer
 from folders import change_tensor, logits, write_packed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from budwood.checkpoints import export
-from budwood.checkpoints.export import export_dense
 from budwood.checkpoints.loading import load
 from budwood.checkpoints.reader import Shards
 from budwood.errors import RunError, UsageError

@@ -9,8 +9,9 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from budwood.checkpoints.gguf import convert, open_gguf
+from budwood.checkpoints.gguf import open_gguf
 from budwood.checkpoints.tokenizer import load_tokenizer
+from budwood.conversion import convert
 from budwood.errors import RunError, UsageError
 
 HIDDEN, HEADS, KEYS, MLP, CONTEXT = 64, 4, 2, 96, 128

@@ -1,37 +1,20 @@
 """A decoder block made of tensors: linears by name, and the inputs that reach each of them."""
 
 import torch
-from torch import Tensor
+from torch import nn
+
+from budwood.stream import block
+from budwood.stream.block import Linear
 
 
-class Linear:
-    def __init__(self, name: str, weight: Tensor):
-        self.name, self.stored, self.recovered = name, weight, None
-
-    @property
-    def shape(self):
-        return tuple(self.stored.shape)
-
-    @property
-    def weight(self):
-        return self.stored.float()
-
-    @weight.setter
-    def weight(self, value):
-        assert value.shape == self.stored.shape
-        self.stored = value.to(self.stored.dtype)
-
-
-class Block:
+class Block(block.Block):
     """Weights [out, in] by name, and as many lists of batches [tokens, in]; names may share a list."""
 
     def __init__(self, weights, inputs, name="model.layers.7"):
-        self.name = name
-        self.inputs = inputs
-        self.passes = 0
-        self.linears = {key: Linear(f"{name}.{key}", weight.clone()) for key, weight in weights.items()}
+        self.index, self.name, self.inputs, self.passes, self._shared = 7, name, inputs, 0, {}
+        self.linears = {key: linear(f"{name}.{key}", weight.clone()) for key, weight in weights.items()}
 
-    def collect(self, statistic):
+    def _pass(self, statistic):
         self.passes += 1
         shared = {}
         for key, linear in self.linears.items():
@@ -41,6 +24,13 @@ class Block:
                 for batch in batches:
                     shared[id(batches)].add(batch)
         return {key: shared[id(self.inputs[key])] for key in self.linears}
+
+
+def linear(name, weight):
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    module.requires_grad_(False)
+    module.weight.copy_(weight)
+    return Linear(name, module, weight)
 
 
 def random_block(dtype=torch.float32, hidden=32, mlp=64, seed=0):

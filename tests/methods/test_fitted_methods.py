@@ -1,6 +1,7 @@
 """refit, alps and graft on a block made of tensors: masks, budgets, passes, refusals."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from budwood.errors import UsageError
 from budwood.formats import choose
 from budwood.inspection import inspect
 from budwood.methods import parse_method
-from budwood.methods.allocation import kept_counts
+from budwood.methods.allocation import survey
 from budwood.pruning import prune
 from budwood.sparsity.statistics import Gram
 from budwood.stream.cross_moments import cross_moments
 from budwood.stream.dense_stream import DenseStream
 from budwood.stream.model import Model
 
+SHAPES = SimpleNamespace(shapes={"a": (64, 32), "b": (32, 64)})  # what a forecast reads of a model
 INNER = ["wrp(alpha=0.5)", 'wanda("2:4")', 'wanda("50%")', 'magnitude("2:4")', 'sparsegpt("2:4")', "wrp(block=8, k=1)"]
 
 
@@ -50,8 +52,8 @@ def test_refit_leaves_the_mask_and_lowers_every_error(inner, dtype):
 def test_refit_foretells_what_its_inner_method_does():
     for inner in INNER:
         method, alone = parse_method(f"refit({inner})"), parse_method(inner)
-        assert method.forecast((64, 32), "a") == alone.forecast((64, 32), "a")
-        assert method.pattern_for((64, 32), "a") == alone.pattern_for((64, 32), "a")
+        assert method.forecast(SHAPES) == alone.forecast(SHAPES)
+        assert method.pattern_of((64, 32), "a") == alone.pattern_of((64, 32), "a")
     with pytest.raises(UsageError, match="divide by 4"):
         parse_method('refit(wanda("2:4"))').check({"fc": (8, 6)})
 
@@ -66,7 +68,7 @@ def test_the_stored_bytes_are_the_most_that_the_bits_allow(bits, pattern):
         stored = sum(part.nbytes for part in choose(linear.stored)[1].values())
         room = bits * linear.stored.numel() / 8
         assert room - 2 < stored <= room
-        foretold = method.forecast(linear.shape, linear.name)
+        foretold = method.forecast_matrix(linear.shape, linear.name)
         assert foretold.nonzeros == torch.count_nonzero(linear.stored)
         assert foretold.recovered == linear.recovered
         if pattern == "2:4":
@@ -131,10 +133,10 @@ def test_the_survey_spends_all_and_matrices_differ(llama):
     method = parse_method('graft(pattern="free")')
     shapes = model.structure.shapes
     total = sum(method.count_for(shape) for shape in shapes.values())
-    counts = kept_counts(model, ids, method.pattern_for, None, total)
+    counts = survey(model, ids, method.pattern_for, None, total)
     assert set(counts) == set(shapes)
     assert sum(counts.values()) == total
-    assert counts == kept_counts(model, ids, method.pattern_for, None, total)
+    assert counts == survey(model, ids, method.pattern_for, None, total)
     assert all(0 <= count <= shapes[name][0] * shapes[name][1] for name, count in counts.items())
     assert len({count / (shapes[name][0] * shapes[name][1]) for name, count in counts.items()}) > 1
 
@@ -149,7 +151,7 @@ def test_what_nobody_hears_gets_nothing_beside_the_pattern(llama, tmp_path):
     ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(0))
     method = parse_method("graft(bits=9.75)")
     shapes = model.structure.shapes
-    counts = kept_counts(model, ids, method.pattern_for, method.base, sum(map(method.count_for, shapes.values())))
+    counts = survey(model, ids, method.pattern_for, method.base, sum(map(method.count_for, shapes.values())))
     beside = {name: count - shapes[name][0] * shapes[name][1] // 2 for name, count in counts.items()}
     assert not any(count for name, count in beside.items() if "layers.1.self_attn." in name)
     assert sum(beside.values()) > 0
@@ -171,11 +173,12 @@ def test_a_divided_budget_is_kept_and_inspect_shows_it(llama, tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("refit(3)", "refit needs a method that chooses"),
-        ("refit(damp=-1)", "damp must be"),
-        ("refit(iterations=0)", "iterations must be"),
-        ("refit(tolerance=2)", "tolerance must be"),
-        ("refit(target=2)", "target must be"),
+        ("refit(3)", "refit needs a method such as"),
+        ("refit", "refit needs inner"),
+        ("refit(wrp(), damp=-1)", "damp must be"),
+        ("refit(wrp(), iterations=0)", "iterations must be"),
+        ("refit(wrp(), tolerance=2)", "tolerance must be"),
+        ("refit(wrp(), target=2)", "target must be"),
         ('alps("50%", extra=0.1)', "extra is kept beside N:M"),
         ('alps("2:4", extra=0.6)', "extra must be a number from 0 to 0.5"),
         ('alps("2:5:4")', "neither N:M"),
@@ -185,11 +188,13 @@ def test_a_divided_budget_is_kept_and_inspect_shows_it(llama, tmp_path):
         ('graft(select="best")', "select must be one of"),
         ('graft(allocate="some")', "allocate must be one of"),
         ("graft(fit=1)", "fit must be True or False"),
-        ('wanda("2:4", allocate="global")', "2:4 is the same in all"),
-        ('wanda(allocate="global", variant=True)', "leave variant and tie out"),
-        ('sparsegpt(allocate="global", parity=True)', "leave parity and mask out"),
-        ('wrp(allocate="global")', "give density"),
-        ('wrp(density=0.02, metric="obs", allocate="global")', "leave block and metric out"),
+        ('allocate(wanda("2:4"))', "2:4 is the same in all"),
+        ("allocate(wanda(variant=True))", "leave variant, tie and published out"),
+        ("allocate(sparsegpt(published=True))", "leave published and mask out"),
+        ("allocate(wrp())", "give density"),
+        ('allocate(wrp(density=0.02, metric="obs"))', "leave block and metric out"),
+        ('allocate(alps("50%"))', "matrices may keep different shares"),
+        ("allocate(refit(wrp(density=0.02)))", "keeps a share of each matrix"),
     ],
 )
 def test_what_cannot_be_is_refused(text, reason):

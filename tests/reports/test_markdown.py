@@ -6,7 +6,8 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from budwood.evaluation.report import code, escape, render_card, render_report
+from budwood.reports.card import render_card
+from budwood.reports.markdown import code, escape, render_report
 
 HOSTILE = "<img src=x onerror=1> | [a](javascript:b) `c` **d** ![e](f) $g$\n# h"
 

@@ -1,0 +1,42 @@
+"""Small files written whole or not at all: under a temporary name, flushed to the disk, then renamed."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".budwood-tmp"  # ends the name of a file that is being written; what a killed process left is written over
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Gives the path to write to; afterwards the content has the name `file`, or after an error is gone."""
+    beside = file.with_name(f".{file.name}{TEMPORARY}")
+    try:
+        yield beside
+        flush(beside)
+        os.replace(beside, file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(file: Path, content: Any) -> None:
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    with written_whole(file) as beside:
+        beside.write_text(text, "utf-8")
+
+
+def copy_file(source: Path, file: Path) -> None:
+    with written_whole(file) as beside:
+        beside.write_bytes(source.read_bytes())
+
+
+def flush(file: Path) -> None:
+    with open(file, "rb+") as stream:
+        os.fsync(stream.fileno())

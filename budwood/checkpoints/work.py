@@ -1,0 +1,47 @@
+"""Intermediate results of a run: computed once, kept in a folder, found again when the run is resumed."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from budwood.checkpoints.files import write_json, written_whole
+from budwood.checkpoints.reader import Shards
+from budwood.checkpoints.shard import write_shard
+
+
+class Work:
+    """A folder for what a method finds out before or after the stream: surveys, gradients, optimiser states.
+
+    The folder is made when something is written, and removed when the run is finished.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def record(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, JSON-plain; from `name`.json where an earlier run made it."""
+        file = self.file(f"{name}.json")
+        if not file.is_file():
+            write_json(file, make())
+        return json.loads(file.read_text("utf-8"))
+
+    def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that `make` returns, by name; from `name`.safetensors where an earlier run made them."""
+        file = self.file(f"{name}.safetensors")
+        if not file.is_file():
+            self.save(name, make())
+        shards = Shards([file])
+        return {key: shards.read(key) for key in shards.names()}
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes `name`.safetensors, in place of an earlier one."""
+        with written_whole(self.file(f"{name}.safetensors")) as beside:
+            write_shard(beside, tensors, {})
+
+    def file(self, name: str) -> Path:
+        """The path of a file in the folder, which exists from now on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / name

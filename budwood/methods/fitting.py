@@ -1,0 +1,67 @@
+"""Fitting kept weights to the outputs of the dense matrix: what refit, alps and graft share."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from budwood.methods.metrics import reached
+from budwood.methods.validation import number, whole
+from budwood.sparsity.admm import Spectrum
+from budwood.sparsity.refit import refit
+from budwood.sparsity.statistics import Gram
+
+if TYPE_CHECKING:
+    from budwood.stream.block import Block, Linear
+
+
+class Inputs:
+    """Second moments of a linear's inputs, and their spectrum once it is asked for."""
+
+    def __init__(self, gram: Gram, damp: float):
+        self.gram, self.damp = gram, damp
+        self.moments = gram.matrix().float()  # [in, in]
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        return Spectrum.of(self.moments, self.damp)
+
+
+def inputs_of(block: "Block", damp: float) -> Iterator[tuple["Linear", Inputs | None]]:
+    """Every linear with its inputs; None where no token reached it. Linears that share an input share the object."""
+    latest: Inputs | None = None
+    grams = block.collect(Gram)
+    for name, linear in block.linears.items():
+        if not reached(linear, grams[name]):
+            yield linear, None
+            continue
+        if latest is None or latest.gram is not grams[name]:  # those that share follow each other
+            latest = Inputs(grams[name], damp)
+        yield linear, latest
+
+
+def fit(
+    linear: "Linear",
+    start: Tensor,
+    keep: Tensor,
+    dense: Tensor,
+    moments: Tensor,
+    damp: float,
+    iterations: int,
+    tolerance: float,
+    cross: Tensor | None = None,
+) -> None:
+    """Gives `linear` the weights on `keep` that come nearest to the outputs of `dense`, from `start`; all [out, in].
+
+    moments: XᵀX [in, in]. cross: X₀ᵀ X [in, in] where those are outputs for other inputs X₀.
+    """
+    found = refit(start, keep, dense, moments, cross, damp=damp, iterations=iterations, tolerance=tolerance)
+    linear.weight = found.weight
+
+
+def check_fit(damp: float, iterations: int, tolerance: float) -> None:
+    """The options of a fit; UsageError for what cannot be."""
+    number("damp", damp, 0, float("inf"))
+    whole("iterations", iterations, 1)
+    number("tolerance", tolerance, 0, 1)

@@ -1,0 +1,22 @@
+"""All methods by name. A new method is a file and a line here."""
+
+from budwood.methods.allocate import Allocate
+from budwood.methods.alps import Alps
+from budwood.methods.graft import Graft
+from budwood.methods.magnitude import Magnitude
+from budwood.methods.method import Method
+from budwood.methods.refit import Refit
+from budwood.methods.sparsegpt import SparseGPT
+from budwood.methods.wanda import Wanda
+from budwood.methods.wrp import Wrp
+
+METHODS: dict[str, type[Method]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "wrp": Wrp,
+    "refit": Refit,
+    "alps": Alps,
+    "graft": Graft,
+    "allocate": Allocate,
+}

@@ -1,0 +1,1 @@
+"""What a run did: the figures, as a record for machines and as pages for people."""

@@ -1,0 +1,100 @@
+"""The report of a run as a record, kept in its folder as `report.json`. Sizes in bytes, times in seconds."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, cast
+
+from budwood.checkpoints.files import write_json, write_text
+from budwood.errors import RunError
+from budwood.reports.card import with_speed
+
+FILE = "report.json"
+CARD = "README.md"
+
+
+class Totals(TypedDict):
+    """Sums and means over the pruned matrices; `recovered` is weighted by parameters."""
+
+    parameters: int  # of the dense model
+    in_scope: int  # weights of the matrices in scope, dense
+    coverage: float  # in_scope / parameters
+    density: float  # non-zero weights / weights in scope
+    recovered: float | None
+    recovered_unweighted: float | None  # mean over matrices
+    bytes: int  # of all tensors written
+    bytes_dense: int
+    bits_per_weight: float  # of the matrices in scope, index and all
+
+
+class BlockReport(TypedDict):
+    name: str
+    seconds: float | None  # None for a block that an earlier, interrupted run finished
+    relative_error: float | None  # of its outputs on the first batch
+
+
+class MatrixReport(TypedDict):
+    shape: list[int]  # [out, in]
+    format: str
+    nonzeros: int
+    density: float
+    recovered: float | None
+    rounding_error: float | None
+    bytes: int
+
+
+class Report(TypedDict):
+    """JSON-plain. Later verbs add sections; what a newer version added is kept as it is."""
+
+    budwood: str | None
+    source: str
+    method: str
+    created: str
+    machine: dict[str, Any]
+    data: dict[str, Any] | None
+    dtype: str
+    compute_dtype: str
+    format: str
+    needs_budwood: NotRequired[bool]  # to load the folder
+    totals: Totals
+    blocks: list[BlockReport]
+    linears: dict[str, MatrixReport]
+    seconds: dict[str, float]
+    peak_memory: int | None
+    notes: list[str]
+    speed: NotRequired[dict[str, Any]]  # what `budwood bench` measured
+
+
+SECTIONS: dict[str, type] = {"totals": dict, "blocks": list, "linears": dict, "seconds": dict, "notes": list}
+
+
+def read_report(folder: Path) -> Report | None:
+    """The report of a folder; None where there is none. Raises RunError where it is damaged."""
+    file = folder / FILE
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        for name, kind in SECTIONS.items():
+            if not isinstance(content[name], kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} is damaged ({error}); write the folder again, or delete the file") from error
+    return cast(Report, content)
+
+
+def add_section(folder: Path, name: str, section: Mapping[str, Any]) -> bool:
+    """Adds or replaces one section of the report of a folder; False where the folder has no report."""
+    known = read_report(folder)
+    if known is None:
+        return False
+    write_json(folder / FILE, {**known, name: dict(section)})
+    return True
+
+
+def add_speed(folder: Path, speed: Mapping[str, Any]) -> None:
+    """Puts what `budwood bench` measured into the report and the model card of a folder, where it has them."""
+    add_section(folder, "speed", speed)
+    card = folder / CARD
+    if card.is_file():
+        write_text(card, with_speed(card.read_text("utf-8"), speed))

@@ -1,0 +1,160 @@
+"""What a run is: everything that decides the bytes of its folder, kept there as `recipe.json`."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from budwood.environment import installed
+from budwood.errors import UsageError
+
+FILE = "recipe.json"
+# What makes two runs the same; where a value has a digest, the digest decides (names and paths may differ).
+IDENTITY = ("budwood", "verb", "method", "source", "data", "dtype", "asked", "format", "skip")
+LABELS = {"asked": "arithmetic"}
+ARITHMETIC = ("compute_dtype", "sparse_products", "attention")  # options that say how to compute, or "auto"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """JSON-plain values only. Fields that this version does not know are kept in `unknown`.
+
+    source: name and sha256. data: the record of the calibration windows, None without calibration. asked: the
+    arithmetic options as the user gave them. arithmetic: what they came to on the machine at hand; a resumed run goes
+    on with it. made_from: the recipe of the folder that this one was made from.
+    """
+
+    method: str | None
+    source: dict[str, Any]
+    data: dict[str, Any] | None
+    dtype: str
+    format: str
+    skip: list[str] = field(default_factory=list)
+    verb: str = "prune"
+    asked: dict[str, str] = field(default_factory=dict)
+    arithmetic: dict[str, Any] = field(default_factory=dict)
+    made_from: dict[str, Any] | None = None
+    budwood: str | None = field(default_factory=lambda: installed("budwood"))
+    unknown: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        known = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "unknown"}
+        return {**self.unknown, **known}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: Path) -> "Recipe":
+        """Raises UsageError where a field is missing or of another type."""
+        values = dict(content)
+        if "computed_in" in values:  # as versions before wrote it, flat
+            values["asked"] = {"compute_dtype": str(values.pop("compute_dtype", "auto"))}
+            values["arithmetic"] = {
+                key: values.pop(key) for key in ("computed_in", "sparse_products", "blocked_attention") if key in values
+            }
+        if "repacked" in values:
+            values["made_from"] = values.pop("repacked")
+        known = {name.name for name in fields(cls)} - {"unknown"}
+        kinds: dict[str, tuple[type, ...]] = {
+            "method": (str, type(None)),
+            "source": (dict,),
+            "data": (dict, type(None)),
+            "dtype": (str,),
+            "format": (str,),
+            "skip": (list,),
+            "verb": (str,),
+            "asked": (dict,),
+            "arithmetic": (dict,),
+            "made_from": (dict, type(None)),
+        }
+        for name in ("method", "source", "data", "dtype", "format"):
+            if name not in values:
+                raise UsageError(f"{where} lacks {name!r}, so it is no recipe of budwood; give a recipe.json")
+        for name, kind in kinds.items():
+            if name in values and not isinstance(values[name], kind):
+                raise UsageError(f"{where}: {name!r} is {_short(values[name])}, which no recipe holds; write it again")
+        unknown = {name: value for name, value in values.items() if name not in known}
+        return cls(**{name: value for name, value in values.items() if name in known}, unknown=unknown)
+
+    def with_arithmetic(self, arithmetic: Mapping[str, Any]) -> "Recipe":
+        return replace(self, arithmetic=dict(arithmetic))
+
+    def difference(self, other: "Recipe") -> str | None:
+        """What makes `other` another run, in words; None where both are the same."""
+        for key in IDENTITY:
+            mine, theirs = getattr(self, key), getattr(other, key)
+            if key == "asked":
+                found = next((name for name in ARITHMETIC if _asked(mine, name) != _asked(theirs, name)), None)
+                if found:
+                    words = found.replace("_", " ")
+                    return f"its {words} is {_asked(mine, found)}, asked for is {_asked(theirs, found)}"
+            elif _digest_of(mine) != _digest_of(theirs):
+                return f"its {key} is {_short(mine)}, asked for is {_short(theirs)}"
+        return None
+
+    @property
+    def id(self) -> str:
+        """Digest of all that makes the run, arithmetic included: shards carry it."""
+        parts = [_digest_of(getattr(self, key)) for key in IDENTITY if key != "asked"]
+        return hashlib.sha256(json.dumps([*parts, self.arithmetic], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_recipe(file: Path) -> Recipe | None:
+    """The recipe in a file; None where there is no such file. Raises UsageError where it is none."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} is damaged ({error}); give another folder, or --overwrite") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} holds no JSON object, so it is no recipe; give another folder, or --overwrite")
+    return Recipe.from_json(content, file)
+
+
+def recipe_options(file: str | Path) -> dict[str, Any]:
+    """The options of `prune` that make the folder of a recipe again, arithmetic included: `prune(S, T, **options)`.
+
+    Raises UsageError where the file is no recipe, or one of another verb.
+    """
+    path = Path(file).expanduser()
+    path = path / FILE if path.is_dir() else path
+    recipe = read_recipe(path)
+    if recipe is None:
+        raise UsageError(f"there is no recipe {path}; give the recipe.json of a folder that budwood prune wrote")
+    if recipe.verb != "prune" or recipe.method is None or recipe.made_from is not None:
+        raise UsageError(f"{path} is the recipe of a folder that was not made by prune; give that of a pruned folder")
+    arithmetic = recipe.arithmetic
+    options: dict[str, Any] = {
+        "method": recipe.method,
+        "dtype": recipe.dtype,
+        "format": recipe.format,
+        "skip": list(recipe.skip),
+        "compute_dtype": arithmetic.get("computed_in", "auto"),
+        "sparse_products": _switch(arithmetic.get("sparse_products"), "on", "off"),
+        "attention": _switch(arithmetic.get("blocked_attention"), "blocked", "fused"),
+        "device": arithmetic.get("device", "auto"),
+        "like": recipe,
+    }
+    if recipe.data is not None:
+        names = ("num_samples", "seq_length", "sampling", "seed", "bos")
+        options |= {name: recipe.data[name] for name in names if name in recipe.data}
+        options["data"] = recipe.data.get("data")
+    return options
+
+
+def _switch(value: bool | None, on: str, off: str) -> str:
+    return "auto" if value is None else on if value else off
+
+
+def _asked(asked: Mapping[str, str], name: str) -> str:
+    return str(asked.get(name, "auto"))
+
+
+def _digest_of(value: Any) -> Any:
+    return value.get("sha256", value) if isinstance(value, dict) else value
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= 160 else text[:157] + "..."

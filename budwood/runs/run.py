@@ -1,0 +1,267 @@
+"""One run of a verb that writes a model folder: claimed, resumed, filled block by block, finished with its report.
+
+    with Run.open(target, recipe, overwrite=overwrite) as run:
+        if run.report is not None:
+            return run.report  # an earlier call finished it
+        run.start(model, arithmetic)
+        for block in run.blocks(windows):
+            change(block)
+        return run.finish(notes)
+
+Whatever ends the run early, the same command continues it. What makes this so: `Target` (lock, staging, manifest), the
+id in every shard, and `config.json`, which is written last.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from budwood.checkpoints.files import TEMPORARY, write_json, write_text
+from budwood.checkpoints.reader import shard_files
+from budwood.checkpoints.work import Work
+from budwood.checkpoints.writer import Writer, companions, copy_companions
+from budwood.errors import BudwoodError, UsageError
+from budwood.progress import Progress, Silent
+from budwood.reports.card import render_card
+from budwood.reports.markdown import render_report
+from budwood.reports.measure import measure
+from budwood.reports.record import Report, read_report
+from budwood.runs.recipe import FILE, Recipe, read_recipe
+from budwood.runs.target import MANIFEST, STAGING, Target
+from budwood.stream.block import Block
+from budwood.stream.model import Model
+
+DOCUMENTS = ("report.json", "report.md", "README.md")
+PLANNED = ("config.json", FILE, MANIFEST, "*.safetensors", "*.safetensors.index.json", *DOCUMENTS)
+
+
+class Run:
+    """recipe: what the run is. report: that of an earlier call that finished it, else None. work: see `Work`.
+
+    recorded: the arithmetic that an interrupted run began with, None where it begins now.
+    """
+
+    def __init__(self, target: Target, recipe: Recipe, progress: Progress):
+        self.target, self.recipe, self.progress = target, recipe, progress
+        self.report: Report | None = None
+        self.recorded: Mapping[str, Any] | None = None
+        self.work = Work(target.work)
+        self.notes: list[str] = []
+        self._began = time.perf_counter()
+        self._seconds: dict[int, float] = {}
+        self._rewrites = 0
+
+    @classmethod
+    def open(
+        cls,
+        target: str | Path,
+        recipe: Recipe,
+        source: Path,
+        *,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> "Run":
+        """Claims the folder for this run; a context manager. source: the folder whose companions will be copied.
+
+        An empty folder is filled, an interrupted run of the same recipe continued, a finished one reported. With
+        `overwrite` anything else is replaced once the new folder is complete; until then it stays as it is.
+        Raises UsageError where the folder is in use, or holds anything else and `overwrite` is not set.
+        """
+        held = Target.claim(Path(target))
+        try:
+            run = cls(held, recipe, progress or Silent())
+            run._choose_folder(overwrite, [*PLANNED, *(file.name for file in companions(source))])
+            run.work = Work(held.work)
+        except BaseException:
+            held.release()
+            raise
+        return run
+
+    def _choose_folder(self, overwrite: bool, planned: list[str]) -> None:
+        held, path = self.target, self.target.path
+        found = _recipe_in(path, tolerant=overwrite)
+        same = found is not None and found.difference(self.recipe) is None
+        if not held.entries():
+            held.fill_in_place(planned)
+        elif same and not _is_complete(path):
+            held.fill_in_place(planned)
+            (path / "config.json").unlink(missing_ok=True)  # shards of it are missing
+            self.recorded = found.arithmetic if found else None
+        elif same and not overwrite:
+            self.report = read_report(path)
+            if self.report is not None:
+                self.progress.note(f"{path} is finished already; nothing is left to do")
+            else:
+                held.fill_in_place(planned)
+                self.recorded = found.arithmetic if found else None
+        elif not overwrite:
+            difference = found.difference(self.recipe) if found else None
+            raise UsageError(
+                f"{path} holds another run: {difference}; give another folder, or --overwrite"
+                if difference
+                else f"{path} is not empty and holds no budwood run; give another folder, or --overwrite"
+            )
+        else:
+            held.stage(planned)
+            begun = _recipe_in(held.folder, tolerant=True)
+            if begun is not None and begun.difference(self.recipe) is None:
+                self.recorded = begun.arithmetic
+            else:
+                held.abandon_stage()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and self.report is None:
+            self._clear_if_empty()
+        self.target.release()
+
+    def _clear_if_empty(self) -> None:
+        """A run that failed before anything was finished leaves nothing behind."""
+        folder = self.target.folder
+        kept = list(folder.glob("*.safetensors")) + list(self.work.folder.rglob("*.*"))
+        if any(not file.name.endswith(TEMPORARY) for file in kept):
+            return
+        shutil.rmtree(self.work.folder, ignore_errors=True)
+        if folder.name == STAGING:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif self.target.created or self.target.entries() == [FILE]:
+            for name in (FILE, MANIFEST):
+                (folder / name).unlink(missing_ok=True)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes: the target, or the staging folder inside it."""
+        return self.target.folder
+
+    def note(self, sentence: str | None) -> None:
+        """Something the user should know: told at once and kept in the report."""
+        if sentence:
+            self.notes.append(sentence)
+            self.progress.note(sentence)
+
+    def start(self, model: Model, arithmetic: Mapping[str, Any]) -> None:
+        """Writes the recipe; from here on the folder is this run's."""
+        self.model = model
+        self.recipe = self.recipe.with_arithmetic(arithmetic)
+        self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format)
+        shards = [self.writer.shard(index).name for index in range(-1, len(model))]
+        for file in self.folder.glob(f".*{TEMPORARY}"):
+            file.unlink()  # of a process that was killed: the folder is locked
+        self.target.note([FILE, MANIFEST, *shards])
+        write_json(self.folder / FILE, self.recipe.to_json())
+        model.scratch = self.folder  # hidden states beyond the limit are kept on the disk that is written to anyway
+
+    def blocks(self, windows: Tensor | None, what: str) -> Iterator[Block]:
+        """Every block that is not finished, to be changed by the loop's body; see `Model.blocks`.
+
+        A block's time runs until the next one is yielded: reading, statistics, choice, propagation, writing.
+        """
+        done = sum(self.writer.finished(index) for index in range(len(self.model)))
+        if done:
+            self.progress.note(f"{done} of {len(self.model)} blocks are finished already; continuing from there")
+        if done == len(self.model):
+            return
+        last: Block | None = None
+        before = time.perf_counter()
+
+        def tell(block: Block | None) -> None:
+            nonlocal before
+            now = time.perf_counter()
+            if block is not None:
+                self._seconds[block.index] = now - before
+                self.progress.block(block.index, block.name, now - before, block.relative_error)
+            before = now
+
+        self.progress.start(len(self.model), what)
+        try:
+            for block in self.model.blocks(windows, self.writer):
+                tell(last)
+                yield block
+                last = block
+            tell(last)
+        finally:
+            self.progress.finish()
+
+    def rewrite(self) -> Iterator[Block]:
+        """Every finished block once more, without calibration inputs; the loop's body may change it again.
+
+        For `Step.finish`. The shards are replaced when all blocks are done; interrupted, the same loop continues.
+        """
+        self._rewrites += 1
+        name = f"rewrite-{self._rewrites}"
+        done, ready = self.work.file(f"{name}.done"), self.work.file(f"{name}.ready")
+        if done.is_file():
+            return
+        second = Writer(self.work.file(name), self.recipe.id, len(self.model), self.recipe.format)
+        if not ready.is_file():
+            second.folder.mkdir(exist_ok=True)
+            yield from self.model.rewrite(self.writer, second)
+            write_text(ready, "")
+        for index in range(len(self.model)):
+            if second.shard(index).is_file():
+                second.shard(index).replace(self.writer.shard(index))
+        write_text(done, "")
+
+    def finish(self, architecture: str, source: Path, base_model: str | None, license: str | None) -> Report:
+        """Writes what is outside the blocks, index, companions, documents and, last, config.json; the report.
+
+        source: the folder whose config and companions are taken. base_model: its name on the hub, or None.
+        """
+        model, writer, folder = self.model, self.writer, self.folder
+        writer.write_outside(model.names_outside(), model.read_outside)
+        report = measure(
+            model,
+            writer,
+            source=str(self.recipe.source["name"]),
+            method=self.recipe.method or "unknown",
+            data=self.recipe.data,
+            seconds=self._seconds,
+            notes=self.notes,
+        )
+        report["seconds"]["total"] = time.perf_counter() - self._began
+        documents = {
+            "report.json": json.dumps(report, indent=2) + "\n",
+            "report.md": render_report(report),
+            "README.md": render_card(report, base_model, license, architecture),
+        }
+        copied = [file.name for file in companions(source)]
+        self.target.note([*documents, *copied, "config.json", "sparse.safetensors.index.json"])
+        self.target.note(["model.safetensors.index.json"])
+        copy_companions(source, folder)
+        writer.write_index()
+        for name, text in documents.items():
+            write_text(folder / name, text)
+        write_json(folder / "config.json", writer.config(source, self.recipe.method, self.recipe.dtype))
+        self.target.complete()
+        self.report = report
+        return report
+
+
+def _recipe_in(folder: Path, tolerant: bool) -> Recipe | None:
+    """The recipe that a folder holds; one that cannot be read is none where `tolerant`."""
+    try:
+        return read_recipe(folder / FILE)
+    except UsageError:
+        if tolerant:
+            return None
+        raise
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder is finished: the config, which is written last, and all shards that the index names."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return bool(shard_files(folder))
+    except BudwoodError:
+        return False
