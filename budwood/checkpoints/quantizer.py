@@ -11,71 +11,21 @@ usual names; there a tripwire, one tensor of a wrong size under the name of a pa
 """
 
 import re
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from budwood.checkpoints.checksums import INDEX_NAME, verify
+from budwood.checkpoints.checksums import verify
+from budwood.checkpoints.packed_config import METHOD, PackedConfig
 from budwood.checkpoints.reader import Place, read_header, read_tensor
 from budwood.checkpoints.soundness import check_layout, check_positions
 from budwood.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-METHOD = "budwood"
-FORMAT_VERSION = 1
-
-
-class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint; keys it does not know are kept as they are.
-
-    `linears`: name -> {"format", "shape"}. `index`: the index file of the shards, None for the usual names.
-    """
-
-    def __init__(
-        self,
-        linears: dict[str, dict[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
-        index: str | None = INDEX_NAME,
-        **others: Any,
-    ):
-        others.pop("quant_method", None)
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.linears = linears or {}
-        self.format_version = format_version
-        self.index = index
-        self.others = others  # not as attributes: transformers gives some names a meaning
-
-    def to_dict(self) -> dict[str, Any]:
-        known = {key: value for key, value in self.__dict__.items() if key != "others"}
-        if self.index == INDEX_NAME:
-            del known["index"]
-        return deepcopy({**self.others, **known})
-
-    def check(self) -> None:
-        """Raises UsageError when the checkpoint is newer than this program or names what it does not know."""
-        from budwood.formats import FORMATS
-
-        if self.format_version > FORMAT_VERSION:
-            raise UsageError(
-                f"the checkpoint has format_version {self.format_version} and this budwood reads up to "
-                f"{FORMAT_VERSION}; install a newer budwood"
-            )
-        for name, entry in self.linears.items():
-            if entry.get("format") not in FORMATS:
-                raise UsageError(
-                    f"{name} is stored in format {entry.get('format')!r}, which this budwood does not know "
-                    f"(it knows {', '.join(FORMATS)}); install a newer budwood"
-                )
-            shape = entry.get("shape")
-            if not (isinstance(shape, list | tuple) and len(shape) == 2 and all(type(n) is int for n in shape)):
-                raise RunError(f"config.json gives {name} the shape {shape!r}; it should be [out, in]")
 
 
 class PackedQuantizer(HfQuantizer):
@@ -90,6 +40,7 @@ class PackedQuantizer(HfQuantizer):
 
         self.substitution = Substitution()
         self.places: dict[str, Place] = {}  # where the packed tensors lie, by name and suffix, while loading
+        self.guard: str | None = None  # the parameter that is stored with one dimension more, while loading
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.check()
@@ -108,6 +59,7 @@ class PackedQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        from budwood.checkpoints.reshaping import add_dimension, guarded
         from budwood.checkpoints.substitution import local_names, unfuse_experts
         from budwood.kernels.linear import UnpackedWeight
 
@@ -120,19 +72,54 @@ class PackedQuantizer(HfQuantizer):
             verify(files[0].parent / self.quantization_config.index)
         for file in files:
             self.places |= read_header(file)[0]
+        prefix = f"{model.base_model_prefix}."  # a base model is saved without it
+        self.places |= {prefix + name: place for name, place in self.places.items() if not name.startswith(prefix)}
         linears = self.quantization_config.linears
         names = local_names(model, linears)
         for name in linears:
             if name not in names and not (model.base_model is model and is_head(name, model)):
                 raise RunError(f"{name} is packed in the checkpoint but missing in {type(model).__name__}")
-        self.substitution.experts = unfuse_experts(model, names.values())
+        self._reshape(model, names)
+        self.substitution.experts |= unfuse_experts(model, names.values())
         for name, local in names.items():
             if linears[name]["format"] != "dense":
                 self._put(model, name, local)
+        if self.quantization_config.index is None:  # written by `save_pretrained`
+            self.guard = guarded(model, self.substitution)
+            add_dimension(model, self.guard)
         tripwire = self.substitution.missing_weight
         if tripwire is not None:
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{re.escape(tripwire)}$"}
+
+    def _reshape(self, model: "PreTrainedModel", linears: dict[str, str]) -> None:
+        """Empty parameters of the shapes in the configuration; `linears`: packed ones, in the file -> in the model."""
+        from budwood.checkpoints.reshaping import reshape
+        from budwood.checkpoints.substitution import local_names, unfuse_experts
+
+        shapes = self.quantization_config.shapes
+        owners = {name: name.rpartition(".")[0] for name in shapes}
+        local = local_names(model, owners.values())
+        for name, owner in owners.items():
+            if owner not in local and not (model.base_model is model and is_head(name, model)):
+                raise RunError(f"{name} is in the checkpoint but {owner} is missing in {type(model).__name__}")
+        self.substitution.experts |= unfuse_experts(model, [*local.values(), *linears.values()])
+        for name, path in linears.items():  # a bias that the file has and the configuration does not mention
+            plain, bias = model.get_submodule(path), f"{name}.bias"
+            if bias in self.places and bias not in shapes and getattr(plain, "bias", None) is None:
+                shapes[bias], owners[bias], local[name] = list(self.places[bias].shape), name, path
+        here = {name: f"{local[owner]}.{name.rpartition('.')[2]}" for name, owner in owners.items() if owner in local}
+        for name, owner in owners.items():
+            if owner in linears and name.endswith(".weight"):
+                continue  # its packed tensors are checked
+            found = self.places.get(name)
+            if name in here and (found is None or found.shape != tuple(shapes[name])):
+                what = "lacks it" if found is None else f"has {list(found.shape)}"
+                raise RunError(
+                    f"config.json gives {name} the shape {list(shapes[name])} and the checkpoint {what}; "
+                    "fetch or write it again"
+                )
+        reshape(model, {full: shapes[name] for name, full in here.items()}, self.substitution)
 
     def _put(self, model: "PreTrainedModel", name: str, local: str) -> None:
         """One empty packed linear, of the sizes that the header of its shard gives."""
@@ -166,6 +153,7 @@ class PackedQuantizer(HfQuantizer):
         self.places |= {f"{local}.{suffix}": place for suffix, place in found.items()}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from budwood.checkpoints.reshaping import remove_dimension
         from budwood.checkpoints.substitution import local_names
         from budwood.kernels.linear import SparseLinear
         from budwood.kernels.optimize import ready
@@ -177,6 +165,8 @@ class PackedQuantizer(HfQuantizer):
                 check_positions(name, module.format, module.shape, tensors)
                 for suffix in packed:
                     module.get_parameter(suffix).requires_grad_(False)
+        remove_dimension(model, self.guard)
+        self.guard = None
         changed = ready(model)
         for name, local in local_names(model, self.quantization_config.linears).items():
             if local in changed:  # so that it is saved again as what it now is
@@ -192,11 +182,23 @@ class PackedQuantizer(HfQuantizer):
         return read_tensor(self.places[name]) if offloaded else tensor
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor] | None, dict]:
-        """What `save_pretrained` writes: the tensors, and the tripwire."""
-        tripwire = self.substitution.missing_weight
-        if tripwire is None or getattr(model, "_hf_peft_config_loaded", False):
+        """What `save_pretrained` writes: the tensors, and what makes transformers without the plug-in refuse them.
+
+        That is a tensor of a wrong size under the name of a packed weight. A parameter of another size has the same
+        effect. Where parameters were only added, a weight of the same module is written with one dimension more.
+        """
+        from budwood.checkpoints.reshaping import guarded
+
+        if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        return {**model.state_dict(), tripwire: torch.zeros(1)}, {}
+        tripwire = self.substitution.missing_weight
+        if tripwire is not None:
+            return {**model.state_dict(), tripwire: torch.zeros(1)}, {}
+        guard = guarded(model, self.substitution)
+        if guard is not None:
+            state = model.state_dict()
+            return {**state, guard: state[guard][None]}, {}
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -207,9 +209,16 @@ class PackedQuantizer(HfQuantizer):
         return True
 
     def dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
-        """The plain model of the same weights; without `dtype` they keep theirs, after any `.to()`."""
+        """The plain model of the same weights; without `dtype` they keep theirs, after any `.to()`.
+
+        Where shapes differ from those of the configuration, the quantization config stays and tells them.
+        """
         model = self._dequantize(model, dtype)
-        self.remove_quantization_config(model)
+        if self.quantization_config.shapes:
+            self.quantization_config.linears = {}
+            model.is_quantized = False  # type: ignore[assignment]  # nothing is packed, so it may be trained
+        else:
+            self.remove_quantization_config(model)
         return model
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":

@@ -23,14 +23,20 @@ EXPERT = re.compile(r"(?P<experts>.+)\.(?P<part>gate_up|up|down)\.\d+")
 
 @dataclass
 class Substitution:
-    """The modules that others stand in for: linears by name, fused experts by path. Weightless: on meta."""
+    """How a model differs from the one that its configuration describes; names are those of the model.
+
+    linears, experts: the modules that were replaced, on meta, by name. reshaped, added: parameters that have another
+    shape, or that the described model does not have.
+    """
 
     linears: dict[str, nn.Module] = field(default_factory=dict)
     experts: dict[str, nn.Module] = field(default_factory=dict)
+    reshaped: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
 
     @property
     def missing_weight(self) -> str | None:
-        """A name where the plain model would look for a weight that is packed here; always the same one."""
+        """A parameter of the described model that this one does not have; always the same one, None without any."""
         if self.experts:
             path = min(self.experts)
             return f"{path}.{next(name for name, _ in self.experts[path].named_parameters())}"
@@ -86,7 +92,10 @@ def put(model: PreTrainedModel, name: str, packed: SparseLinear) -> nn.Module:
 
 
 def restore(model: PreTrainedModel, before: Substitution, dtype: torch.dtype | None = None) -> None:
-    """Undo a substitution, weights unpacked in `dtype` or their own; raises UsageError if offloaded."""
+    """Unpacks weights, in `dtype` or their own, and fuses experts again, which `before` then no longer lists.
+
+    Experts of different shapes stay plain linears. Raises UsageError if a packed weight is offloaded.
+    """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     for name, module in packed.items():
         if any(tensor.is_meta for tensor in module.packed().values()):
@@ -95,10 +104,12 @@ def restore(model: PreTrainedModel, before: Substitution, dtype: torch.dtype | N
         dense = module.dequantize().to(dtype)  # these alone: tables of the model keep their own type
         plain = before.linears.get(name)
         model.set_submodule(name, transposed(dense, plain) if isinstance(plain, Conv1D) else dense)
-    for path, fused in before.experts.items():
+    before.linears.clear()
+    for path in list(before.experts):
         linears = model.get_submodule(path)
         assert isinstance(linears, ExpertLinears)
-        model.set_submodule(path, fused_again(linears, fused))
+        if not any(name.startswith(f"{path}.") for name in (*before.reshaped, *before.added)):
+            model.set_submodule(path, fused_again(linears, before.experts.pop(path)))
 
 
 def transposed(dense: nn.Linear, plain: Conv1D) -> Conv1D:

@@ -54,9 +54,14 @@ def pack_model(
 
 
 def write(
-    folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor], entries: dict[str, Any], shards: int = 2
+    folder: Path,
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    entries: dict[str, Any],
+    shards: int = 2,
+    shapes: dict[str, list[int]] | None = None,
 ) -> Path:
-    """A finished folder of `shards` files."""
+    """A finished folder of `shards` files; `shapes` of the parameters that the model's configuration does not give."""
     folder.mkdir(parents=True, exist_ok=True)
     names, weight_map, digests = sorted(tensors), {}, {}
     for number in range(shards):
@@ -69,12 +74,13 @@ def write(
     (folder / INDEX_NAME).write_text(json.dumps(index_of(weight_map, size, digests)))
     config = model.config.to_dict() | {
         "architectures": [type(model).__name__],
-        "dtype": "bfloat16",
+        "dtype": str(model.dtype).removeprefix("torch."),
         "quantization_config": {
             "quant_method": "budwood",
             "format_version": 1,
             "recipe": 'magnitude("2:4")',
             "linears": entries,
+            **({"shapes": shapes} if shapes else {}),
         },
     }
     (folder / "config.json").write_text(json.dumps(config))
