@@ -4,14 +4,17 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from budwood.checkpoints.meta_model import read_config
+from budwood.checkpoints.packed_config import check_shapes
 from budwood.checkpoints.reader import Shards, sample
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import Weights
@@ -39,6 +42,19 @@ class Source:
     @cached_property
     def packed(self) -> dict[str, dict[str, Any]]:
         """Format and shape of every packed matrix; empty for a dense model."""
+        return dict(self._quantization.get("linears", {}))
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters that differ from those of the configuration, by full name; empty for most models."""
+        shapes = self._quantization.get("shapes", {})
+        check_shapes(shapes)
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+    @cached_property
+    def _quantization(self) -> dict[str, Any]:
+        """`quantization_config` of config.json. Raises UsageError when another program wrote it."""
+        settings: dict[str, Any] | None
         settings = json.loads((self.folder / "config.json").read_text("utf-8")).get("quantization_config")
         if settings is None:
             return {}
@@ -47,7 +63,13 @@ class Source:
                 f"{self.name} is stored with {settings.get('quant_method')!r}; budwood reads dense checkpoints and "
                 "its own; de-quantise it first"
             )
-        return dict(settings.get("linears", {}))
+        return settings
+
+    def structure(self, skip: Sequence[str] = (), compute: torch.dtype = torch.float32) -> ModelStructure:
+        """The model without its weights; see `ModelStructure`."""
+        return ModelStructure(
+            self.config, compute=compute, skip=skip, trust_remote_code=self.trust_remote_code, shapes=self.shapes
+        )
 
     def weights(self, structure: ModelStructure) -> Weights:
         """The tensors under the names of the modules."""

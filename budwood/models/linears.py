@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from budwood.errors import UsageError
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import ExpertLinears, is_fused
+from budwood.models.reshape import replace
 
 ROUTER = "router"
 OUTSIDE = "outside the decoder blocks"
@@ -90,6 +92,17 @@ def write(module: nn.Module, weight: Tensor) -> None:
     if place.shape != weight.shape:
         raise ValueError(f"a weight of {tuple(weight.shape)} does not fit a linear of {tuple(place.shape)}")
     place.copy_(weight)
+
+
+def resize(module: nn.Module, weight: Tensor) -> None:
+    """Replaces the weight of a linear by `weight` [out, in] of any shape, in the linear's own dtype and on its device.
+
+    The parameter is a new one, which shares no memory with `weight`; it requires a gradient where the old one did. The
+    bias stays as it is.
+    """
+    old = module.get_parameter("weight")
+    stored = read(module, weight.detach()).to(old.device, old.dtype).clone(memory_format=torch.contiguous_format)
+    replace(module, "weight", stored, old.requires_grad)
 
 
 def linears_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
