@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from budwood.errors import UsageError
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import unfuse
-from budwood.models.linears import coverage, prunable, read, skipped, write
+from budwood.models.linears import coverage, prunable, read, resize, skipped, write
 
 
 def on_meta(family):
@@ -117,3 +117,35 @@ def test_what_is_written_is_read(module):
 def test_a_weight_of_another_shape_is_not_broadcast():
     with pytest.raises(ValueError, match="does not fit"):
         write(nn.Linear(8, 4), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 4), lambda: Conv1D(4, 8)], ids=["linear", "transposed"])
+def test_a_resized_linear_has_the_new_sizes_and_its_own_dtype(make, dtype):
+    module = make().to(dtype)
+    module.bias = None if isinstance(module, nn.Linear) else nn.Parameter(torch.zeros(6, dtype=dtype))
+    weight = torch.randn(6, 5)
+    resize(module, weight)
+    assert torch.equal(read(module), weight.to(dtype))
+    assert module.weight.is_contiguous()
+    assert module(torch.ones(3, 5, dtype=dtype)).shape == (3, 6)
+    sizes = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (module.nf, module.nx)
+    assert sizes == (6, 5)
+    before = weight.clone()
+    weight.zero_()
+    assert torch.equal(read(module), before.to(dtype))  # no shared memory
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_resized_linear_is_trained_as_before(requires_grad):
+    module = nn.Linear(8, 4).requires_grad_(requires_grad)
+    resize(module, torch.zeros(2, 8, requires_grad=True))
+    assert module.weight.requires_grad == requires_grad
+    assert module.weight.is_leaf
+
+
+def test_a_linear_on_meta_stays_there():
+    module = nn.Linear(8, 4, device="meta")
+    resize(module, torch.zeros(2, 8))
+    assert module.weight.is_meta
+    assert module.out_features == 2
