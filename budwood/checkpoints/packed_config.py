@@ -13,7 +13,7 @@ FORMAT_VERSION = 1
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint; keys it does not know are kept as they are.
+    """`quantization_config` of a packed checkpoint; unknown keys are kept.
 
     linears: packed matrices, name -> {"format", "shape": [out, in]}. index: the index file of the shards, None for
     the usual names. shapes: every parameter whose shape differs from, or that does not exist in, the model that the
@@ -34,7 +34,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.index = index
         self.shapes = shapes or {}
-        self.others = others  # not as attributes: transformers gives some names a meaning
+        self.others = others  # not as attributes: some names have a meaning for transformers
 
     def to_dict(self) -> dict[str, Any]:
         known = {key: value for key, value in self.__dict__.items() if key != "others"}
@@ -45,7 +45,7 @@ class PackedConfig(QuantizationConfigMixin):
         return deepcopy({**self.others, **known})
 
     def check(self) -> None:
-        """Raises UsageError when the checkpoint is newer than this program or names what it does not know."""
+        """Raises UsageError when the checkpoint needs a newer budwood, RunError when an entry is malformed."""
         from budwood.formats import FORMATS
 
         if self.format_version > FORMAT_VERSION:

@@ -1,8 +1,8 @@
-"""Swaps plain linears of a model for packed ones, and back; knows modules and names, nothing about files.
+"""Replaces plain linears of a model by packed ones, and back; handles modules and names, not files.
 
 Fused experts are unfused first where one of their linears is packed, and a transposed linear (`Conv1D`) is
-packed as the `[out, in]` matrix it computes with. What stood there before is kept, so that `restore` gives
-back a model of the very classes that transformers builds.
+packed as its `[out, in]` matrix. The replaced modules are kept, so that `restore` returns a model of the classes
+that transformers builds.
 """
 
 import re
@@ -44,7 +44,7 @@ class Substitution:
 
 
 def local_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Name in a checkpoint -> name in `model`, for the linears and experts that the model has.
+    """Name in a checkpoint -> name in `model`, for the modules and experts that the model has.
 
     A checkpoint of a whole model may be loaded into its base model, without the prefix and the head, and
     back.
@@ -68,7 +68,7 @@ def local_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def unfuse_experts(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Make plain linears of those experts that hold one of `names`; path -> what stood there."""
+    """Replaces fused experts that contain one of `names` by plain linears; path -> the fused module."""
     fused: dict[str, nn.Module] = {}
     for name in names:
         expert = EXPERT.fullmatch(name)
@@ -80,10 +80,10 @@ def unfuse_experts(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn
 
 
 def put(model: PreTrainedModel, name: str, packed: SparseLinear) -> nn.Module:
-    """Put `packed` where a linear of its shape stands, and return that one; raises RunError if none does."""
+    """Replaces the linear `name` by `packed` and returns it; raises RunError unless it is a linear of that shape."""
     plain = model.get_submodule(name)
     if not isinstance(plain, nn.Linear | Conv1D):
-        raise RunError(f"{name} is packed in the checkpoint but a {type(plain).__name__} in the model, no linear")
+        raise RunError(f"{name} is packed in the checkpoint but a {type(plain).__name__} in the model, not a linear")
     out, width = plain.weight.T.shape if isinstance(plain, Conv1D) else plain.weight.shape
     if packed.shape != (out, width):
         raise RunError(f"{name} is {packed.shape} in the checkpoint and {(out, width)} in the model")
@@ -101,7 +101,7 @@ def restore(model: PreTrainedModel, before: Substitution, dtype: torch.dtype | N
         if any(tensor.is_meta for tensor in module.packed().values()):
             raise UsageError(f"{name} is offloaded; load the model without offload to unpack its weights")
     for name, module in packed.items():
-        dense = module.dequantize().to(dtype)  # these alone: tables of the model keep their own type
+        dense = module.dequantize().to(dtype)  # these only: other tensors of the model keep their dtype
         plain = before.linears.get(name)
         model.set_submodule(name, transposed(dense, plain) if isinstance(plain, Conv1D) else dense)
     before.linears.clear()
@@ -113,14 +113,14 @@ def restore(model: PreTrainedModel, before: Substitution, dtype: torch.dtype | N
 
 
 def transposed(dense: nn.Linear, plain: Conv1D) -> Conv1D:
-    """`plain`, holding what `dense` computes with."""
+    """`plain` with the weight and bias of `dense`."""
     plain.weight = nn.Parameter(dense.weight.T.contiguous())
     plain.bias = dense.bias
     return plain
 
 
 def fused_again(plain: ExpertLinears, fused: nn.Module) -> nn.Module:
-    """`fused`, holding the weights of experts that are plain linears: the reverse of unfusing."""
+    """`fused` with the weights of experts that are plain linears: the reverse of unfusing."""
     for name, tensor in fused_state(plain).items():
         if "." not in name:  # its children are the same in both
             setattr(fused, name, nn.Parameter(tensor))

@@ -1,4 +1,4 @@
-"""Which matrices are in scope, and that all of them are seen as [out, in]."""
+"""Which matrices are in scope, all of them as [out, in]."""
 
 import warnings
 
@@ -42,7 +42,7 @@ def test_every_matrix_of_the_blocks_is_in_scope_or_listed(family):
     assert set(left.values()) <= {"router", "outside the decoder blocks"}
 
 
-def test_the_meta_device_knows_as_much(family):
+def test_a_model_on_meta_gives_the_same(family):
     real, meta = build(family), on_meta(family)
     unfuse(real)
     unfuse(meta)
@@ -51,7 +51,7 @@ def test_the_meta_device_knows_as_much(family):
     assert coverage(real) == coverage(meta)
 
 
-def test_only_experts_taken_apart_are_in_scope(moe_family):
+def test_only_unfused_experts_are_in_scope(moe_family):
     model = build(moe_family)
     before, listed = coverage(model), set(skipped(model).values())
     unfuse(model)
@@ -71,7 +71,7 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)) for _ in range(EXPERTS))
 
 
-def test_plain_linears_that_route_are_left_alone(tiny_model):
+def test_linears_that_route_are_not_in_scope(tiny_model):
     tiny_model.model.layers[1].mlp = Mixture()
     mlp = "model.layers.1.mlp"
     routers = {name for name, reason in skipped(tiny_model).items() if reason == "router"}
@@ -79,7 +79,7 @@ def test_plain_linears_that_route_are_left_alone(tiny_model):
     assert {f"{mlp}.shared", f"{mlp}.experts.3.0"} <= set(prunable(tiny_model))
 
 
-def test_skip_takes_out_and_says_why(tiny_model):
+def test_skip_excludes_and_gives_the_reason(tiny_model):
     skip = (r"layers\.0\.", "down_proj$")
     scope = prunable(tiny_model, skip)
     assert set(prunable(tiny_model)) - set(scope) == {
@@ -89,12 +89,12 @@ def test_skip_takes_out_and_says_why(tiny_model):
     assert coverage(tiny_model, skip) < coverage(tiny_model)
 
 
-def test_an_expression_for_nothing_is_told(tiny_model):
+def test_an_expression_that_matches_nothing_causes_a_warning(tiny_model):
     with pytest.warns(UserWarning, match="nowhere"):
         prunable(tiny_model, ["nowhere"])
 
 
-def test_an_expression_for_something_is_not_told(tiny_model):
+def test_an_expression_that_matches_causes_no_warning(tiny_model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prunable(tiny_model, ["q_proj"])
