@@ -1,7 +1,7 @@
-"""Tells an altered or truncated checkpoint from a whole one: the sha256 of every shard, kept in the index.
+"""Detects altered and truncated checkpoints: the index holds the sha256 of every shard.
 
 The index is the usual one of Hugging Face (`metadata`, `weight_map`) with one more entry in its metadata,
-`sha256: {shard file: hex}`. Folders that others wrote carry none, and then there is nothing to compare with.
+`sha256: {shard file: hex}`. Folders written by other programs have none; then nothing is compared.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ from typing import Any
 from budwood.errors import RunError
 
 INDEX_NAME = "sparse.safetensors.index.json"
-READERS = 4  # hashing leaves the interpreter lock, so a few shards are read at a time
+READERS = 4  # hashing releases the interpreter lock, so several shards are read at a time
 
 
 def sha256(file: Path) -> str:
-    """The digest of a file, in hex, read in pieces."""
+    """The digest of a file, in hex, read in chunks."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -65,6 +65,6 @@ def verify(checkpoint: Path) -> None:
         for name, digest in zip(shards, found, strict=True):
             if digest != digests[name]:
                 raise RunError(
-                    f"{index.parent / name} was altered or cut short: its sha256 is {digest[:12]}..., "
+                    f"{index.parent / name} was altered or truncated: its sha256 is {digest[:12]}..., "
                     f"{index.name} says {digests[name][:12]}...; fetch or write it again"
                 )

@@ -20,7 +20,7 @@ def load(
     """The model of a folder, or of a hub name, ready for inference; `kwargs` go to `from_pretrained`.
 
     Stricter than `from_pretrained`: UsageError when there is no model, RunError when a file is damaged or a
-    weight is missing (transformers would start from random numbers there).
+    weight is missing (transformers would initialise it at random).
     """
     quantizer.register()
     path = Path(folder).expanduser()

@@ -1,6 +1,6 @@
 """A model without its weights: every parameter on the meta device, every buffer real.
 
-Rotary tables and the like are not in the files, so buffers are computed; parameters are filled block by block.
+Buffers such as rotary tables are not in the files, so they are computed; parameters are filled block by block.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from budwood.errors import UsageError
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a folder, or of a bare `config.json`; UsageError when it is none of a decoder."""
+    """The configuration of a folder, or of a bare `config.json`; raises UsageError when it is not that of a decoder."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -35,19 +35,19 @@ def refuse_other_than_decoders(config: PretrainedConfig, path: Path) -> None:
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of `config` in evaluation mode, `dtype` for its parameters, nothing of it filled."""
+    """The model of `config` in evaluation mode, `dtype` for its parameters, parameters on meta."""
     config = type(config).from_dict(config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.tie_weights()  # parameters made on meta one by one have lost each other
+    model.tie_weights()  # creating parameters on meta one by one has separated tied ones
     return model.eval()
 
 
 def float32_names(model: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
-    """Parts of names of parameters that transformers itself keeps in float32 when the model runs in `dtype`."""
+    """Parts of the names of parameters that transformers keeps in float32 when the model runs in `dtype`."""
     names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
         names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())

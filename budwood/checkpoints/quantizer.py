@@ -1,81 +1,31 @@
-"""The transformers plug-in: puts packed linears into a model before it is loaded, and takes them out again.
+"""The transformers plug-in: puts packed linears into a model before loading, and takes them out on request.
 
 transformers calls these hooks from `from_pretrained`, in this order: `validate_environment`, then
 `update_attn_implementation` (it sees the configuration before the files are looked for), `preprocess_model`,
 loading, `postprocess_model`. The module is imported while transformers itself is being imported, hence the
 imports inside the hooks.
 
-A folder that this project writes has shards under names of its own, so transformers without the plug-in finds
-no weights and says so, instead of starting from random ones. A folder written by `save_pretrained` has the
-usual names; there a tripwire, one tensor of a wrong size under the name of a packed weight, makes it refuse.
+Without the plug-in, transformers must fail instead of initialising weights at random. A folder that this project
+writes has an index under a name of its own, so no weights are found. A folder written by `save_pretrained` has the
+usual names; there a sentinel, one tensor of a wrong shape under the name of a packed weight, causes the error.
 """
 
 import re
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from budwood.checkpoints.checksums import INDEX_NAME, verify
-from budwood.checkpoints.reader import Place, read_header, read_tensor
+from budwood.checkpoints.checksums import verify
+from budwood.checkpoints.packed_config import METHOD, PackedConfig
+from budwood.checkpoints.reader import TensorLocation, read_header, read_tensor
 from budwood.checkpoints.soundness import check_layout, check_positions
 from budwood.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-METHOD = "budwood"
-FORMAT_VERSION = 1
-
-
-class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint; keys it does not know are kept as they are.
-
-    `linears`: name -> {"format", "shape"}. `index`: the index file of the shards, None for the usual names.
-    """
-
-    def __init__(
-        self,
-        linears: dict[str, dict[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
-        index: str | None = INDEX_NAME,
-        **others: Any,
-    ):
-        others.pop("quant_method", None)
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.linears = linears or {}
-        self.format_version = format_version
-        self.index = index
-        self.others = others  # not as attributes: transformers gives some names a meaning
-
-    def to_dict(self) -> dict[str, Any]:
-        known = {key: value for key, value in self.__dict__.items() if key != "others"}
-        if self.index == INDEX_NAME:
-            del known["index"]
-        return deepcopy({**self.others, **known})
-
-    def check(self) -> None:
-        """Raises UsageError when the checkpoint is newer than this program or names what it does not know."""
-        from budwood.formats import FORMATS
-
-        if self.format_version > FORMAT_VERSION:
-            raise UsageError(
-                f"the checkpoint has format_version {self.format_version} and this budwood reads up to "
-                f"{FORMAT_VERSION}; install a newer budwood"
-            )
-        for name, entry in self.linears.items():
-            if entry.get("format") not in FORMATS:
-                raise UsageError(
-                    f"{name} is stored in format {entry.get('format')!r}, which this budwood does not know "
-                    f"(it knows {', '.join(FORMATS)}); install a newer budwood"
-                )
-            shape = entry.get("shape")
-            if not (isinstance(shape, list | tuple) and len(shape) == 2 and all(type(n) is int for n in shape)):
-                raise RunError(f"config.json gives {name} the shape {shape!r}; it should be [out, in]")
 
 
 class PackedQuantizer(HfQuantizer):
@@ -89,18 +39,19 @@ class PackedQuantizer(HfQuantizer):
         from budwood.checkpoints.substitution import Substitution
 
         self.substitution = Substitution()
-        self.places: dict[str, Place] = {}  # where the packed tensors lie, by name and suffix, while loading
+        self.locations: dict[str, TensorLocation] = {}  # of all tensors by full name, while loading
+        self.guard: str | None = None  # the parameter that is stored with one dimension more, while loading
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.quantization_config.check()
 
     def update_attn_implementation(self, config: "PretrainedConfig") -> "PretrainedConfig":
-        """Not about attention: the one hook that sees the configuration before the files are resolved."""
+        """Names the index: this hook alone sees the configuration before the files are looked up."""
         if self.quantization_config.index is not None:
             config.transformers_weights = self.quantization_config.index
         return config
 
-    update_tp_plan = update_attn_implementation  # its place in transformers up to 5.17
+    update_tp_plan = update_attn_implementation  # the hook that does this in transformers up to 5.17
 
     def _process_model_before_weight_loading(
         self,
@@ -108,10 +59,11 @@ class PackedQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        from budwood.checkpoints.reshaping import add_dimension, guarded
         from budwood.checkpoints.substitution import local_names, unfuse_experts
         from budwood.kernels.linear import UnpackedWeight
 
-        # Some models draw the weights of their linears themselves, from the module above.
+        # Some models initialise the weights of their linears in the parent module.
         UnpackedWeight._is_hf_initialized = True  # type: ignore[attr-defined]
         if not checkpoint_files:
             raise UsageError("a packed model is loaded from its folder, not from a state dict")
@@ -119,23 +71,60 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.index is not None:
             verify(files[0].parent / self.quantization_config.index)
         for file in files:
-            self.places |= read_header(file)[0]
+            self.locations |= read_header(file)[0]
+        prefix = f"{model.base_model_prefix}."  # a base model is saved without it
+        self.locations |= {
+            prefix + name: location for name, location in self.locations.items() if not name.startswith(prefix)
+        }
         linears = self.quantization_config.linears
         names = local_names(model, linears)
         for name in linears:
             if name not in names and not (model.base_model is model and is_head(name, model)):
                 raise RunError(f"{name} is packed in the checkpoint but missing in {type(model).__name__}")
-        self.substitution.experts = unfuse_experts(model, names.values())
+        self._reshape(model, names)
+        self.substitution.experts |= unfuse_experts(model, names.values())
         for name, local in names.items():
             if linears[name]["format"] != "dense":
                 self._put(model, name, local)
-        tripwire = self.substitution.missing_weight
-        if tripwire is not None:
+        if self.quantization_config.index is None:  # written by `save_pretrained`
+            self.guard = guarded(model, self.substitution)
+            add_dimension(model, self.guard)
+        sentinel = self.substitution.missing_weight
+        if sentinel is not None:
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-            model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{re.escape(tripwire)}$"}
+            model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{re.escape(sentinel)}$"}
+
+    def _reshape(self, model: "PreTrainedModel", linears: dict[str, str]) -> None:
+        """Empty parameters of the shapes in the configuration; `linears`: packed ones, in the file -> in the model."""
+        from budwood.checkpoints.reshaping import reshape
+        from budwood.checkpoints.substitution import local_names, unfuse_experts
+
+        shapes = self.quantization_config.shapes
+        owners = {name: name.rpartition(".")[0] for name in shapes}
+        local = local_names(model, owners.values())
+        for name, owner in owners.items():
+            if owner not in local and not (model.base_model is model and is_head(name, model)):
+                raise RunError(f"{name} is in the checkpoint but {owner} is missing in {type(model).__name__}")
+        self.substitution.experts |= unfuse_experts(model, [*local.values(), *linears.values()])
+        for name, path in linears.items():  # a bias that the file has and the configuration does not mention
+            plain, bias = model.get_submodule(path), f"{name}.bias"
+            if bias in self.locations and bias not in shapes and getattr(plain, "bias", None) is None:
+                shapes[bias], owners[bias], local[name] = list(self.locations[bias].shape), name, path
+        here = {name: f"{local[owner]}.{name.rpartition('.')[2]}" for name, owner in owners.items() if owner in local}
+        for name, owner in owners.items():
+            if owner in linears and name.endswith(".weight"):
+                continue  # its packed tensors are checked
+            found = self.locations.get(name)
+            if name in here and (found is None or found.shape != tuple(shapes[name])):
+                what = "lacks it" if found is None else f"has {list(found.shape)}"
+                raise RunError(
+                    f"config.json gives {name} the shape {list(shapes[name])} and the checkpoint {what}; "
+                    "fetch or write it again"
+                )
+        reshape(model, {full: shapes[name] for name, full in here.items()}, self.substitution)
 
     def _put(self, model: "PreTrainedModel", name: str, local: str) -> None:
-        """One empty packed linear, of the sizes that the header of its shard gives."""
+        """Puts in one empty packed linear, with the shapes and dtypes that the headers of the shards give."""
         from budwood.checkpoints.substitution import put
         from budwood.formats import FORMATS
         from budwood.kernels.linear import SparseLinear
@@ -143,29 +132,30 @@ class PackedQuantizer(HfQuantizer):
         format = self.quantization_config.linears[name]["format"]
         shape = tuple(self.quantization_config.linears[name]["shape"])
         found = {
-            suffix: self.places[f"{name}.{suffix}"]
+            suffix: self.locations[f"{name}.{suffix}"]
             for suffix in FORMATS[format].suffixes
-            if f"{name}.{suffix}" in self.places
+            if f"{name}.{suffix}" in self.locations
         }
         check_layout(name, format, shape, {suffix: (p.dtype, p.shape) for suffix, p in found.items()})
         if f"{local}.weight" in model.all_tied_weights_keys:
             raise RunError(f"{name} is packed in the checkpoint but tied to another weight in the model")
         plain = model.get_submodule(local)
         dtype = plain.get_parameter("weight").dtype
-        headers = {  # values in the type the model is loaded in, positions in their own
-            suffix: (place.shape, dtype if place.dtype.is_floating_point else place.dtype)
-            for suffix, place in found.items()
+        headers = {  # values in the dtype of the loaded model, positions in their own
+            suffix: (location.shape, dtype if location.dtype.is_floating_point else location.dtype)
+            for suffix, location in found.items()
         }
         has_bias = getattr(plain, "bias", None) is not None
-        if has_bias and f"{name}.bias" not in self.places:
+        if has_bias and f"{name}.bias" not in self.locations:
             raise RunError(f"the checkpoint lacks {name}.bias; fetch or write it again")
         packed = SparseLinear(format, shape, headers, has_bias, device="meta")
-        # All of it is in the file: transformers must not draw a random weight.
+        # All of it is in the file: transformers must not initialise it at random.
         packed._is_hf_initialized = True  # type: ignore[assignment]
         self.substitution.linears[local] = put(model, local, packed)
-        self.places |= {f"{local}.{suffix}": place for suffix, place in found.items()}
+        self.locations |= {f"{local}.{suffix}": location for suffix, location in found.items()}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from budwood.checkpoints.reshaping import remove_dimension
         from budwood.checkpoints.substitution import local_names
         from budwood.kernels.linear import SparseLinear
         from budwood.kernels.optimize import ready
@@ -177,39 +167,60 @@ class PackedQuantizer(HfQuantizer):
                 check_positions(name, module.format, module.shape, tensors)
                 for suffix in packed:
                     module.get_parameter(suffix).requires_grad_(False)
+        remove_dimension(model, self.guard)
+        self.guard = None
         changed = ready(model)
         for name, local in local_names(model, self.quantization_config.linears).items():
-            if local in changed:  # so that it is saved again as what it now is
+            if local in changed:  # so that it is saved in its present format
                 self.quantization_config.linears[name]["format"] = changed[local]
-        self.places = {}
+        self.locations = {}
         model.config.__dict__.pop("transformers_weights", None)
         self.quantization_config.index = None  # from here on, `save_pretrained` writes the usual names
         return model
 
     def _positions(self, name: str, tensor: Tensor) -> Tensor:
-        """A packed tensor to check: where it is offloaded to disk, positions are read from there."""
+        """A packed tensor to check; positions that are offloaded to disk are read from there."""
         offloaded = tensor.is_meta and not tensor.is_floating_point()
-        return read_tensor(self.places[name]) if offloaded else tensor
+        return read_tensor(self.locations[name]) if offloaded else tensor
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor] | None, dict]:
-        """What `save_pretrained` writes: the tensors, and the tripwire."""
-        tripwire = self.substitution.missing_weight
-        if tripwire is None or getattr(model, "_hf_peft_config_loaded", False):
+        """What `save_pretrained` writes: the tensors, and what makes transformers without the plug-in refuse them.
+
+        That is a tensor of a wrong size under the name of a packed weight. A parameter of another size has the same
+        effect. Where parameters were only added, a weight of the same module is written with one dimension more.
+        """
+        from budwood.checkpoints.reshaping import guarded
+
+        if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        return {**model.state_dict(), tripwire: torch.zeros(1)}, {}
+        sentinel = self.substitution.missing_weight
+        if sentinel is not None:
+            return {**model.state_dict(), sentinel: torch.zeros(1)}, {}
+        guard = guarded(model, self.substitution)
+        if guard is not None:
+            state = model.state_dict()
+            return {**state, guard: state[guard][None]}, {}
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """With adapters, as peft puts them; the packed weights themselves stay."""
+        """With adapters of peft; packed weights themselves are not trained."""
         return True
 
     def dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
-        """The plain model of the same weights; without `dtype` they keep theirs, after any `.to()`."""
+        """The plain model of the same weights; without `dtype` they keep theirs, after any `.to()`.
+
+        Where shapes differ from those of the configuration, the quantization config stays and holds them.
+        """
         model = self._dequantize(model, dtype)
-        self.remove_quantization_config(model)
+        if self.quantization_config.shapes:
+            self.quantization_config.linears = {}
+            model.is_quantized = False  # type: ignore[assignment]  # nothing is packed, so it may be trained
+        else:
+            self.remove_quantization_config(model)
         return model
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
@@ -222,12 +233,12 @@ class PackedQuantizer(HfQuantizer):
 
 
 def is_head(name: str, model: "PreTrainedModel") -> bool:
-    """Whether a linear lies outside the base model, which is then loaded without it."""
+    """Whether the linear `name` is outside the base model, which is then loaded without it."""
     return not name.startswith(f"{model.base_model_prefix}.")
 
 
 def register() -> None:
-    """Make the plug-in known to transformers; once is enough, twice does no harm."""
+    """Registers the plug-in with transformers; further calls have no effect."""
     from transformers.quantizers import auto
 
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:

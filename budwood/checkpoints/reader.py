@@ -1,7 +1,7 @@
-"""Tensors by name over the safetensors shards of a folder, checked before use and read without keeping a map open.
+"""Tensors by name over the safetensors shards of a folder, checked before use and read without a memory map.
 
-Reading is a plain `read` into fresh memory: a memory map would count every page of a large model as resident and
-would crash instead of raising when a file is cut short under it.
+Reading is a plain `read` into new memory: the pages of a memory map would count as resident, and the process would
+crash instead of raising an error when a file is truncated while it is mapped.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from budwood.checkpoints.checksums import read_index
 from budwood.errors import RunError, UsageError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -33,8 +34,8 @@ HEADER_LIMIT = 100_000_000  # bytes; the bound of the safetensors format itself
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one tensor lies: file, first byte, type, shape."""
+class TensorLocation:
+    """Where one tensor is stored: file, offset of its first byte, dtype, shape."""
 
     file: Path
     start: int
@@ -46,31 +47,32 @@ class Place:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(file: Path) -> tuple[dict[str, Place], dict[str, str]]:
-    """The tensors and the metadata of one shard; raises RunError when header and file do not agree."""
+def read_header(file: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
+    """The tensors and the metadata of one shard; raises RunError when the header does not fit the file."""
     try:
         with open(file, "rb") as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
             if length > HEADER_LIMIT:
-                raise ValueError("its first bytes are no safetensors header")
+                raise ValueError("it does not begin with a safetensors header")
             header = json.loads(stream.read(length))
         size = file.stat().st_size
         metadata = header.pop("__metadata__", {})
-        places: dict[str, Place] = {}
+        locations: dict[str, TensorLocation] = {}
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
             start, stop = entry["data_offsets"]
-            place = Place(file, 8 + length + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            if start != end or stop - start != place.nbytes or any(side < 0 for side in place.shape):
+            location = TensorLocation(file, 8 + length + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            sized = all(type(size) is int and size >= 0 for size in location.shape)
+            if start != end or stop - start != location.nbytes or not sized:
                 raise ValueError(f"the bytes given for {name} do not fit its shape")
-            places[name], end = place, stop
+            locations[name], end = location, stop
         if 8 + length + end != size:
             raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         reason = f"unknown type {error}" if isinstance(error, KeyError) else str(error)
         raise RunError(f"{file} is truncated or damaged: {reason}; fetch or write it again") from error
-    return places, metadata
+    return locations, metadata
 
 
 class Shards:
@@ -81,55 +83,55 @@ class Shards:
 
     def __init__(self, files: list[Path]):
         self.files = files
-        self.places: dict[str, Place] = {}
+        self.locations: dict[str, TensorLocation] = {}
         for file in files:
-            self.places |= read_header(file)[0]
+            self.locations |= read_header(file)[0]
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Shards":
         return cls(shard_files(folder))
 
+    @property
+    def places(self) -> dict[str, TensorLocation]:
+        """Another name of `locations`."""
+        return self.locations
+
     def names(self) -> list[str]:
-        return list(self.places)
+        return list(self.locations)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.places[name].shape
+        return self.locations[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.places[name].dtype
+        return self.locations[name].dtype
 
     def read(self, name: str) -> Tensor:
-        """A fresh tensor with the stored bits."""
-        return read_tensor(self.places[name])
+        """A new tensor with the stored bits."""
+        return read_tensor(self.locations[name])
 
 
-def read_tensor(place: Place) -> Tensor:
-    tensor = torch.empty(place.shape, dtype=place.dtype)
-    if place.nbytes == 0:
+def read_tensor(location: TensorLocation) -> Tensor:
+    tensor = torch.empty(location.shape, dtype=location.dtype)
+    if location.nbytes == 0:
         return tensor
     view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    with open(place.file, "rb", buffering=0) as stream:
-        stream.seek(place.start)
+    with open(location.file, "rb", buffering=0) as stream:
+        stream.seek(location.start)
         filled = 0
-        while filled < place.nbytes:  # one read returns at most 2 GiB
+        while filled < location.nbytes:  # one read returns at most 2 GiB
             count = stream.readinto(view[filled:])
             if not count:
-                raise RunError(f"{place.file} ended early; it was changed or cut short while being read")
+                raise RunError(f"{location.file} ended early; it was changed or truncated while being read")
             filled += count
     return tensor
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The shards of a folder: named by an index, or a single file, under the usual or under budwood's names."""
+    """The shards of a folder: named by an index, or a single file, under the usual names or under budwood's."""
     for stem in ("sparse", "model"):
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise RunError(f"{index} is damaged: {error}; fetch or write it again") from error
-            if any(Path(name).name != name for name in names):
-                raise RunError(f"{index} names files outside its own folder; fetch or write it again")
+            names = sorted(set(read_index(index)["weight_map"].values()))
             files = [folder / name for name in names]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
@@ -147,8 +149,8 @@ def shard_files(folder: Path) -> list[Path]:
     raise UsageError(f"{folder} holds no safetensors file; give the folder of a model or a hub name")
 
 
-def sample(place: Place, length: int = 4096) -> bytes:
-    """The first bytes of a tensor, enough to tell one set of weights from another."""
-    with open(place.file, "rb") as stream:
-        stream.seek(place.start)
-        return stream.read(min(length, place.nbytes))
+def sample(location: TensorLocation, length: int = 4096) -> bytes:
+    """The first `length` bytes of a tensor, enough to distinguish one set of weights from another."""
+    with open(location.file, "rb") as stream:
+        stream.seek(location.start)
+        return stream.read(min(length, location.nbytes))

@@ -1,7 +1,7 @@
 """Writes one safetensors file, always the same bytes for the same tensors and metadata.
 
-The library's own writer keeps metadata in an order that changes from run to run, and gathers the whole file in memory
-first; finished shards here must be comparable byte by byte.
+The library's own writer keeps metadata in an order that changes from run to run, and builds the whole file in memory
+first; finished shards must be comparable byte by byte.
 """
 
 import json
@@ -19,7 +19,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Header, then the tensors: wide types first so that all stay aligned, then by name. Flushed to the disk."""
+    """Header, then the tensors: wide dtypes first so that all stay aligned, then by name. Flushed to disk."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0

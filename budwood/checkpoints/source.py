@@ -4,14 +4,17 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from budwood.checkpoints.meta_model import read_config
+from budwood.checkpoints.packed_config import check_shapes
 from budwood.checkpoints.reader import Shards, sample
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import Weights
@@ -24,7 +27,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktok
 class Source:
     """One model folder, dense or pruned."""
 
-    name: str  # as the user gave it
+    name: str  # as given by the user
     folder: Path
     trust_remote_code: bool = False
 
@@ -39,18 +42,37 @@ class Source:
     @cached_property
     def packed(self) -> dict[str, dict[str, Any]]:
         """Format and shape of every packed matrix; empty for a dense model."""
+        return dict(self._quantization.get("linears", {}))
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters that differ from those of the configuration, by full name; empty for most models."""
+        shapes = self._quantization.get("shapes", {})
+        check_shapes(shapes)
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+    @cached_property
+    def _quantization(self) -> dict[str, Any]:
+        """`quantization_config` of config.json. Raises UsageError when another program wrote it."""
+        settings: dict[str, Any] | None
         settings = json.loads((self.folder / "config.json").read_text("utf-8")).get("quantization_config")
         if settings is None:
             return {}
         if settings.get("quant_method") != "budwood":
             raise UsageError(
                 f"{self.name} is stored with {settings.get('quant_method')!r}; budwood reads dense checkpoints and "
-                "its own; de-quantise it first"
+                "its own; dequantize it first"
             )
-        return dict(settings.get("linears", {}))
+        return settings
+
+    def structure(self, skip: Sequence[str] = (), compute: torch.dtype = torch.float32) -> ModelStructure:
+        """The model without its weights; see `ModelStructure`."""
+        return ModelStructure(
+            self.config, compute=compute, skip=skip, trust_remote_code=self.trust_remote_code, shapes=self.shapes
+        )
 
     def weights(self, structure: ModelStructure) -> Weights:
-        """The tensors under the names of the modules."""
+        """The tensors of the folder, under the names of the modules of `structure`."""
         return Weights(self.shards, structure, self.packed)
 
     @property
@@ -60,7 +82,7 @@ class Source:
 
     @property
     def license(self) -> str | None:
-        """What the model's own card says."""
+        """The license named in the model card, None without any."""
         card = self.folder / "README.md"
         text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
         found = re.search(r"^license:\s*(\S+)\s*$", text, re.MULTILINE)
@@ -70,9 +92,9 @@ class Source:
     def fingerprint(self) -> str:
         """Hex digest of the configuration, every header and the first bytes of every tensor."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for name, place in sorted(self.shards.places.items()):
-            digest.update(f"{name} {place.dtype} {place.shape}".encode())
-            digest.update(sample(place))
+        for name, location in sorted(self.shards.locations.items()):
+            digest.update(f"{name} {location.dtype} {location.shape}".encode())
+            digest.update(sample(location))
         return digest.hexdigest()
 
 
@@ -86,13 +108,15 @@ def open_source(name: str | Path, trust_remote_code: bool = False) -> Source:
         raise UsageError(f"{name} is a GGUF file; convert it first: budwood convert {name} FOLDER")
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(f"{name} has no config.json, so it is no (finished) model folder; {_nearest(path)}")
+            raise UsageError(f"{name} has no config.json, so it is not a (finished) model folder; {_nearest(path)}")
         return Source(str(name), path, trust_remote_code)
     if path.exists():
         raise UsageError(f"{name} is a file; give the folder that holds config.json and the safetensors shards")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.is_dir():
         return Source(str(name), _download(str(name)), trust_remote_code)
-    raise UsageError(f"there is no model {name}: no such folder, and it is no hub name (OWNER/NAME); {_nearest(path)}")
+    raise UsageError(
+        f"there is no model {name}: no such folder, and it is not a hub name (OWNER/NAME); {_nearest(path)}"
+    )
 
 
 def _download(name: str) -> Path:
@@ -100,10 +124,10 @@ def _download(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises dozens of kinds; all mean that the model cannot be had
+    except Exception as error:  # the hub client raises dozens of kinds; all mean that the model is not available
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"there is no folder {name}, and the hub gave no model of that name ({type(error).__name__}: {reason}); "
+            f"there is no folder {name}, and the hub has no model of that name ({type(error).__name__}: {reason}); "
             "check the name and the network, or give a local folder"
         ) from error
 

@@ -1,23 +1,27 @@
-"""What a model consists of, known from its configuration alone: blocks, matrices in scope, the rest."""
+"""What a model consists of, known without its weights: blocks, matrices in scope, the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from budwood.checkpoints.meta_model import build
 from budwood.models.blocks import find_blocks
-from budwood.models.experts import unfuse
+from budwood.models.experts import LINEAR, split_fused, unfuse
 from budwood.models.linears import prunable, read
+from budwood.models.reshape import fit_parameters
 
 
 class ModelStructure:
-    """A skeleton with its parts named.
+    """A model on meta with its parts named.
 
-    module: the model on meta, experts as plain linears. path, modules: the decoder blocks. linears: the matrices in
-    scope by full name. fused: all tensors on meta by name, as files in module names hold them (experts fused).
-    Raises UsageError for models that are no decoders and for bad `skip` expressions.
+    module: the model, experts as plain linears. path, modules: the decoder blocks. linears: the matrices in scope by
+    full name. fused: all tensors on meta by name, as files in module names hold them: experts fused, except where
+    one of them has a shape of its own. shapes: of parameters (full name: shape as the module stores it) that differ
+    from those of `config`, or that it does not give.
+    Raises UsageError for models that are not decoders and for bad `skip` expressions, RunError for `shapes` of a
+    module that the model does not have.
     """
 
     def __init__(
@@ -27,11 +31,14 @@ class ModelStructure:
         compute: torch.dtype = torch.float32,
         skip: Sequence[str] = (),
         trust_remote_code: bool = False,
+        shapes: Mapping[str, Sequence[int]] | None = None,
     ):
         self.module = build(config, compute, trust_remote_code)
-        self.fused = self.module.state_dict()
+        described = self.module.state_dict()
+        experts = unfuse(self.module)
+        fit_parameters(self.module, shapes_unfused(shapes or {}))
+        self.fused = tensors_in_files(described, self.module.state_dict(), experts, shapes or {})
         self.parameters = sum(parameter.numel() for parameter in self.module.parameters())
-        unfuse(self.module)
         self.path, self.modules = find_blocks(self.module)
         self.linears = prunable(self.module, skip)
 
@@ -50,3 +57,32 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     """[out, in]"""
     rows, columns = read(linear).shape
     return rows, columns
+
+
+def shapes_unfused(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Shapes by parameter, those of fused experts as shapes of plain linears."""
+    return {
+        name: tuple(part.shape)
+        for whole, shape in shapes.items()
+        for name, part in split_fused(whole, torch.empty(tuple(shape), device="meta")).items()
+    }
+
+
+def tensors_in_files(
+    described: Mapping[str, Tensor],
+    unfused: Mapping[str, Tensor],
+    experts: Sequence[str],
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, Tensor]:
+    """All tensors of a model on meta by the names they have in files.
+
+    described: those that its configuration gives, experts fused. unfused: those that it has, experts as plain
+    linears. experts: paths of the experts. shapes: those that the configuration does not give.
+    """
+    separate = {path for path in experts if any(LINEAR.fullmatch(name.removeprefix(f"{path}.")) for name in shapes)}
+    fused = [f"{path}." for path in experts if path not in separate]
+    tensors = {name: tensor for name, tensor in unfused.items() if not name.startswith(tuple(fused))}
+    for name, tensor in described.items():
+        if name.startswith(tuple(fused)):
+            tensors[name] = tensor.new_empty(tuple(shapes[name])) if name in shapes else tensor
+    return tensors

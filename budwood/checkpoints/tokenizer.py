@@ -7,7 +7,7 @@ from budwood.errors import UsageError
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a folder or hub name. Raises UsageError when there is none that can be loaded.
+    """The tokenizer of a folder or hub name. Raises UsageError when none can be loaded.
 
     Code that comes with a checkpoint is never run.
     """
@@ -15,7 +15,7 @@ def load_tokenizer(source: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the library raises a dozen kinds, by the way in which a tokenizer is missing
+    except Exception as error:  # the library raises a dozen kinds for a missing or damaged tokenizer
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(
             f"{source} has no tokenizer that can be loaded ({reason}); copy tokenizer.json and "

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint under the names of the model's modules, whatever names the files use.
+"""Tensors of a checkpoint under the names of the model's modules, whatever names the files use.
 
 Files may carry the names of the modules, the older names that transformers renames on loading, experts one by one
 where the model holds them fused, or the packed tensors of this project. Renames and merges are transformers' own.
@@ -25,7 +25,7 @@ from budwood.models.linears import read
 
 @dataclass
 class Origin:
-    """Where one tensor of the model comes from: the names in the files, and what merges them."""
+    """What one tensor of the model is read from: names in the files, and the converter that merges them."""
 
     sources: list[tuple[str, str]] = field(default_factory=list)  # (name in the files, pattern that matched)
     converter: WeightConverter | None = None
@@ -45,7 +45,7 @@ class Weights:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         origins: dict[str, Origin] = {}
-        for source in sorted(self.shards.names(), key=_natural):
+        for source in sorted(self.shards.names(), key=_numbers_in_order):
             name, pattern = source, None
             if source not in expected:
                 name, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, expected)
@@ -56,7 +56,7 @@ class Weights:
         return origins
 
     def names(self, prefix: str = "") -> list[str]:
-        """Names in the model's terms below `prefix`: fused experts still whole, packed matrices in their parts."""
+        """Module names that start with `prefix`; fused experts are one name, a packed matrix one name per part."""
         return [name for name in self.origins if name.startswith(prefix)]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -82,7 +82,10 @@ class Weights:
 
 
 def assemble(tensors: dict[str, Tensor], packed: dict[str, dict[str, Any]], model: nn.Module) -> dict[str, Tensor]:
-    """Stored tensors as the modules of `model` hold them: packed matrices unpacked, fused experts as plain linears."""
+    """Stored tensors as the modules of `model` hold them: packed matrices unpacked, fused experts as plain linears.
+
+    packed: format and shape [out, in] of each packed linear. Raises RunError when a part of one is missing.
+    """
     tensors = dict(tensors)
     for linear, entry in packed.items():
         layout = named(entry["format"])
@@ -95,14 +98,15 @@ def assemble(tensors: dict[str, Tensor], packed: dict[str, dict[str, Any]], mode
     return {name: part for whole, tensor in tensors.items() for name, part in split_fused(whole, tensor).items()}
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
+def _numbers_in_order(name: str) -> list[tuple[int, int | str]]:
+    """A sort key: numbers in a name by value, since experts are merged in the order of their numbers."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
 def storage_dtype(shards: Shards) -> torch.dtype:
-    """The floating type most of the weights are stored in."""
+    """The floating-point dtype that takes most bytes."""
     bytes_by_type: dict[torch.dtype, int] = {}
-    for place in shards.places.values():
-        if place.dtype.is_floating_point:
-            bytes_by_type[place.dtype] = bytes_by_type.get(place.dtype, 0) + place.nbytes
+    for location in shards.locations.values():
+        if location.dtype.is_floating_point:
+            bytes_by_type[location.dtype] = bytes_by_type.get(location.dtype, 0) + location.nbytes
     return max(bytes_by_type, key=lambda dtype: bytes_by_type[dtype], default=torch.float32)

@@ -26,7 +26,7 @@ def suffix_of(path: Path) -> str:
 
 
 def read_texts(path: Path, name: str) -> Texts:
-    """The documents of one text file; raises UsageError where it is unreadable, of another form, or empty."""
+    """The documents of one text file; raises UsageError where it is unreadable, malformed or empty."""
     try:
         texts = TEXT_READERS[suffix_of(path)](path, name)
     except (OSError, EOFError, zlib.error) as error:
@@ -75,7 +75,7 @@ def parquet(path: Path, name: str) -> Texts:
         field = text_field(strings, name)
         documents = tables.read_table(path, columns=[field]).column(field).to_pylist()
     except ArrowException as error:
-        raise UsageError(f"{name} is no readable parquet file: {error}") from error
+        raise UsageError(f"{name} is not a readable parquet file: {error}") from error
     return Texts(name, tuple(document for document in documents if document is not None))
 
 
@@ -94,7 +94,7 @@ def read_ids(path: Path, name: str) -> TokenIds:
         try:
             array = numpy.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UsageError(f"{name} is no readable array of numbers: {error}") from error
+            raise UsageError(f"{name} is not a readable array of numbers: {error}") from error
         if not numpy.issubdtype(array.dtype, numpy.integer):
             raise UsageError(f"{name} holds {array.dtype}, not whole numbers; token ids are integers")
         return token_ids(name, torch.from_numpy(array.astype(numpy.int64)))
@@ -107,12 +107,12 @@ def read_ids(path: Path, name: str) -> TokenIds:
 
 
 def token_ids(name: str, ids: Tensor) -> TokenIds:
-    """Checked ids as rows; raises UsageError for fractions, negative numbers, or more than two dimensions."""
+    """Ids as [rows, tokens]; raises UsageError for fractions, negative numbers, or more than two dimensions."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise UsageError(f"{name} holds {ids.dtype}, not whole numbers; token ids are integers")
     if ids.ndim not in (1, 2) or ids.numel() == 0:
         raise UsageError(f"{name} has the shape {list(ids.shape)}; token ids are [tokens] or [rows, tokens]")
     rows = ids.detach().to("cpu", torch.int64).reshape(-1, ids.shape[-1])  # [rows, tokens]
     if int(rows.min()) < 0:
-        raise UsageError(f"{name} holds the negative token id {int(rows.min())}; padding marks cannot be run")
+        raise UsageError(f"{name} holds the negative token id {int(rows.min())}; padding is not supported")
     return TokenIds(name, rows)

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, streamed through the `datasets` library: only what is needed comes."""
+"""Data sets of the Hugging Face hub, streamed through the `datasets` library, only as far as needed."""
 
 import itertools
 import ssl
@@ -23,7 +23,7 @@ class HubRows:
     config: str | None = None
     text: str | None = None
     files: dict[str, str] | None = None  # split -> the one file of the repository to read
-    usual: int | None = None  # rows that do when nobody says how much text is wanted; None: all
+    default_rows: int | None = None  # read when no amount of text is given; None: all
 
     @classmethod
     def parse(cls, name: str) -> "HubRows":
@@ -41,16 +41,16 @@ class HubRows:
 # 1100 documents (Wanda, SparseGPT) or on random ones (GPTQ, WRP).
 C4_TRAINING = HubRows("allenai/c4", "train", files={"train": "en/c4-train.00000-of-01024.json.gz"})
 C4_EVALUATION = HubRows(
-    "allenai/c4", "validation", files={"validation": "en/c4-validation.00000-of-00008.json.gz"}, usual=1100
+    "allenai/c4", "validation", files={"validation": "en/c4-validation.00000-of-00008.json.gz"}, default_rows=1100
 )
 WIKITEXT2: dict[Purpose, str] = {"calibration": "train", "evaluation": "test"}
 
 
 def hub_rows(name: str, rows: HubRows, characters: float | None) -> Texts:
-    """The texts of the rows until they hold that many characters; None: the usual number of rows."""
+    """The texts of the rows until they hold that many characters; None: the default number of rows."""
     texts = stream(name, rows)
     if characters is None:
-        return Texts(name, tuple(itertools.islice(texts, rows.usual)))
+        return Texts(name, tuple(itertools.islice(texts, rows.default_rows)))
     documents, held = [], 0
     for document in texts:
         documents.append(document)
@@ -61,7 +61,7 @@ def hub_rows(name: str, rows: HubRows, characters: float | None) -> Texts:
 
 
 def wikitext2(purpose: Purpose) -> Texts:
-    """WikiText-2 raw, as the one file its rows were cut from: a blank line there is a space and a newline."""
+    """WikiText-2 raw, as the one file that its rows come from, where a blank line is a space and a newline."""
     rows = HubRows("Salesforce/wikitext", WIKITEXT2[purpose], "wikitext-2-raw-v1")
     text = "".join(row or " \n" for row in stream("wikitext2", rows))
     return Texts("wikitext2", (text,), rows_are_lines=True)
@@ -81,19 +81,19 @@ def stream(name: str, rows: HubRows) -> Iterator[str]:
         yield from texts_of(((name, row) for row in found), rows.text)
     except UsageError:
         raise
-    except Exception as error:  # the library passes on the errors of a dozen others
+    except Exception as error:  # the library passes on errors of a dozen others
         raise UsageError(f"{name} could not be read from the hub: {error}; {LOCAL}") from error
 
 
 def require_network(name: str) -> None:
-    """One quick knock at the hub, since the library itself tries for half a minute before it gives up."""
+    """Raises UsageError when the hub cannot be reached; the library itself retries for half a minute."""
     from huggingface_hub.constants import ENDPOINT
 
     try:
         urllib.request.urlopen(ENDPOINT, timeout=10).close()
     except urllib.error.HTTPError:
-        return  # an answer, if not a friendly one
+        return  # any HTTP answer means that the hub was reached
     except OSError as error:
         if isinstance(getattr(error, "reason", error), ssl.SSLError):
-            return  # reached; certificates are the library's own affair
+            return  # reached; certificates are handled by the library
         raise UsageError(f"{name} comes from {ENDPOINT}, which cannot be reached from here; {LOCAL}") from error

@@ -1,4 +1,4 @@
-"""Which field of a table's rows holds the text."""
+"""Finds the field of a table's rows that holds the text."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,9 +7,9 @@ from budwood.errors import UsageError
 
 
 def texts_of(rows: Iterable[tuple[str, dict[str, Any]]], field: str | None = None) -> Iterator[str]:
-    """The text of each row, given with words for where it stands; the first row settles the field for all.
+    """The text of each row, given with a description of its position; the first row decides the field for all.
 
-    Raises UsageError, naming the place, where a row has no text in that field.
+    Raises UsageError with the position of a row that has no text in that field.
     """
     for where, row in rows:
         if field is None:
@@ -20,7 +20,7 @@ def texts_of(rows: Iterable[tuple[str, dict[str, Any]]], field: str | None = Non
 
 
 def text_field(strings: Iterable[str], where: str) -> str:
-    """Of the fields that hold strings, `text` or the only one; raises UsageError when neither is there."""
+    """Of the fields that hold strings, `text` or the only one; raises UsageError when there is neither."""
     names = list(strings)
     if "text" in names:
         return "text"

@@ -1,4 +1,4 @@
-"""What `data` may be: a list, a tensor, a name, a file, a folder; each becomes `Texts` or `TokenIds`."""
+"""Reads `data`, which is a list, a tensor, a name, a file or a folder, as `Texts` or `TokenIds`."""
 
 import difflib
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ NAMES = ("sotu", "wikitext2", "c4", "hf:REPO[:CONFIG]:SPLIT[:FIELD]")
 
 
 def read(data: Data, purpose: Purpose, characters: float | None = None) -> Texts | TokenIds:
-    """Read the data. A name stands for one part of its corpus in calibration and for another in evaluation.
+    """Reads the data. A name selects one part of its corpus for calibration and another for evaluation.
 
-    `characters`: how much text will do; a corpus that is streamed is not read much further. None: its usual
-    amount; `math.inf`: all there is. Raises UsageError.
+    characters: how much text is needed; a streamed corpus is not read much further. None: its default amount;
+    `math.inf`: all of it. Raises UsageError for data that cannot be read.
     """
     if isinstance(data, Tensor):
         return token_ids("token ids", data)
     if not isinstance(data, str | Path):
         documents = tuple(data)
         if not all(isinstance(document, str) for document in documents):
-            raise UsageError("a list of data must hold nothing but strings, one document each")
+            raise UsageError("a list of data must hold only strings, one document each")
         if not any(document.strip() for document in documents):
             raise UsageError("the list of strings holds no text")
         return Texts("list of strings", documents)

@@ -1,4 +1,4 @@
-"""What every source of data becomes: documents of text, or token ids made elsewhere."""
+"""The two forms of data: documents of text, or token ids made elsewhere."""
 
 import re
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class Texts:
     rows_are_lines: bool = False
 
     def joined(self) -> str:
-        """The one text of all documents, an empty line between them."""
+        """All documents as one text, with an empty line between them."""
         return "\n\n".join(self.documents)
 
     def rows(self) -> list[str]:
-        """The rows as the hub has them: a line keeps its newline, a blank line is the empty string."""
+        """The rows as on the hub: a line keeps its newline, a blank line is the empty string."""
         if not self.rows_are_lines:
             return list(self.documents)
         lines = [line for document in self.documents for line in re.findall(r"[^\n]*\n|[^\n]+", document)]
@@ -31,7 +31,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Token ids: rows of one length, cut apart from each other; a single long text is one row."""
+    """Token ids: rows of one length, each cut into windows by itself; a single long text is one row."""
 
     name: str
     ids: Tensor  # [rows, tokens] int64

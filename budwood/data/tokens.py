@@ -1,4 +1,4 @@
-"""From data to rows of token ids, and where the start token (BOS) goes."""
+"""From data to rows of token ids, and the position of the start token (BOS)."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +11,13 @@ from budwood.data.sources import Data, are_token_ids
 from budwood.data.texts import TokenIds
 from budwood.errors import UsageError
 
-# auto: the tokenizer's own special tokens for a text as a whole, as published figures have them.
+# auto: the tokenizer's own special tokens for a text as a whole, as in published figures.
 # every: one start token before each window. none: no special tokens at all.
 Bos = Literal["auto", "every", "none"]
 
 
 def tokenizer_for(folder: Path, data: Data) -> Any:
-    """The tokenizer of a model; None where there is none and the data are token ids. Raises UsageError."""
+    """The tokenizer of a model; None where there is none and none is needed. Raises UsageError when text needs one."""
     try:
         return load_tokenizer(folder)
     except UsageError:
@@ -40,7 +40,7 @@ def tokenise(text: str, tokenizer: Any, bos: Bos) -> Tensor:
 
 
 def known_ids(source: TokenIds, tokenizer: Any) -> Tensor:
-    """The ids [rows, tokens]; UsageError for one that the tokenizer, where there is one, does not know."""
+    """The ids [rows, tokens]; raises UsageError for one outside the vocabulary of the tokenizer, where there is one."""
     highest = int(source.ids.max())
     if tokenizer is not None and highest >= len(tokenizer):
         raise UsageError(
@@ -50,8 +50,8 @@ def known_ids(source: TokenIds, tokenizer: Any) -> Tensor:
     return source.ids
 
 
-def opening(tokenizer: Any, bos: Bos) -> Tensor:
-    """What stands before each window, int64 [0 or 1]; UsageError when the tokenizer has no such token."""
+def start_token(tokenizer: Any, bos: Bos) -> Tensor:
+    """The start token to put before each window, int64 [1], or [0] for none; UsageError when the tokenizer has none."""
     if bos not in ("auto", "every", "none"):
         raise UsageError(f"bos is auto, every or none, not {bos!r}")
     if bos != "every":

@@ -1,4 +1,4 @@
-"""Windows of one length over a text, and the choice of those to calibrate on."""
+"""Windows of one length over a text, and the selection of those for calibration."""
 
 import hashlib
 import logging
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from budwood.data.sources import Data, read
 from budwood.data.texts import Texts
-from budwood.data.tokens import Bos, known_ids, opening, tokenise
+from budwood.data.tokens import Bos, known_ids, start_token, tokenise
 from budwood.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
 Sampling = Literal["random", "consecutive"]
-CHARACTERS_PER_TOKEN = 8  # twice what prose has, so that a streamed corpus also leaves something to choose from
+CHARACTERS_PER_TOKEN = 8  # twice what prose has, so that a streamed corpus holds more windows than are chosen
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows of one shape, without padding, and what is to be remembered of where they come from."""
+    """Token windows of one shape, without padding, and a record of their origin."""
 
     ids: Tensor  # [windows, tokens] int64
     record: dict[str, Any]  # plain JSON
@@ -38,17 +38,17 @@ def calibration_windows(
     seed: int = 0,
     bos: Bos = "auto",
 ) -> Windows:
-    """The documents joined by empty lines, tokenised as one string, cut into windows; some of the windows.
+    """A selection of the windows into which the documents, joined by empty lines and tokenised as one string, are cut.
 
-    `consecutive` takes the first, `random` draws by the seed and keeps the order of the text. Windows never
-    overlap; where the text holds fewer than `num_samples`, all are taken and the log says so. Raises
+    `consecutive` takes the first, `random` draws with the seed and keeps the order of the text. Windows never
+    overlap; where the text holds fewer than `num_samples`, all are taken and a warning is logged. Raises
     UsageError when the data cannot be read or do not fill one window.
     """
     if num_samples < 1:
         raise UsageError(f"the number of samples must be at least 1, not {num_samples}")
     if sampling not in ("random", "consecutive"):
         raise UsageError(f"sampling is random or consecutive, not {sampling!r}")
-    before = opening(tokenizer, bos)
+    prefix = start_token(tokenizer, bos)
     source = read(data, "calibration", num_samples * seq_length * CHARACTERS_PER_TOKEN)
     if isinstance(source, Texts):
         rows, documents = (
@@ -57,7 +57,7 @@ def calibration_windows(
         )  # [1, tokens]
     else:
         rows, documents = known_ids(source, tokenizer), len(source.ids)
-    windows = cut(rows, seq_length, before, source.name)
+    windows = cut(rows, seq_length, prefix, source.name)
     if len(windows) < num_samples:
         logger.warning(
             "%s holds %d windows of %d tokens, fewer than the %d asked for: all are used",
@@ -83,14 +83,14 @@ def calibration_windows(
     return Windows(ids, record)
 
 
-def cut(rows: Tensor, seq_length: int, before: Tensor, name: str) -> Tensor:
+def cut(rows: Tensor, seq_length: int, prefix: Tensor, name: str) -> Tensor:
     """All whole windows of the rows [rows, tokens], in order and without overlap: [windows, seq_length].
 
-    Each opens with `before` [0 or 1], within its length. Raises UsageError when a row fills no window.
+    Each begins with `prefix` [0 or 1], which counts towards its length. Raises UsageError when a row fills no window.
     """
     if seq_length < 2:
         raise UsageError(f"a window needs at least 2 tokens, not {seq_length}")
-    width = seq_length - len(before)
+    width = seq_length - len(prefix)
     whole = rows.shape[1] // width
     if whole == 0:
         raise UsageError(
@@ -98,7 +98,7 @@ def cut(rows: Tensor, seq_length: int, before: Tensor, name: str) -> Tensor:
             "give more text or a smaller sequence length"
         )
     windows = rows[:, : whole * width].reshape(-1, width)  # [windows, width]
-    return torch.cat([before.expand(len(windows), -1), windows], dim=1)
+    return torch.cat([prefix.expand(len(windows), -1), windows], dim=1)
 
 
 def digest(ids: Tensor) -> str:

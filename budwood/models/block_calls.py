@@ -1,13 +1,13 @@
-"""Driving the decoder blocks of a model one by one, exactly as the model itself would call them.
+"""Runs the decoder blocks of a model one by one, exactly as the model itself calls them.
 
 Blocks are called with different arguments (masks of sliding and full attention, rotary tables, some of them
-positional). So the model's own forward runs once with every block replaced by a stub that notes its arguments
-and hands on what it was given. Embeddings, final norm and head are never called by name: the model's forward
-does it, with the stubs feeding it the hidden states it should see.
+positional). So the model's own forward runs once with every block replaced by a stub that records its arguments
+and returns its input. Embeddings, final norm and head are never called by name: the model's forward calls them, and
+the stubs return the hidden states that they need.
 
-Whether blocks return a tensor or a tuple is learnt from what the model does with a stub's answer, so no block
-needs weights for it: the form is right when the next block receives the very tensor that was handed on.
-(Running a block on the meta device instead fails where the routing of experts depends on values.)
+Whether blocks return a tensor or a tuple is found by trying each form in the stubs, so no block needs weights: the
+form is right when the next block receives the same tensor object.
+(Running a block on the meta device fails where the routing of experts depends on values.)
 """
 
 import inspect
@@ -28,7 +28,7 @@ FORMS: tuple[Form, ...] = (lambda hidden: hidden, lambda hidden: (hidden,), lamb
 
 
 class _Stop(Exception):
-    """The forward pass has gone as far as it is needed."""
+    """Ends a forward pass that is not needed any further."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Call:
         return self.args[0] if self.args else self.kwargs[self.first]
 
     def to(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """The block's answer to this call with other hidden states."""
+        """The output of `block` for this call with other hidden states."""
         if self.args:
             return block(hidden, *self.args[1:], **self.kwargs)
         return block(**{**self.kwargs, self.first: hidden})
 
     def without_hidden(self) -> "Call":
-        """What is worth keeping: neither the hidden states nor caches."""
+        """The call without hidden states and caches, which need not be kept."""
         args, kwargs = tree_map(lambda leaf: None if isinstance(leaf, Cache) else leaf, (self.args, self.kwargs))
         if args:
             return Call((None, *args[1:]), kwargs, self.first)
@@ -84,22 +84,21 @@ class BlockCalls:
     def _check(self, given: Tensor) -> None:
         shape = tuple(self.input_ids.shape)
         if tuple(given.shape[:2]) != shape:
-            raise ValueError(f"rehearsed for [batch, tokens] = {list(shape)}, got {list(given.shape[:2])}")
+            raise ValueError(f"calls were recorded for [batch, tokens] = {list(shape)}, got {list(given.shape[:2])}")
 
 
 @torch.no_grad()
 def record_calls(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> BlockCalls:
-    """Learns how the blocks are called for input_ids [batch, tokens]; blocks may be on meta, the rest is
-    real.
+    """Records how the blocks are called for input_ids [batch, tokens]; blocks may be on meta, the rest may not.
 
-    Raises UsageError for models whose blocks cannot be driven one by one: where something happens between
+    Raises UsageError for models whose blocks cannot be run one by one: where something happens between
     them, or where their arguments depend on the tokens and not on the shape alone.
     """
-    _calls(model, blocks, input_ids, FORMS[0], until=0)  # what fails before the first block is no question of forms
+    _calls(model, blocks, input_ids, FORMS[0], until=0)  # an error before the first block does not depend on the form
     form = next((form for form in FORMS if _fits(model, blocks, input_ids, form)), None)
     if form is None:
         raise UsageError(
-            f"{type(model).__name__} does not hand the output of each block to the next as it is; "
+            f"{type(model).__name__} does not pass the output of each block to the next unchanged; "
             "budwood prunes models whose blocks form a plain chain"
         )
     calls = [call.without_hidden() for call in _calls(model, blocks, input_ids, form)]
@@ -107,21 +106,21 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> 
     for index, (call, other) in enumerate(zip(calls, others, strict=True)):
         if not _equal(call, other):
             raise UsageError(
-                f"{type(model).__name__} gives block {index} more of the tokens than its hidden states; "
+                f"{type(model).__name__} gives block {index} other arguments for other tokens of the same shape; "
                 "budwood prunes models whose blocks see only the block before them"
             )
     return BlockCalls(model, blocks, input_ids, form, calls)
 
 
 def _fits(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor, form: Form) -> bool:
-    """Whether the model, given such answers, calls each block once and in order with what it was handed."""
+    """Whether the model, when blocks return this form, calls each once and in order with the same hidden states."""
     try:
-        if len(blocks) == 1:  # no next block to look at: the head's answer tells
+        if len(blocks) == 1:  # there is no next block: the shape of the logits decides
             with _stubs(blocks, lambda index, call: form(call.hidden)):
                 return model(input_ids=input_ids, use_cache=False).logits.shape[:-1] == input_ids.shape
         calls = _calls(model, blocks, input_ids, form)
     except (TypeError, AttributeError, IndexError, ValueError, RuntimeError):
-        return False  # the model could not take such an answer
+        return False  # the model does not accept this form
     first = calls[0].hidden
     return all(torch.is_tensor(call.hidden) and call.hidden is first for call in calls)
 
@@ -151,7 +150,7 @@ def _calls(
 
 @contextmanager
 def _stubs(blocks: nn.ModuleList, answer: Callable[[int, Call], Any]) -> Iterator[None]:
-    """Inside, each block returns `answer(index, call)` and computes nothing; outside they are as before."""
+    """In this context each block returns `answer(index, call)` and computes nothing."""
     before = [block.__dict__.get("forward") for block in blocks]
 
     def stub(index: int, first: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Where the decoder blocks of a model are, found by what its modules are."""
+"""Finds the decoder blocks of a model by the classes of its modules."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,9 +11,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Full name and list of the decoder blocks; works on the meta device.
 
     The blocks are the one list whose members are all `GradientCheckpointingLayer`, the class that
-    transformers gives to whatever can be run again as a whole; else the longest list of one class that the
-    model says may not be split. Raises UsageError for anything but a decoder language model, and when the
-    lists do not tell.
+    transformers gives to layers that gradient checkpointing recomputes; else the longest list of one class that the
+    model names in `_no_split_modules`. Raises UsageError for anything but a decoder language model, and when
+    several lists are possible.
     """
     refuse_other_than_decoders(model)
     lists = {
@@ -32,26 +32,26 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(found) == 1 and not marked:
         return found[0]
     raise UsageError(
-        f"{type(model).__name__}: cannot tell which list holds the decoder blocks; expected one list of "
+        f"{type(model).__name__}: cannot decide which list holds the decoder blocks; expected one list of "
         f"layers, found {describe(candidates or lists)}; budwood prunes models with one stack of blocks"
     )
 
 
 def is_unsplittable(model: PreTrainedModel, blocks: nn.ModuleList) -> bool:
-    """Whether the members are of one class, and the model names it among those that stay on one device."""
+    """Whether the members are of one class that the model names in `_no_split_modules`."""
     classes = {type(block).__name__ for block in blocks}
     return len(classes) == 1 and classes <= set(getattr(model, "_no_split_modules", None) or ())
 
 
 def refuse_other_than_decoders(model: PreTrainedModel) -> None:
-    """Raises UsageError for encoders, encoder-decoders, models that see or hear, and those without a head."""
+    """Raises UsageError for encoders, encoder-decoders, multimodal models, and models without a head."""
     name, config = type(model).__name__, getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         reason = "is an encoder-decoder"
     elif config is not None and config.get_text_config(decoder=True) is not config:
-        reason = "takes more than text"
+        reason = "is multimodal"
     elif not model.can_generate() or model.get_output_embeddings() is None:
-        reason = "cannot continue a text"
+        reason = "cannot generate text"
     elif is_bidirectional(model):
         reason = "is an encoder"
     else:
@@ -60,7 +60,7 @@ def refuse_other_than_decoders(model: PreTrainedModel) -> None:
 
 
 def is_bidirectional(model: PreTrainedModel) -> bool:
-    """Whether every module that says if it looks ahead says that it does."""
+    """Whether no module with the attribute `is_causal` is causal, and at least one has it."""
     answers = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
     return bool(answers) and not any(answers)
 

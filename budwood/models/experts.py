@@ -1,9 +1,8 @@
-"""Fused experts as plain linears: what hooks can hear and methods can prune.
+"""Fused experts as plain linears, on which hooks and pruning methods work.
 
 transformers keeps the experts of a block in three-dimensional parameters, `gate_up_proj` and `down_proj`
-[experts, out, in] (or [experts, in, out]), which no hook sees. Here they are taken apart into one linear per
-expert, each in the orientation it is stored in, so that splitting is a look at a slice and fusing again is a
-stack.
+[experts, out, in] (or [experts, in, out]), which no hook sees. Here they are split into one linear per
+expert, each in the orientation it is stored in, so that splitting takes views and fusing again is a stack.
 """
 
 import re
@@ -39,7 +38,7 @@ class Transposed(Conv1D):
 class ExpertLinears(nn.Module):
     """Experts one by one: `gate_up.<e>` (`up.<e>` where there is no gate) and `down.<e>`.
 
-    Takes the place of a fused experts module and computes the same. An expert is called with the tokens
+    Replaces a fused experts module and computes the same. An expert is called with the tokens
     routed to it and with no others; one without tokens is not called.
     """
 
@@ -51,31 +50,31 @@ class ExpertLinears(nn.Module):
         self.down = linears_of(fused, "down")
         for name, child in fused.named_children():
             self.add_module(name, child)
-        # The activation between the linears is the fused module's own; it needs everything but the weights.
-        self.rule = (weightless(fused),)  # in a tuple, lest it becomes a child
+        # The activation between the linears is the fused module's own method, which needs everything but the weights.
+        self.activation = (weightless(fused),)  # in a tuple, so that it does not become a child
 
-    def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """hidden [tokens, hidden], the chosen experts and their shares [tokens, k] -> [tokens, hidden]."""
-        # Rows in the order of transformers' grouped product: how a row is rounded depends on its place.
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """hidden [tokens, hidden], the experts of each token and their weights [tokens, k] -> [tokens, hidden]."""
+        # Rows in the order of transformers' grouped matmul: how a row is rounded depends on its position.
         experts, order = torch.sort(chosen.reshape(-1))  # [tokens * k]
-        rows, shares = hidden[order // chosen.shape[-1]], shares.reshape(-1)[order, None]
+        rows, weights = hidden[order // chosen.shape[-1]], weights.reshape(-1)[order, None]
         counts = torch.bincount(experts, minlength=self.num_experts).tolist()
         outputs = torch.cat([self.outputs(expert, part) for expert, part in enumerate(rows.split(counts)) if len(part)])
-        weighted = outputs * shares  # [tokens * k, hidden]
+        weighted = outputs * weights  # [tokens * k, hidden]
         weighted = torch.empty_like(weighted).index_copy(0, order, weighted)
         return weighted.view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
 
     def outputs(self, expert: int, hidden: Tensor) -> Tensor:
-        """What one expert makes of its tokens, [tokens, hidden] -> [tokens, hidden]."""
-        (rule,) = self.rule
+        """The output of one expert for its tokens, [tokens, hidden] -> [tokens, hidden]."""
+        (fused,) = self.activation
         inner = self.get_submodule(f"{self.first}.{expert}")(hidden)
-        inner = rule._apply_gate(inner) if rule.has_gate else rule.act_fn(inner)
+        inner = fused._apply_gate(inner) if fused.has_gate else fused.act_fn(inner)
         outer = self.down[expert](inner)
-        return rule.post_expert_norm(outer) if getattr(rule, "has_post_expert_norm", False) else outer
+        return fused.post_expert_norm(outer) if getattr(fused, "has_post_expert_norm", False) else outer
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds many experts in parameters of its own and says how it computes with them."""
+    """Whether a module holds several experts in parameters of its own and declares their orientation."""
     names = {name for name, weight in module.named_parameters(recurse=False) if weight.dim() == 3}
     return "down_proj" in names and bool(names & {"gate_up_proj", "up_proj"}) and hasattr(module, "is_transposed")
 
@@ -138,7 +137,7 @@ def linears_of(fused: nn.Module, part: str) -> nn.ModuleList:
 def plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """weight [out, in], bias [out]."""
     out, width = weight.shape
-    linear = nn.Linear(width, out, bias=bias is not None, device="meta")  # on meta: no time lost on initial values
+    linear = nn.Linear(width, out, bias=bias is not None, device="meta")  # on meta: initial values take no time
     linear.weight = parameter(weight)
     if bias is not None:
         linear.bias = parameter(bias)

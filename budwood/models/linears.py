@@ -1,9 +1,10 @@
-"""The matrices of the decoder blocks that may be pruned, always seen as [out, in]."""
+"""The matrices of the decoder blocks that may be pruned, always as [out, in]."""
 
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from budwood.errors import UsageError
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import ExpertLinears, is_fused
+from budwood.models.reshape import replace
 
 ROUTER = "router"
 OUTSIDE = "outside the decoder blocks"
@@ -21,15 +23,15 @@ OTHER = "not a linear"
 def prunable(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
     """The linears of the decoder blocks by full name, in order, without routers and what `skip` names.
 
-    skip: regular expressions, searched for in the full name; one that matches nothing is told as a warning.
+    skip: regular expressions, searched for in the full name; one that matches nothing causes a warning.
     Experts are among them once they are unfused. Works on the meta device. Raises UsageError for a bad
     expression.
     """
     rules = [compiled(text) for text in skip]
     found = linears_in_blocks(model)
     routing = routers(model)
-    for sentence in unmatched(model, skip):
-        warnings.warn(sentence, stacklevel=2)
+    for message in unmatched(model, skip):
+        warnings.warn(message, stacklevel=2)
     return {
         name: module
         for name, module in found.items()
@@ -38,7 +40,7 @@ def prunable(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, nn.M
 
 
 def unmatched(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
-    """A sentence for every expression of `skip` that is found in no linear's name."""
+    """A message for every expression of `skip` that matches no linear."""
     found = linears_in_blocks(model)
     return [
         f"--skip {text!r} matches no linear of the decoder blocks"
@@ -48,7 +50,7 @@ def unmatched(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
 
 
 def skipped(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, str]:
-    """Every module with a matrix of its own that stays as it is, by full name, and why."""
+    """Every module with a matrix of its own that is not in scope, by full name, and the reason."""
     rules = [compiled(text) for text in skip]
     found = linears_in_blocks(model)
     routing = routers(model)
@@ -76,20 +78,31 @@ def coverage(model: PreTrainedModel, skip: Sequence[str] = ()) -> float:
 
 
 def read(module: nn.Module, stored: Tensor | None = None) -> Tensor:
-    """The weight of a linear, or `stored` in its place, seen as [out, in]; reading twice turns it back."""
+    """The weight of a linear, or `stored` in its place, as [out, in]; reading twice transposes it back."""
     weight = module.get_parameter("weight") if stored is None else stored
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def write(module: nn.Module, weight: Tensor) -> None:
-    """Puts [out, in] into a linear, in the linear's own type and place.
+    """Copies a weight [out, in] into a linear, in the linear's own dtype and memory.
 
-    Raises ValueError where the shapes differ: a weight that is silently broadcast would be another one.
+    Raises ValueError where the shapes differ, since copying would broadcast silently.
     """
-    place = read(module).detach()  # [out, in], shares the linear's memory
-    if place.shape != weight.shape:
-        raise ValueError(f"a weight of {tuple(weight.shape)} does not fit a linear of {tuple(place.shape)}")
-    place.copy_(weight)
+    current = read(module).detach()  # [out, in], shares the linear's memory
+    if current.shape != weight.shape:
+        raise ValueError(f"a weight of {tuple(weight.shape)} does not fit a linear of {tuple(current.shape)}")
+    current.copy_(weight)
+
+
+def resize(module: nn.Module, weight: Tensor) -> None:
+    """Replaces the weight of a linear by `weight` [out, in] of any shape, in the linear's own dtype and on its device.
+
+    The parameter is a new one, which shares no memory with `weight`; it requires a gradient where the old one did. The
+    bias stays as it is.
+    """
+    old = module.get_parameter("weight")
+    stored = read(module, weight.detach()).to(old.device, old.dtype).clone(memory_format=torch.contiguous_format)
+    replace(module, "weight", stored, old.requires_grad)
 
 
 def linears_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -102,8 +115,8 @@ def linears_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 def routers(model: PreTrainedModel) -> set[str]:
     """Names of the modules that choose among experts.
 
-    A router stands beside the experts and has one output for each of them, or a single one that opens and
-    shuts an expert all tokens share.
+    A router is a sibling of the experts with one output for each of them, or with a single output that gates an
+    expert shared by all tokens.
     """
     path, blocks = find_blocks(model)
     found: set[str] = set()
@@ -117,7 +130,7 @@ def routers(model: PreTrainedModel) -> set[str]:
 
 
 def sizes_of_experts(parent: nn.Module) -> Iterator[tuple[str, int]]:
-    """Children that hold experts, and how many."""
+    """Names of the children that hold experts, and the number of experts in each."""
     for name, child in parent.named_children():
         if isinstance(child, ExpertLinears):
             yield name, child.num_experts
@@ -128,7 +141,7 @@ def sizes_of_experts(parent: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def holds_linears(modules: nn.ModuleList) -> bool:
-    """Whether every one of several modules is a network of linears, as experts in a list are."""
+    """Whether every one of several modules contains linears, as experts in a list do."""
     return len(modules) > 1 and all(
         any(isinstance(inner, nn.Linear | Conv1D) for inner in module.modules()) for module in modules
     )

@@ -1,4 +1,4 @@
-"""Writes small packed folders, as a finished run leaves them."""
+"""Writes small packed folders, as a finished run does."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from budwood.models.experts import unfuse
 
 
 def prune(weight: Tensor, recovered: float = 0.03) -> Tensor:
-    """2:4 by magnitude, and a share of the others taken back: [out, in] -> [out, in]."""
+    """2:4 by magnitude, and a share of the others recovered: [out, in] -> [out, in]."""
     groups = weight.float().abs().reshape(weight.shape[0], -1, 4)
     keep = groups.argsort(dim=-1).argsort(dim=-1) >= 2
     keep |= torch.rand(keep.shape, generator=torch.Generator().manual_seed(0)) < recovered
@@ -26,7 +26,7 @@ def prune(weight: Tensor, recovered: float = 0.03) -> Tensor:
 
 
 def in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The linears of the blocks by name: routers and the head are none of them."""
+    """The linears of the blocks by name, without routers and the head."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -54,9 +54,14 @@ def pack_model(
 
 
 def write(
-    folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor], entries: dict[str, Any], shards: int = 2
+    folder: Path,
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    entries: dict[str, Any],
+    shards: int = 2,
+    shapes: dict[str, list[int]] | None = None,
 ) -> Path:
-    """A finished folder of `shards` files."""
+    """A finished folder of `shards` files; `shapes` of the parameters that the model's configuration does not give."""
     folder.mkdir(parents=True, exist_ok=True)
     names, weight_map, digests = sorted(tensors), {}, {}
     for number in range(shards):
@@ -69,12 +74,13 @@ def write(
     (folder / INDEX_NAME).write_text(json.dumps(index_of(weight_map, size, digests)))
     config = model.config.to_dict() | {
         "architectures": [type(model).__name__],
-        "dtype": "bfloat16",
+        "dtype": str(model.dtype).removeprefix("torch."),
         "quantization_config": {
             "quant_method": "budwood",
             "format_version": 1,
             "recipe": 'magnitude("2:4")',
             "linears": entries,
+            **({"shapes": shapes} if shapes else {}),
         },
     }
     (folder / "config.json").write_text(json.dumps(config))

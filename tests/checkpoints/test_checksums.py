@@ -1,4 +1,4 @@
-"""An altered, truncated or missing shard is told from a whole one, by name; foreign positions are refused."""
+"""Altered, truncated and missing shards are detected and named; invalid positions are refused."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_one_changed_byte_is_found(folder):
 def test_a_truncated_shard_is_found(folder):
     content = (folder / "a.safetensors").read_bytes()
     (folder / "a.safetensors").write_bytes(content[:-1])
-    with pytest.raises(RunError, match=r"a\.safetensors was altered or cut short"):
+    with pytest.raises(RunError, match=r"a\.safetensors was altered or truncated"):
         verify(folder)
 
 
@@ -87,7 +87,7 @@ def test_every_format_is_checked():
 
 @pytest.mark.parametrize("shape", [(32, 72), (16, 264), (8, 512), (4, 4)])
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_a_format_packs_is_sound(format, shape):
+def test_packed_tensors_pass_the_checks(format, shape):
     tensors = packed(format, shape)
     check_layout("x", format, shape, layout(tensors))
     check_positions("x", format, shape, tensors)

@@ -1,4 +1,4 @@
-"""A packed folder with native layers: near the dense model, and still an ordinary transformers model."""
+"""A packed folder with native layers: close to the dense model, and still an ordinary transformers model."""
 
 import copy
 
@@ -38,7 +38,7 @@ def close(found, expected, tolerance) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
-def test_logits_are_near_and_every_layer_is_native(written):
+def test_logits_are_close_and_every_layer_is_native(written):
     packed = opened(written[0])
     close(logits(packed), logits(written[1]), written[2])
     layers = [module for module in packed.modules() if isinstance(module, SparseLinear)]

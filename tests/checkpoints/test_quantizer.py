@@ -22,7 +22,7 @@ SPARSE = [name for name in FORMATS if name != "dense"]
 PACKED = ["llama", "qwen2", "gemma3", "phi3", "opt", "gpt2", "qwen3_moe", "mixtral", "olmoe", "gpt_oss"]
 LINEAR = "model.layers.1.mlp.up_proj"
 # Fused experts multiply in another order, and a rounded score may choose another expert: compared in float32.
-# That their weights are the same bit for bit is told by the tests of the export.
+# The tests of the export compare their weights bit for bit.
 ROUNDED = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
 
 register()
@@ -97,14 +97,14 @@ def test_no_dense_copy_is_kept(written):
     assert packed.get_memory_footprint(return_buffers=False) == sum(tensors.values())
 
 
-def test_packed_weights_ask_for_no_gradient(written):
+def test_packed_weights_require_no_gradient(written):
     packed = opened(written[0])
     for module in packed.modules():
         if isinstance(module, SparseLinear):
             assert not any(module.get_parameter(suffix).requires_grad for suffix in module.packed())
 
 
-def test_saved_again_it_has_the_usual_names_and_no_trace_of_ours(written, tmp_path):
+def test_saved_again_it_has_the_usual_file_names(written, tmp_path):
     opened(written[0]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (tmp_path / "model.safetensors").is_file()
@@ -173,7 +173,7 @@ def test_copies_and_generation(written):
     assert torch.equal(packed.generate(ids, max_new_tokens=5, do_sample=False), plain)
 
 
-def test_adapters_train_beside_the_packed_weights(written, tmp_path):
+def test_adapters_train_and_packed_weights_stay(written, tmp_path):
     peft = pytest.importorskip("peft")
     packed = opened(written[0], dtype=torch.float32)
     before = packed.get_submodule(LINEAR).unpack()
@@ -224,7 +224,7 @@ def test_a_truncated_or_missing_shard_is_refused_by_name(own, open_it):
         open_it(own)
 
 
-def test_what_is_newer_or_unknown_is_said_in_a_sentence(own):
+def test_newer_versions_and_unknown_formats_are_refused(own):
     linears = json.loads((own / "config.json").read_text())["quantization_config"]["linears"]
     change_config(own, format_version=2)
     with pytest.raises(UsageError, match=r"format_version 2 .* install a newer budwood"):
@@ -276,14 +276,14 @@ def test_positions_offloaded_to_disk_are_checked_too(own, tmp_path):
         AutoModelForCausalLM.from_pretrained(own, device_map=device_map, offload_folder=tmp_path / "offload")
 
 
-def test_a_dense_folder_loads_the_same_way(written, tmp_path):
+def test_a_dense_folder_is_loaded_too(written, tmp_path):
     written[1].save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(written[1]))
     assert torch.equal(logits(load(written[0], device="cpu")), logits(written[1]))
 
 
 @pytest.mark.parametrize("folder", ["/no/such/folder", "./nothing", "a/b/c"])
-def test_what_is_not_there_is_a_usage_error(folder):
+def test_a_missing_folder_is_a_usage_error(folder):
     with pytest.raises(UsageError, match="there is no folder"):
         load(folder)
 

@@ -1,4 +1,4 @@
-"""A folder without a tokenizer is refused in a sentence."""
+"""Folders whose tokenizer is missing or damaged are refused."""
 
 import pytest
 from transformers import LlamaConfig
@@ -8,7 +8,7 @@ from budwood.errors import UsageError
 
 
 @pytest.mark.parametrize("with_config", [False, True])
-def test_no_tokenizer_no_text(tmp_path, with_config):
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, with_config):
     if with_config:
         LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"has no tokenizer.*give token ids"):

@@ -7,12 +7,12 @@ from transformers import PreTrainedTokenizerFast
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz0123456789=.<>"
 
 
-def character_tokenizer(opens: bool = False) -> PreTrainedTokenizerFast:
-    """One token a character; `<s>` is the start token, put before a text when `opens`."""
+def character_tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token a character; `<s>` is the start token, put before a text when `adds_bos`."""
     vocabulary = {token: index for index, token in enumerate(["<s>", "<unk>", *CHARACTERS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    if opens:
+    if adds_bos:
         backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>", model_max_length=16)
 
@@ -23,8 +23,8 @@ def tokenizer():
 
 
 @pytest.fixture
-def opening_tokenizer():
-    return character_tokenizer(opens=True)
+def bos_tokenizer():
+    return character_tokenizer(adds_bos=True)
 
 
 @pytest.fixture

@@ -71,26 +71,24 @@ def test_a_document_of_exactly_one_window_is_taken(tokenizer):
     assert text_of(windows, tokenizer) == "abcdef" * 3
 
 
-def test_short_documents_end_in_a_sentence_not_a_loop(tokenizer):
+def test_documents_that_are_all_too_short_are_refused(tokenizer):
     with pytest.raises(UsageError, match="window of 6 tokens, the longest of 2 has 3"):
         evaluation_windows(["abc", "ab"], tokenizer, variant="c4-random", seq_length=6)
 
 
 @pytest.mark.parametrize("variant", ["plain", "gptq", "c4-random"])
-def test_the_start_token_goes_before_every_window(opening_tokenizer, variant):
-    windows = evaluation_windows(
-        ["abcdefghijkl"], opening_tokenizer, variant=variant, seq_length=5, bos="every", limit=3
-    )
-    start = opening_tokenizer.bos_token_id
+def test_the_start_token_goes_before_every_window(bos_tokenizer, variant):
+    windows = evaluation_windows(["abcdefghijkl"], bos_tokenizer, variant=variant, seq_length=5, bos="every", limit=3)
+    start = bos_tokenizer.bos_token_id
     assert (windows.ids[:, 0] == start).all()
     assert (windows.ids[:, 1:] != start).all()
     assert windows.ids.shape == (3, 5)
 
 
 @pytest.mark.parametrize(("bos", "count"), [("auto", 1), ("none", 0)])
-def test_the_text_as_a_whole_is_opened_once(opening_tokenizer, bos, count):
-    windows = evaluation_windows(["abcdefghijkl"], opening_tokenizer, seq_length=4, bos=bos)
-    assert (windows.ids == opening_tokenizer.bos_token_id).sum() == count
+def test_auto_adds_one_start_token_to_the_whole_text(bos_tokenizer, bos, count):
+    windows = evaluation_windows(["abcdefghijkl"], bos_tokenizer, seq_length=4, bos=bos)
+    assert (windows.ids == bos_tokenizer.bos_token_id).sum() == count
 
 
 def test_ids_are_windows_without_a_tokenizer():
@@ -114,12 +112,12 @@ def test_ids_have_no_rows_or_documents(variant):
         ({"bos": "once"}, "auto, every or none"),
     ],
 )
-def test_what_cannot_be_is_refused(tokenizer, options, found):
+def test_invalid_options_are_refused(tokenizer, options, found):
     with pytest.raises(UsageError, match=found):
         evaluation_windows(["abcdefgh"], tokenizer, **options)
 
 
-def test_evaluation_and_calibration_are_apart(speeches, tokenizer):
+def test_evaluation_and_calibration_use_different_texts(speeches, tokenizer):
     windows = evaluation_windows("sotu", tokenizer, seq_length=4)
     assert windows.record["data"] == "sotu:2000-"
     assert windows.record["documents"] == 2

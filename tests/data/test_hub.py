@@ -38,7 +38,7 @@ def test_only_what_is_needed_is_fetched(asked):
     assert asked.calls == [("allenai/c4", None, "train", True)]
 
 
-def test_c4_has_a_usual_amount_for_evaluation(asked):
+def test_c4_has_a_default_amount_for_evaluation(asked):
     assert len(read("c4", "evaluation").documents) == 1100
     assert asked.calls[0][2] == "validation"
 
@@ -77,18 +77,18 @@ def test_a_field_is_chosen_by_name(asked):
         read("hf:a/b::train:body", "calibration", characters=2)
 
 
-def test_a_refusal_of_the_hub_names_the_local_ways(asked):
+def test_an_error_of_the_hub_names_local_data(asked):
     with pytest.raises(UsageError, match="no/such is not on the hub; local data work without it"):
         read("hf:no/such:train", "calibration")
 
 
-def test_without_the_library_the_local_ways_are_named(monkeypatch):
+def test_without_the_library_local_data_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install datasets.*local data work without it"):
         read("c4", "calibration")
 
 
-def test_without_a_network_it_is_said_at_once(monkeypatch):
+def test_a_missing_network_is_reported_at_once(monkeypatch):
     def unreachable(*_, **__):
         raise urllib.error.URLError("no name service")
 
@@ -97,7 +97,7 @@ def test_without_a_network_it_is_said_at_once(monkeypatch):
         hub.require_network("c4")
 
 
-def test_an_unfriendly_answer_is_an_answer(monkeypatch):
+def test_an_http_error_counts_as_reachable(monkeypatch):
     def forbidden(address, timeout):
         raise urllib.error.HTTPError(address, 403, "Forbidden", None, None)
 

@@ -53,7 +53,7 @@ def test_the_seed_decides_the_choice():
     assert first.record["sha256"] != second.record["sha256"]
 
 
-def test_too_little_text_is_used_whole_and_said(caplog):
+def test_too_little_text_is_used_whole_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="budwood"):
         windows = windows_of(50, seq_length=8, num_samples=128)
     assert windows.ids.shape == (6, 8)
@@ -65,12 +65,12 @@ def test_documents_are_one_text_with_empty_lines_between(tokenizer):
     assert tokenizer.decode(windows.ids[0]).replace(" ", "") == "abc\n\nde"
 
 
-def test_the_start_token_goes_where_it_is_asked_for(opening_tokenizer):
+def test_the_start_token_is_put_where_asked(bos_tokenizer):
     def opened(bos):
         ids = calibration_windows(
-            [TEXT], opening_tokenizer, num_samples=9, seq_length=6, sampling="consecutive", bos=bos
+            [TEXT], bos_tokenizer, num_samples=9, seq_length=6, sampling="consecutive", bos=bos
         ).ids
-        return ["".join(opening_tokenizer.convert_ids_to_tokens(row)) for row in ids]
+        return ["".join(bos_tokenizer.convert_ids_to_tokens(row)) for row in ids]
 
     assert opened("auto") == ["<s>abcde", "fghijk", "lmnopq", "rstuvw"]
     assert opened("none") == ["abcdef", "ghijkl", "mnopqr", "stuvwx"]
@@ -84,7 +84,7 @@ def test_auto_leaves_a_tokenizer_without_special_tokens_alone(tokenizer):
     assert torch.equal(auto.ids, none.ids)
 
 
-def test_long_texts_are_no_reason_to_warn(tokenizer, caplog):
+def test_long_texts_cause_no_warning(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         calibration_windows([TEXT * 9], tokenizer, seq_length=6, num_samples=2)  # its context is 16 tokens
     assert not caplog.text
@@ -122,7 +122,7 @@ def test_the_record_is_plain_and_complete(tokenizer):
         ({"seq_length": 27}, "26 tokens, too few for one window of 27"),
     ],
 )
-def test_what_cannot_be_is_refused(tokenizer, options, found):
+def test_invalid_options_are_refused(tokenizer, options, found):
     with pytest.raises(UsageError, match=found):
         calibration_windows([TEXT], tokenizer, **options)
 

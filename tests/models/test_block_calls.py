@@ -45,7 +45,7 @@ def test_streamed_logits_are_the_models_own(family, dtype):
 
 
 @torch.no_grad()
-def test_so_they_are_with_experts_taken_apart(moe_family):
+def test_streamed_logits_with_unfused_experts(moe_family):
     model = build(moe_family)
     ids = token_ids()
     resident = model(input_ids=ids).logits
@@ -53,14 +53,14 @@ def test_so_they_are_with_experts_taken_apart(moe_family):
     assert torch.equal(streamed(model, ids, learnt_from=token_ids(seed=1)), resident)
 
 
-def test_nothing_is_left_behind(family):
+def test_no_stub_remains(family):
     model = build(family)
     _, blocks = find_blocks(model)
     record_calls(model, blocks, token_ids())
     assert all("forward" not in block.__dict__ for block in blocks)
 
 
-def test_a_replaced_forward_comes_back(tiny_model):
+def test_a_replaced_forward_is_restored(tiny_model):
     _, blocks = find_blocks(tiny_model)
     replaced = blocks[1].forward
     blocks[1].forward = replaced
@@ -68,7 +68,7 @@ def test_a_replaced_forward_comes_back(tiny_model):
     assert blocks[1].forward is replaced
 
 
-def test_a_failure_leaves_nothing_behind(tiny_model):
+def test_no_stub_remains_after_an_error(tiny_model):
     _, blocks = find_blocks(tiny_model)
     calls = record_calls(tiny_model, blocks, token_ids())
     with pytest.raises(RuntimeError):
@@ -76,7 +76,7 @@ def test_a_failure_leaves_nothing_behind(tiny_model):
     assert all("forward" not in block.__dict__ for block in blocks)
 
 
-def test_another_shape_needs_another_rehearsal(tiny_model):
+def test_another_shape_needs_another_recording(tiny_model):
     calls = record_calls(tiny_model, find_blocks(tiny_model)[1], token_ids())
     with pytest.raises(ValueError, match=r"\[2, 24\], got \[1, 24\]"):
         calls.embed(token_ids(batch=1))
@@ -85,7 +85,7 @@ def test_another_shape_needs_another_rehearsal(tiny_model):
 @pytest.mark.parametrize("name", ["llama", "bloom"], ids=["tensor", "tuple"])
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_a_single_block_tells_its_form_by_the_logits(name, batch):
+def test_the_form_of_a_single_block_is_found_from_the_logits(name, batch):
     model = build(name)
     path, blocks = find_blocks(model)
     model.set_submodule(path, nn.ModuleList([blocks[0]]))
@@ -116,7 +116,7 @@ class Block(nn.Module):
         return hidden + 1
 
 
-def test_a_plain_chain_is_driven():
+def test_a_plain_chain_is_run():
     model = Between(extra=lambda ids: torch.ones(ids.shape))
     calls = record_calls(model, model.blocks, token_ids())
     hidden = calls.embed(token_ids())
@@ -125,11 +125,11 @@ def test_a_plain_chain_is_driven():
 
 def test_work_between_blocks_is_refused():
     model = Between(between=lambda hidden: 2 * hidden)
-    with pytest.raises(UsageError, match="to the next as it is"):
+    with pytest.raises(UsageError, match="to the next unchanged"):
         record_calls(model, model.blocks, token_ids())
 
 
 def test_arguments_that_depend_on_the_tokens_are_refused():
     model = Between(extra=lambda ids: ids)
-    with pytest.raises(UsageError, match="block 0 more of the tokens"):
+    with pytest.raises(UsageError, match="block 0 other arguments for other tokens"):
         record_calls(model, model.blocks, token_ids())

@@ -61,17 +61,17 @@ def test_every_family_has_its_blocks(family):
     assert path.endswith(("layers", "h"))
 
 
-def test_families_are_nineteen():
+def test_there_are_nineteen_families():
     assert len(FAMILIES) == 19
 
 
-def test_a_foreign_model_is_asked_what_may_not_be_split():
+def test_blocks_of_an_unknown_class_are_found_by_no_split_modules():
     model = Toy(norms=linears(5), body=sequences(3), short=sequences(2))
     assert find_blocks(model) == ("body", model.body)
 
 
 @pytest.mark.parametrize("lists", [{"norms": linears(5)}, {"one": sequences(3), "two": sequences(3)}, {}])
-def test_undecided_lists_are_named(lists):
+def test_ambiguous_lists_are_named(lists):
     with pytest.raises(UsageError, match=next(iter(lists), "no list of layers")):
         find_blocks(Toy(**lists))
 
@@ -92,19 +92,19 @@ OTHERS = {
     "ViTModel cannot": lambda: ViTModel(
         ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32)
     ),
-    "Gemma3ForConditionalGeneration takes more than text": vision_and_text,
+    "Gemma3ForConditionalGeneration is multimodal": vision_and_text,
     "LlamaModel cannot": lambda: LlamaModel(config("llama")),
     "GPT2Model cannot": lambda: AutoModel.from_config(config("gpt2")),
 }
 
 
 @pytest.mark.parametrize("message", OTHERS)
-def test_what_is_no_decoder_is_refused_in_one_sentence(message):
+def test_models_other_than_decoders_are_refused_in_one_sentence(message):
     with pytest.raises(UsageError, match=message) as error:
         find_blocks(OTHERS[message]())
     assert "\n" not in str(error.value)
 
 
-def test_an_encoder_turned_decoder_is_one():
+def test_an_encoder_configured_as_decoder_is_accepted():
     path, blocks = find_blocks(BertLMHeadModel(BertConfig(**BERT, is_decoder=True)))
     assert (path, len(blocks)) == ("bert.encoder.layer", 2)

@@ -22,7 +22,7 @@ def routing(tokens=24, experts=EXPERTS, k=2):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_the_model_says_the_same(moe_family, dtype):
+def test_logits_are_those_of_fused_experts(moe_family, dtype):
     model = build(moe_family, dtype=dtype)
     fused = model(input_ids=token_ids()).logits
     assert unfuse(model) == [f"model.layers.{block}.mlp.experts" for block in range(4)]
@@ -37,7 +37,7 @@ def test_any_number_of_experts_per_token(moe_family, k):
     assert torch.equal(unfuse_module(fused)(hidden, chosen, shares), fused(hidden, chosen, shares))
 
 
-def test_the_linears_look_at_the_same_memory(moe_family):
+def test_unfused_weights_share_memory(moe_family):
     model = build(moe_family)
     fused = next(iter(fused_modules(model).values()))
     experts = unfuse_module(fused)
@@ -65,14 +65,14 @@ def test_an_expert_is_called_with_its_tokens_only(moe_family):
         assert sorted(inputs.tolist()) == sorted(hidden[tokens].tolist())
 
 
-def test_matrices_are_seen_from_inputs_to_outputs(moe_family):
+def test_matrices_are_read_as_out_by_in(moe_family):
     experts = unfuse_module(next(iter(fused_modules(build(moe_family)).values())))
     inner = read(experts.down[0]).shape[1]
     assert read(experts.gate_up[0]).shape == (2 * inner, HIDDEN)
     assert read(experts.down[0]).shape == (HIDDEN, inner)
 
 
-def test_splitting_gives_the_state_of_the_plain_linears_and_fusing_gives_it_back(moe_family):
+def test_splitting_and_fusing_are_inverse(moe_family):
     model = build(moe_family)
     fused = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parts = {name: part for whole, tensor in fused.items() for name, part in split_fused(whole, tensor).items()}
@@ -99,10 +99,10 @@ def test_other_tensors_stay_as_they_are(name):
     assert split_fused(name, tensor) == {name: tensor}
 
 
-def test_models_without_experts_are_left_alone(tiny_model):
+def test_models_without_experts_are_unchanged(tiny_model):
     assert unfuse(tiny_model) == []
 
 
-def test_experts_on_meta_are_taken_apart(moe_family):
+def test_experts_on_meta_are_unfused(moe_family):
     experts = unfuse_module(next(iter(fused_modules(build(moe_family).to("meta")).values())))
     assert all(weight.is_meta for weight in experts.parameters())

@@ -1,4 +1,4 @@
-"""Which matrices are in scope, and that all of them are seen as [out, in]."""
+"""Which matrices are in scope, all of them as [out, in]."""
 
 import warnings
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from budwood.errors import UsageError
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import unfuse
-from budwood.models.linears import coverage, prunable, read, skipped, write
+from budwood.models.linears import coverage, prunable, read, resize, skipped, write
 
 
 def on_meta(family):
@@ -42,7 +42,7 @@ def test_every_matrix_of_the_blocks_is_in_scope_or_listed(family):
     assert set(left.values()) <= {"router", "outside the decoder blocks"}
 
 
-def test_the_meta_device_knows_as_much(family):
+def test_a_model_on_meta_gives_the_same(family):
     real, meta = build(family), on_meta(family)
     unfuse(real)
     unfuse(meta)
@@ -51,7 +51,7 @@ def test_the_meta_device_knows_as_much(family):
     assert coverage(real) == coverage(meta)
 
 
-def test_only_experts_taken_apart_are_in_scope(moe_family):
+def test_only_unfused_experts_are_in_scope(moe_family):
     model = build(moe_family)
     before, listed = coverage(model), set(skipped(model).values())
     unfuse(model)
@@ -71,7 +71,7 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)) for _ in range(EXPERTS))
 
 
-def test_plain_linears_that_route_are_left_alone(tiny_model):
+def test_linears_that_route_are_not_in_scope(tiny_model):
     tiny_model.model.layers[1].mlp = Mixture()
     mlp = "model.layers.1.mlp"
     routers = {name for name, reason in skipped(tiny_model).items() if reason == "router"}
@@ -79,7 +79,7 @@ def test_plain_linears_that_route_are_left_alone(tiny_model):
     assert {f"{mlp}.shared", f"{mlp}.experts.3.0"} <= set(prunable(tiny_model))
 
 
-def test_skip_takes_out_and_says_why(tiny_model):
+def test_skip_excludes_and_gives_the_reason(tiny_model):
     skip = (r"layers\.0\.", "down_proj$")
     scope = prunable(tiny_model, skip)
     assert set(prunable(tiny_model)) - set(scope) == {
@@ -89,12 +89,12 @@ def test_skip_takes_out_and_says_why(tiny_model):
     assert coverage(tiny_model, skip) < coverage(tiny_model)
 
 
-def test_an_expression_for_nothing_is_told(tiny_model):
+def test_an_expression_that_matches_nothing_causes_a_warning(tiny_model):
     with pytest.warns(UserWarning, match="nowhere"):
         prunable(tiny_model, ["nowhere"])
 
 
-def test_an_expression_for_something_is_not_told(tiny_model):
+def test_an_expression_that_matches_causes_no_warning(tiny_model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prunable(tiny_model, ["q_proj"])
@@ -117,3 +117,35 @@ def test_what_is_written_is_read(module):
 def test_a_weight_of_another_shape_is_not_broadcast():
     with pytest.raises(ValueError, match="does not fit"):
         write(nn.Linear(8, 4), torch.zeros(1, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 4), lambda: Conv1D(4, 8)], ids=["linear", "transposed"])
+def test_a_resized_linear_has_the_new_sizes_and_its_own_dtype(make, dtype):
+    module = make().to(dtype)
+    module.bias = None if isinstance(module, nn.Linear) else nn.Parameter(torch.zeros(6, dtype=dtype))
+    weight = torch.randn(6, 5)
+    resize(module, weight)
+    assert torch.equal(read(module), weight.to(dtype))
+    assert module.weight.is_contiguous()
+    assert module(torch.ones(3, 5, dtype=dtype)).shape == (3, 6)
+    sizes = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (module.nf, module.nx)
+    assert sizes == (6, 5)
+    before = weight.clone()
+    weight.zero_()
+    assert torch.equal(read(module), before.to(dtype))  # no shared memory
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_resized_linear_is_trained_as_before(requires_grad):
+    module = nn.Linear(8, 4).requires_grad_(requires_grad)
+    resize(module, torch.zeros(2, 8, requires_grad=True))
+    assert module.weight.requires_grad == requires_grad
+    assert module.weight.is_leaf
+
+
+def test_a_linear_on_meta_stays_there():
+    module = nn.Linear(8, 4, device="meta")
+    resize(module, torch.zeros(2, 8))
+    assert module.weight.is_meta
+    assert module.out_features == 2
