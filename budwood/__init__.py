@@ -1,6 +1,6 @@
-"""Prune large language models to files that are really smaller and models that are really faster.
+"""Prune large language models to smaller files and faster models.
 
-The public names are looked up on first use, so that `import budwood` stays light: it imports no torch.
+The public names are imported on first use, so that `import budwood` imports no torch.
 """
 
 from importlib import import_module
