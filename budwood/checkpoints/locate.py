@@ -1,4 +1,4 @@
-"""The local folder of a model by its name. Imports neither torch nor transformers, for the checks of the command line."""
+"""The local folder of a model by its name. Imports neither torch nor transformers: the command line checks early."""
 
 import difflib
 import re

@@ -163,6 +163,19 @@ def test_inspect_x4_of_a_dense_model(source, run_here):
         assert kept == pytest.approx(2)  # half of four
 
 
+def test_inspect_of_a_method_that_is_no_longer_known(pruned, run_here, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy)
+    recipe = json.loads((copy / "recipe.json").read_text())
+    (copy / "recipe.json").write_text(json.dumps(recipe | {"method": "forgotten(alpha=0.25)"}))
+    result = run_here("inspect", copy, "--json")
+    assert result.status == 0, result.stderr
+    assert result.json["method"] == "forgotten(alpha=0.25)"
+    assert "forgotten" in result.json["notes"][0]
+    assert "not checked" in run_here("inspect", copy).stdout
+    assert run_here("inspect", pruned, "--json").json["notes"] == []
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_inspect_reads_transposed_and_fused_matrices(family, run_here, tmp_path):
     save_model(family, tmp_path / "source")
@@ -306,6 +319,33 @@ def test_invalid_requests_are_one_sentence_and_write_nothing(source, text, run_h
     assert word in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_makes_the_folder_again_and_given_options_override_it(source, text, run_here, tmp_path):
+    given = ("--method", "wrp(alpha=0.25)", "--data", text, "--seed", 3, "--skip", r"layers\.0\.", *CALIBRATION)
+    assert run_here("prune", source, tmp_path / "first", *given).status == 0
+    recipe = ("--recipe", tmp_path / "first" / "recipe.json", "--quiet")
+    result = run_here("prune", source, tmp_path / "again", *recipe)
+    assert result.status == 0, result.stderr
+    assert shards(tmp_path / "again") == shards(tmp_path / "first")
+    assert run_here("prune", source, tmp_path / "other", *recipe, "--format", "two_four_csr").status == 0
+    first, other = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("first", "other"))
+    assert {matrix["format"] for matrix in other["linears"].values()} == {"two_four_csr"}
+    assert {name: m["nonzeros"] for name, m in other["linears"].items()} == {
+        name: m["nonzeros"] for name, m in first["linears"].items()
+    }
+
+
+def shards(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("verb", [("evaluate", "--data", "sotu"), ("generate", "--prompt", "a")])
+def test_an_unknown_device_is_refused(source, run_here, verb):
+    name, *options = verb
+    result = run_here(name, source, *options, "--device", "abacus")
+    assert result.status == 2
+    assert "abacus" in result.stderr
 
 
 def test_a_folder_with_another_run_is_refused(pruned, source, text, run_here):
