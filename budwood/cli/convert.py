@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from budwood.cli import options
+from budwood.cli.checks import check_gguf
 from budwood.cli.terminal import console, print_result, stdout_to_stderr
 
 
@@ -26,6 +27,7 @@ def convert(
       budwood convert model.gguf ./model --dtype bfloat16 --overwrite
     """
     with stdout_to_stderr():
+        check_gguf(file)
         from budwood.checkpoints import gguf
 
         gguf.convert(file, target, dtype=dtype, overwrite=overwrite)

@@ -63,6 +63,7 @@ def folder(tmp_path):
         (["evaluate", "no-such-model", "--data", "text.txt"], 2),
         (["generate", "no-such-model", "--prompt", "a"], 2),
         (["export", "no-such-model", "out"], 2),
+        (["convert", "no-such-file.gguf", "out"], 2),
     ],
 )
 def test_no_torch_is_imported(arguments, status, folder):
@@ -85,7 +86,6 @@ def test_no_torch_is_imported(arguments, status, folder):
         (["plan", "model", "--method", "nosuch()"], 2),
         (["plan", "no-such-model", "--method", "wrp()"], 2),
         (["export", "model", "out", "--format", "zip"], 2),
-        (["convert", "no-such-file.gguf", "out"], 2),
     ],
 )
 def test_no_transformers_is_imported(arguments, status, folder):
