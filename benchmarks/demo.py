@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from budwood import humanize
-from budwood.cli.progress import Lines
-from budwood.cli.terminal import console, table, working
+from budwood.cli.progress import LineProgress
+from budwood.cli.terminal import console, stdout_to_stderr, table
 from budwood.errors import BudwoodError
 
 METHODS = {
@@ -33,7 +33,7 @@ WINDOWS, WINDOW_LENGTH = 2, 2048
 PROMPT = "My fellow Americans, the state of our union is"
 
 
-class Quieter(Lines):
+class Quieter(LineProgress):
     """Lines about the steps below stay out: the demo tells its own story in one line a step."""
 
     def note(self, sentence: str) -> None: ...
@@ -142,7 +142,7 @@ def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
 def main(folder: Path) -> None:
     """Convert, prune, measure, and leave the models and `demo.json` in `folder`."""
     began = time.monotonic()
-    with working():
+    with stdout_to_stderr():
         source = converted(folder / "SmolLM2-135M")
         say("dense: measuring")
         rows: dict[str, dict[str, Any]] = {

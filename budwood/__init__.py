@@ -1,6 +1,6 @@
-"""Prune large language models to files that are really smaller and models that are really faster.
+"""Prune large language models to smaller files and faster models.
 
-The public names are looked up on first use, so that `import budwood` stays light: it imports no torch.
+The public names are imported on first use, so that `import budwood` imports no torch.
 """
 
 from importlib import import_module
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from budwood.methods import METHODS as METHODS
     from budwood.planning import plan as plan
     from budwood.pruning import prune as prune
+    from budwood.repacking import repack as repack
+    from budwood.runs.recipe import recipe_options as recipe_options
 
 __version__ = "0.1.0"
 
@@ -26,9 +28,22 @@ PUBLIC = {  # name -> module that defines it
     "load": "budwood.checkpoints.loading",
     "plan": "budwood.planning",
     "prune": "budwood.pruning",
+    "recipe_options": "budwood.runs.recipe",
+    "repack": "budwood.repacking",
 }
 
-__all__ = ["METHODS", "__version__", "bench", "evaluate", "load", "methods", "plan", "prune"]
+__all__ = [
+    "METHODS",
+    "__version__",
+    "bench",
+    "evaluate",
+    "load",
+    "methods",
+    "plan",
+    "prune",
+    "recipe_options",
+    "repack",
+]
 
 install()
 

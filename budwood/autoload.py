@@ -1,9 +1,9 @@
-"""Teaches transformers to load packed checkpoints, without importing it: a hook that waits for its registry.
+"""Registers the quantizer of packed checkpoints with transformers, by an import hook on its registry.
 
-`install` is the entry point of group `torch.backends`, which torch calls at the end of `import torch`, and is
-called by `import budwood`. An exception in it would break `import torch`, so nothing may leave it. It imports
-nothing heavy: the work is done when `transformers.quantizers.auto` is imported, or at once when it already
-is. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` turns the entry point off.
+`install` is an entry point of the group `torch.backends`, which torch calls at the end of `import torch`; `import
+budwood` calls it too. An exception in it would break `import torch`, so it raises none. It imports neither torch nor
+transformers: the quantizer is registered when `transformers.quantizers.auto` is imported, or at once where it was
+imported before. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` disables the entry point.
 """
 
 import importlib.abc
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class RegistryFinder(importlib.abc.MetaPathFinder):
-    """Finds the registry as the other finders do, and lets its loader register the quantizer afterwards."""
+    """Finds the registry by the other finders, and wraps its loader to register the quantizer afterwards."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -36,7 +36,7 @@ class RegistryFinder(importlib.abc.MetaPathFinder):
 
 
 class RegisteringLoader(importlib.abc.Loader):
-    """The registry's own loader, and one step more."""
+    """The loader of the registry, which also registers the quantizer."""
 
     def __init__(self, loader: importlib.abc.Loader):
         self.loader = loader
@@ -49,11 +49,11 @@ class RegisteringLoader(importlib.abc.Loader):
         register()
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.__dict__["loader"], name)  # get_source, get_filename, ... stay what they were
+        return getattr(self.__dict__["loader"], name)  # get_source, get_filename, ... of the wrapped loader
 
 
 def register() -> None:
-    """Put the quantizer into the registry; a failure is logged, for transformers must work without us."""
+    """Register the quantizer; a failure is logged, because transformers must work without budwood."""
     try:
         from budwood.checkpoints.quantizer import register as register_quantizer
 
@@ -63,7 +63,7 @@ def register() -> None:
 
 
 def install() -> None:
-    """Make plain `from_pretrained` load packed folders. Never raises; doing it twice is doing it once."""
+    """Make plain `from_pretrained` load packed folders. Never raises; a second call has no effect."""
     try:
         registry = sys.modules.get(REGISTRY)
         if registry is not None and not getattr(registry.__spec__, "_initializing", False):
@@ -71,4 +71,4 @@ def install() -> None:
         elif not any(isinstance(finder, RegistryFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, RegistryFinder())
     except Exception as error:
-        logger.warning("budwood could not prepare transformers: %s", error)
+        logger.warning("budwood could not hook into transformers: %s", error)

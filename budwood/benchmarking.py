@@ -1,7 +1,7 @@
-"""How fast a pruned model is: each shape of matrix against torch's dense product, the whole model against a dense one.
+"""Benchmark of a pruned model: each shape of matrix against torch's dense matmul, the model against the dense model.
 
-Everything that is compared is timed in turns, in one process, with weights that have left the cache: the layers of one
-shape take turns, packed and dense alike. Medians are given with what lies between a tenth and nine tenths.
+What is compared is timed interleaved, in one process, with weights that are not in the cache: calls cycle through the
+layers of one shape, packed and dense alike. Medians are given with the tenth and the ninetieth percentile.
 """
 
 import statistics
@@ -26,10 +26,10 @@ from budwood.reports.record import add_speed
 from budwood.timing import interleaved, ratio, spread
 
 ROWS = (1, 8, 64, 512)
-ROUNDS = {1: 60, 8: 40, 64: 20}  # by the largest number of rows; more of them take fewer rounds
-FEWEST = 8
-COLD = 160 << 20  # bytes of weights that take turns: more than caches hold
-PROMPT, NEW, REPEATS = 128, 32, 5  # tokens, and how often a model generates
+ROUNDS = {1: 60, 8: 40, 64: 20}  # up to so many rows of activations
+MANY_ROWS_ROUNDS = 8  # for more
+COLD = 160 << 20  # bytes of weights to cycle through: more than the caches hold
+PROMPT, NEW, REPEATS = 128, 32, 5  # tokens of prompt and answer, and number of runs
 
 
 def bench(
@@ -41,10 +41,10 @@ def bench(
     dtype: str | torch.dtype = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Times `model`, a pruned folder, and returns what is also kept in its `report.json` and model card.
+    """Time `model`, a pruned folder; returns the figures, which are also added to its `report.json` and model card.
 
-    against: the dense model. rows: numbers of activations (tokens at once) to time each matrix with. threads: torch's.
-    Raises UsageError where the model has no packed matrix, or a number of rows is no positive number.
+    against: the dense model. rows: numbers of activation rows (tokens at once) to time each matrix with. threads:
+    number of torch's threads. Raises UsageError where the model has no packed matrix, or a number of rows is below 1.
     """
     if not rows or min(rows) < 1:
         raise UsageError(f"rows must be positive numbers such as 1,8,64,512; got {','.join(map(str, rows))}")
@@ -65,13 +65,13 @@ def _bench(
     start = time.perf_counter()
     pruned = load(model, dtype=dtype)
     seconds = time.perf_counter() - start
-    layers = by_shape(pruned)
+    layers = group_by_shape(pruned)
     if not layers:
         raise UsageError(f"{model} holds no packed matrix; give a folder that budwood prune wrote")
     report: dict[str, Any] = {
         "machine": machine(),
         "kernels": native.why(),
-        "dispatch": described_dispatch(),
+        "dispatch": dispatch_choices(),
         "dtype": str(pruned.dtype).removeprefix("torch."),
         "seconds_to_load": seconds,
         "matrices": [],
@@ -80,35 +80,35 @@ def _bench(
     progress.start(len(layers), "timing matrices")
     for index, (shape, same) in enumerate(sorted(layers.items())):
         start = time.perf_counter()
-        report["matrices"] += [matrix(shape, same, count) for count in rows]
+        report["matrices"] += [time_matrix(shape, same, count) for count in rows]
         progress.block(index, f"{shape[0]} x {shape[1]}", time.perf_counter() - start)
     progress.finish()
     models = {"pruned": pruned}
     if against is not None:
         models["dense"] = load(against, dtype=pruned.dtype)
-    report["model"] = whole(models, progress)
+    report["model"] = time_models(models, progress)
     report["peak_memory"] = peak_memory()
-    report["warnings"] = warnings(report)
+    report["warnings"] = slowdowns(report)
     add_speed(Path(model), report)
     return report
 
 
-def by_shape(model: PreTrainedModel) -> dict[tuple[int, int], list[SparseLinear]]:
-    """The packed layers of a model, those of one shape together."""
-    found: dict[tuple[int, int], list[SparseLinear]] = {}
+def group_by_shape(model: PreTrainedModel) -> dict[tuple[int, int], list[SparseLinear]]:
+    """The packed layers of a model by shape [out, in]."""
+    groups: dict[tuple[int, int], list[SparseLinear]] = {}
     for module in model.modules():
         if isinstance(module, SparseLinear):
-            found.setdefault(module.shape, []).append(module)
-    return found
+            groups.setdefault(module.shape, []).append(module)
+    return groups
 
 
-def matrix(shape: tuple[int, int], layers: Sequence[SparseLinear], rows: int) -> dict[str, Any]:
-    """One shape of matrix with so many rows of activations: packed, dense in the same type, and reading alone."""
+def time_matrix(shape: tuple[int, int], layers: Sequence[SparseLinear], rows: int) -> dict[str, Any]:
+    """Time one shape of matrix with `rows` rows of activations: packed, dense in the same dtype, and reading alone."""
     dtype = layers[0].unpack().dtype
     for layer in layers:
-        layer.siblings = None  # each on its own here
+        layer.siblings = None  # time each layer alone, not with those that share its input
         layer.kernel()
-    packed = [bytes_of(layer) for layer in layers]
+    packed = [packed_bytes(layer) for layer in layers]
     copies = max(1, min(len(layers), -(-COLD // (2 * shape[0] * shape[1]))))
     dense = [layer.unpack() for layer in layers[:copies]]
     x = torch.randn(rows, shape[1]).to(dtype)
@@ -122,7 +122,7 @@ def matrix(shape: tuple[int, int], layers: Sequence[SparseLinear], rows: int) ->
         size, threads = int(statistics.mean(packed)), torch.get_num_threads()
         places = max(1, COLD // max(size, 1) - 1)
         variants["read"] = lambda turn: library.budwood_read(memory.data_ptr() + turn % places * size, size, threads)
-    times = interleaved(variants, next((n for limit, n in ROUNDS.items() if rows <= limit), FEWEST))
+    times = interleaved(variants, next((n for limit, n in ROUNDS.items() if rows <= limit), MANY_ROWS_ROUNDS))
     kernel = layers[0].kernel()
     way = "reference" if kernel is None else dispatch.NAMES[dispatch.way(kernel, rows, dtype)]
     result: dict[str, Any] = {
@@ -138,8 +138,8 @@ def matrix(shape: tuple[int, int], layers: Sequence[SparseLinear], rows: int) ->
     return result
 
 
-def whole(models: Mapping[str, PreTrainedModel], progress: Progress) -> dict[str, Any]:
-    """Prefill of a prompt and greedy generation after it, the models in turns."""
+def time_models(models: Mapping[str, PreTrainedModel], progress: Progress) -> dict[str, Any]:
+    """Time prefill of a prompt and greedy decoding after it, the models interleaved."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(int(model.config.vocab_size) for model in models.values())
     prompt = torch.randint(0, vocabulary, (1, PROMPT), generator=generator)
@@ -152,13 +152,13 @@ def whole(models: Mapping[str, PreTrainedModel], progress: Progress) -> dict[str
     times: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
     progress.start(REPEATS + 1, "timing whole models")
     for turn in range(REPEATS + 1):
-        begun = time.perf_counter()
+        round_start = time.perf_counter()
         for key, run in variants.items():
             start = time.perf_counter()
             run()
-            if turn:  # the first is not counted
+            if turn:  # the first is a warm-up
                 times[key].append(time.perf_counter() - start)
-        progress.block(turn, f"turn {turn}", time.perf_counter() - begun)
+        progress.block(turn, f"round {turn}", time.perf_counter() - round_start)
     progress.finish()
     result: dict[str, Any] = {"prompt": PROMPT, "new_tokens": NEW}
     decode = {
@@ -179,7 +179,7 @@ def whole(models: Mapping[str, PreTrainedModel], progress: Progress) -> dict[str
 
 
 def generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Tensor:
-    """Exactly so many tokens, greedily."""
+    """Decode exactly `tokens` tokens greedily after `prompt` [1, tokens]."""
     return model.generate(  # type: ignore[operator, no-any-return]
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -190,13 +190,13 @@ def generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Tensor:
     )
 
 
-def bytes_of(layer: SparseLinear) -> int:
+def packed_bytes(layer: SparseLinear) -> int:
     """Bytes of a layer's packed weight."""
     return sum(tensor.nbytes for tensor in layer.packed().values())
 
 
-def described_dispatch() -> list[dict[str, Any]]:
-    """What was measured at load: the way for each number of rows, and the seconds of all."""
+def dispatch_choices() -> list[dict[str, Any]]:
+    """The measurements at load: the kernel chosen for each number of rows, and the seconds of every kernel."""
     return [
         {
             "dtype": str(kind[0]).removeprefix("torch."),
@@ -209,9 +209,9 @@ def described_dispatch() -> list[dict[str, Any]]:
     ]
 
 
-def warnings(report: Mapping[str, Any]) -> list[str]:
-    """A sentence wherever pruning brought no gain in time."""
-    said = [
+def slowdowns(report: Mapping[str, Any]) -> list[str]:
+    """A sentence for everything that is no faster than dense."""
+    sentences = [
         f"{found['shape'][0]} x {found['shape'][1]} with {found['rows']} rows is no faster than dense "
         f"({found['times_dense']:.2f} times)"
         for found in report["matrices"]
@@ -220,5 +220,5 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
     for what in ("decode", "prefill"):
         gain = report["model"].get(f"{what}_times_dense")
         if gain is not None and gain < 1:
-            said.append(f"the whole model is no faster than the dense one at {what} ({gain:.2f} times)")
-    return said
+            sentences.append(f"the whole model is no faster than the dense one at {what} ({gain:.2f} times)")
+    return sentences

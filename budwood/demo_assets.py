@@ -1,6 +1,6 @@
-"""Files that ordinary packages of the registry carry: a small real model, and prose to prune it on.
+"""A small real model and a calibration text, from packages of the Python package index.
 
-They make the demo and the benchmarks work where no hub can be reached. The packages are found, not imported.
+With them the demo and the benchmarks run without the hub. The packages are located, not imported.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from budwood.errors import UsageError
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """One package: its name in the registry, the version measured, its module, what is wanted inside it."""
+    """A file or folder of a package: `distribution` on the index, `version` used here, `module`, path `inside` it."""
 
     distribution: str
     version: str
@@ -20,7 +20,7 @@ class PackagedFile:
     inside: str
 
     def locate(self) -> Path:
-        """The wanted file or folder; UsageError, with the command that installs it, when it is not there."""
+        """The path; UsageError, with the command that installs the package, where it does not exist."""
         spec = importlib.util.find_spec(self.module)
         for folder in (spec and spec.submodule_search_locations) or []:
             if (found := Path(folder) / self.inside).exists():

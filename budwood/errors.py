@@ -1,17 +1,17 @@
-"""The two ways a request can end badly, each told in one sentence and each with its exit status."""
+"""The two kinds of errors that users see, each with its exit status. A message is one sentence."""
 
 
 class BudwoodError(Exception):
-    """Something a user can understand and act on; the command line prints it without a traceback."""
+    """An error that the user can understand and act on; the command line prints it without a traceback."""
 
     exit_status = 1
 
 
 class UsageError(BudwoodError, ValueError):
-    """What was asked for cannot be: nothing was started, nothing was written."""
+    """The request cannot be carried out: nothing was started, nothing was written."""
 
     exit_status = 2
 
 
 class RunError(BudwoodError, RuntimeError):
-    """The work was begun and could not be finished."""
+    """The work was started and failed."""

@@ -1,4 +1,4 @@
-"""Amounts in words: bytes, shares, seconds, shapes and counts as a person reads them."""
+"""Bytes, fractions, durations, shapes and numbers as text, and sizes of memory from text."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from budwood.errors import UsageError
 
 
 def size(count: float | None) -> str:
-    """Bytes with a unit of a thousand: 268.9 MB."""
+    """Bytes in decimal units: 268.9 MB."""
     if count is None:
         return "-"
     for unit in ("B", "kB", "MB", "GB"):
@@ -18,12 +18,12 @@ def size(count: float | None) -> str:
 
 
 def share(part: float | None, digits: int = 2) -> str:
-    """A fraction in per cent: 58.80 %."""
+    """A fraction as a percentage: 58.80 %."""
     return "-" if part is None else f"{100 * part:.{digits}f} %"
 
 
 def span(parts: Sequence[float]) -> str:
-    """The least and the largest of several fractions: 3.10 % to 8.25 %."""
+    """The smallest and the largest of several fractions: 3.10 % to 8.25 %."""
     return f"{share(min(parts))} to {share(max(parts))}"
 
 
@@ -47,7 +47,7 @@ def figure(value: float | None, digits: int = 4) -> str:
 
 
 def parse_bytes(amount: int | str) -> int:
-    """4294967296, "4GB", "500 MB", "0": bytes, with units of 1024."""
+    """Bytes of 4294967296, "4GB", "500 MB" or "0", with units of 1024; UsageError for other text."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", str(amount), re.IGNORECASE)
     if not match:
         raise UsageError(f"{amount!r} is no amount of memory; write for example 4GB")

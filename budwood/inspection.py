@@ -1,4 +1,4 @@
-"""What a folder of weights really holds: read from the files, one stored tensor in memory at a time."""
+"""The contents of a folder of weights, read from the files with one stored tensor in memory at a time."""
 
 import json
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from budwood.checkpoints.checksums import read_index, verify
 from budwood.checkpoints.source import Source, open_source
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import Weights
+from budwood.errors import UsageError
 from budwood.formats import count
 from budwood.humanize import share
 from budwood.methods.expression import parse_method
@@ -19,17 +20,17 @@ from budwood.methods.method import Method
 from budwood.sparsity.histogram import x4_histogram
 from budwood.sparsity.patterns import NM, LowPrunes, Pattern, Share
 
-HALF = Share(drop=0.5, per="row")  # the choice whose crowding the X:4 histogram shows
+HALF = Share(drop=0.5, per="row")  # the mask that the X:4 histogram is of
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One matrix as it lies in the folder."""
+class StoredMatrix:
+    """One matrix of the folder."""
 
     name: str
     weight: Tensor  # [out, in]
     format: str
-    bytes: int
+    bytes: int  # in the files
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,41 +38,43 @@ class Stored:
 
 
 def inspect(folder: str | Path, x4: bool = False) -> dict[str, Any]:
-    """Per matrix: shape, format, density, recovered share, bytes, pattern; and totals.
+    """Per matrix: shape, format, density, recovered share, bytes, pattern; and totals and notes.
 
-    folder: dense or pruned, or a name on the hub. x4: also the shares of groups of four of which a row-wise
-    50 % choice by magnitude keeps 0, 1, 2, 3, 4. `recovered` is None where there is no 2:4 part.
+    folder: dense or pruned, or a name on the hub. x4: also the shares of groups of four adjacent weights of which
+    keeping half of each row by magnitude keeps 0, 1, 2, 3, 4. `recovered` is None where there is no 2:4 part. The
+    pattern of the recipe's method is checked; where this version cannot parse the method, a note says so.
     Raises UsageError when there is no such model, RunError when a file is damaged or altered.
     """
     source = open_source(folder)
-    checksums = compared(source.folder)
-    recipe = recipe_of(source.folder)
-    method = parse_method(recipe["method"]) if recipe else None
+    checksums = compare_checksums(source.folder)
+    recipe = read_recipe(source.folder)
+    method, notes = parse_recorded_method(recipe["method"]) if recipe else (None, [])
     linears: dict[str, dict[str, Any]] = {}
-    for matrix in matrices(source, tuple(recipe["skip"]) if recipe else ()):
-        linears[matrix.name] = described(matrix, method)
+    for matrix in stored_matrices(source, tuple(recipe["skip"]) if recipe else ()):
+        linears[matrix.name] = describe(matrix, method)
         if x4:
-            linears[matrix.name]["x4"] = crowding(matrix.weight)
+            linears[matrix.name]["x4"] = x4_shares(matrix.weight)
     return {
         "source": str(folder),
         "method": recipe["method"] if recipe else None,
         "checksums": checksums,
-        "totals": totals(linears, source),
+        "totals": sum_up(linears, source),
         "linears": linears,
+        "notes": notes,
     }
 
 
-def compared(folder: Path) -> str:
-    """Compares every shard with the index's checksums and says so in words; RunError when one differs."""
+def compare_checksums(folder: Path) -> str:
+    """Compare every shard with the checksums of the index; the result as text, RunError when one differs."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         if read_index(index)["metadata"].get("sha256"):
             verify(index)
             return "checksums match"
-    return "no checksums to compare with"
+    return "no checksums to compare"
 
 
-def recipe_of(folder: Path) -> dict[str, Any] | None:
-    """The recipe of a pruned folder, None for others."""
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """Method and skipped names of a pruned folder, None for other folders."""
     file = folder / "recipe.json"
     if not file.is_file():
         return None
@@ -79,58 +82,67 @@ def recipe_of(folder: Path) -> dict[str, Any] | None:
     return {"method": recipe["method"], "skip": recipe.get("skip", [])}
 
 
-def matrices(source: Source, skip: tuple[str, ...]) -> Iterator[Stored]:
-    """The matrices in scope, [out, in] whatever their module, in the order of the blocks."""
+def parse_recorded_method(expression: str) -> tuple[Method | None, list[str]]:
+    """The method of a recipe and no note; or None and a note where this version cannot parse it."""
+    try:
+        return parse_method(expression), []
+    except UsageError as error:
+        return None, [f"the patterns are not checked: the method of the recipe cannot be read ({error})"]
+
+
+def stored_matrices(source: Source, skip: tuple[str, ...]) -> Iterator[StoredMatrix]:
+    """The matrices in scope, [out, in] for every kind of module, in the order of the blocks."""
     structure = ModelStructure(source.config, skip=skip, trust_remote_code=source.trust_remote_code)
     weights = source.weights(structure)
     for index in range(len(structure.modules)):
-        for linear, names in units(weights, f"{structure.path}.{index}.").items():
+        for linear, names in read_groups(weights, f"{structure.path}.{index}.").items():
             packed = source.packed.get(linear)
-            stored = bytes_of(weights, names)
+            stored = stored_bytes(weights, names)
             tensors = weights.read(names)
             for name, weight in tensors.items():
                 module = structure.linears.get(name.removesuffix(".weight"))
                 if module is None or not name.endswith(".weight"):
                     continue
-                # A module that is no nn.Linear (transformers' Conv1D) keeps its weight the other way round.
-                turned = weight if isinstance(module, nn.Linear) else weight.T.contiguous()
-                yield Stored(
+                # Other modules (transformers' Conv1D) store the transposed weight.
+                matrix = weight if isinstance(module, nn.Linear) else weight.T.contiguous()
+                yield StoredMatrix(
                     name.removesuffix(".weight"),
-                    turned,
+                    matrix,
                     packed["format"] if packed else "dense",
                     stored if len(tensors) == 1 else weight.nbytes,  # fused experts share their stored tensor
                 )
 
 
-def units(weights: Weights, prefix: str) -> dict[str, list[str]]:
-    """Stored names that are read together, by linear (packed: all its parts) or by their own name."""
-    together: dict[str, list[str]] = {}
+def read_groups(weights: Weights, prefix: str) -> dict[str, list[str]]:
+    """Names of tensors that are read together: all parts of a packed linear layer under its name, others alone."""
+    groups: dict[str, list[str]] = {}
     for name in weights.names(prefix):
         linear = name.rpartition(".")[0]
         part_of_packed = linear in weights.packed and not name.endswith(".bias")
-        together.setdefault(linear if part_of_packed else name, []).append(name)
-    return together
+        groups.setdefault(linear if part_of_packed else name, []).append(name)
+    return groups
 
 
-def bytes_of(weights: Weights, names: list[str]) -> int:
-    """Bytes in the files behind `names`."""
+def stored_bytes(weights: Weights, names: list[str]) -> int:
+    """Bytes in the files of the tensors `names`."""
     places = weights.shards.places
     return sum(places[source].nbytes for name in names for source, _ in weights.origins[name].sources)
 
 
-def described(matrix: Stored, method: Method | None) -> dict[str, Any]:
+def describe(matrix: StoredMatrix, method: Method | None) -> dict[str, Any]:
+    """The entry of one matrix in the result of `inspect`."""
     size = matrix.weight.numel()
-    held = count(matrix.weight)
-    promised = method.pattern_of(matrix.shape, matrix.name) if method else None
-    promised = promised.base if isinstance(promised, LowPrunes) else promised
-    layered = hasattr(promised, "base") if method else matrix.format.startswith("two_four_")
-    recovered = held.recovered / size if layered and held.recovered is not None else None
-    pattern, holds = pattern_of(matrix.weight, recovered, promised)
+    counted = count(matrix.weight)
+    expected = method.pattern_of(matrix.shape, matrix.name) if method else None
+    expected = expected.base if isinstance(expected, LowPrunes) else expected
+    two_parts = hasattr(expected, "base") if method else matrix.format.startswith("two_four_")
+    recovered = counted.recovered / size if two_parts and counted.recovered is not None else None
+    pattern, holds = check_pattern(matrix.weight, recovered, expected)
     return {
         "shape": list(matrix.weight.shape),
         "format": matrix.format,
-        "nonzeros": int(held.nonzeros),
-        "density": held.nonzeros / size,
+        "nonzeros": int(counted.nonzeros),
+        "density": counted.nonzeros / size,
         "recovered": recovered,
         "bytes": matrix.bytes,
         "bits_per_weight": 8 * matrix.bytes / size,
@@ -140,42 +152,42 @@ def described(matrix: Stored, method: Method | None) -> dict[str, Any]:
     }
 
 
-def pattern_of(weight: Tensor, recovered: float | None, promised: Pattern | None) -> tuple[str, bool]:
-    """The pattern in words, and whether the matrix [out, in] keeps to what its method promises.
+def check_pattern(weight: Tensor, recovered: float | None, expected: Pattern | None) -> tuple[str, bool]:
+    """The pattern as text, and whether the matrix [out, in] satisfies the expected one.
 
-    Without a promise the words say what is found, and that always holds.
+    Without an expected pattern the text is the pattern found, which holds.
     """
     kept = weight != 0
-    if isinstance(promised, NM):
-        return str(promised), fits(kept, promised)
-    if isinstance(promised, Share):
-        room = promised.forecast((weight.shape[0], weight.shape[1])).nonzeros
-        most = int(kept.sum(dim=1).max()) * weight.shape[0] if promised.per == "row" else int(kept.sum())
-        return f"{promised} per {promised.per}", most <= room
-    if weight.shape[1] % 4 == 0 and fits(kept, NM(2, 4)):
+    if isinstance(expected, NM):
+        return str(expected), satisfies(kept, expected)
+    if isinstance(expected, Share):
+        limit = expected.forecast((weight.shape[0], weight.shape[1])).nonzeros
+        most = int(kept.sum(dim=1).max()) * weight.shape[0] if expected.per == "row" else int(kept.sum())
+        return f"{expected} per {expected.per}", most <= limit
+    if weight.shape[1] % 4 == 0 and satisfies(kept, NM(2, 4)):
         return "2:4", True
     if recovered is not None:
         return f"2:4 + {share(recovered)}", True
     return ("dense" if bool(kept.all()) else "free"), True
 
 
-def fits(kept: Tensor, pattern: NM) -> bool:
-    """Whether no group of the mask [out, in] keeps more than the pattern allows."""
+def satisfies(kept: Tensor, pattern: NM) -> bool:
+    """Whether no group of the mask [out, in] keeps more weights than the pattern allows."""
     if kept.shape[1] % pattern.group:
         return False
     return int(kept.unflatten(1, (-1, pattern.group)).sum(dim=-1).max()) <= pattern.kept
 
 
-def crowding(weight: Tensor) -> list[float] | None:
-    """Shares of the groups of which the 50 % choice keeps 0 to 4; None where the width has no such groups."""
+def x4_shares(weight: Tensor) -> list[float] | None:
+    """Shares of the groups of four that keep 0 to 4 weights under `HALF`; None where 4 does not divide the width."""
     if weight.shape[1] % 4:
         return None
     counted = x4_histogram(HALF.keep(weight.float().abs()))
     return (counted / counted.sum()).tolist()
 
 
-def totals(linears: dict[str, dict[str, Any]], source: Source) -> dict[str, Any]:
-    """Sums over the matrices; bytes of all weights of the folder, and what they would take dense."""
+def sum_up(linears: dict[str, dict[str, Any]], source: Source) -> dict[str, Any]:
+    """Sums over the matrices; bytes of all weights of the folder as stored, and if they were dense."""
     sizes = {name: matrix["shape"][0] * matrix["shape"][1] for name, matrix in linears.items()}
     scope = sum(sizes.values())
     known = [name for name, matrix in linears.items() if matrix["recovered"] is not None]

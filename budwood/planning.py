@@ -1,4 +1,4 @@
-"""What pruning a model would do, from its configuration alone: scope, bytes in every format, memory, time."""
+"""A prediction of pruning, from the configuration alone: scope, bytes in every format, memory, time."""
 
 import time
 from collections import Counter
@@ -21,9 +21,9 @@ from budwood.models.linears import skipped, unmatched
 from budwood.stream.arithmetic import TYPES, dtype_named, name_of
 from budwood.stream.model import DEFAULT_LIMIT
 
-BASE_MEMORY = 500_000_000  # bytes of Python, torch and transformers before anything is read
+BASE_MEMORY = 500_000_000  # bytes of Python, torch and transformers before weights are read
 PASSES = 1.75  # forward passes over the blocks: statistics without the last linear, then the pruned block
-HEAD_SHARE = 0.5  # of the written bytes; above it the dense rest deserves a word
+HEAD_SHARE = 0.5  # of the written bytes; above it a note mentions the unpruned weights
 
 
 def plan(
@@ -40,23 +40,23 @@ def plan(
 ) -> dict[str, Any]:
     """Scope, predicted bytes per format (tensors, in storage type), memory and time, JSON-plain.
 
-    source: a folder, a hub name, or a bare config.json. The recovered part of `wrp(alpha=...)` is foretold by the
-    law for independent scores; real models come out some per cent above it, a fixed `density` is exact.
+    source: a folder, a hub name, or a single config.json. The recovered part of `wrp(alpha=...)` is the expectation
+    for independent scores; real models are some per cent above it. A fixed `density` is exact.
     Raises UsageError as `prune` would, and where a named format cannot hold a matrix.
     """
     method = parse_method(method) if isinstance(method, str) else method
     layout = known_layout(format, values)
-    config, shards = _look(source, trust_remote_code)
+    config, shards = _open(source, trust_remote_code)
     structure = ModelStructure(config, skip=skip, trust_remote_code=trust_remote_code)
     method.check(structure.shapes)
     storage = _storage(dtype, config, shards)
 
-    rest = _rest_bytes(structure, storage.itemsize)
-    formats = {name: _total(name, structure, method, storage.itemsize, rest) for name in (*FORMATS, layout)}
+    unpruned = _unpruned_bytes(structure, storage.itemsize)
+    formats = {name: _total(name, structure, method, storage.itemsize, unpruned) for name in (*FORMATS, layout)}
     chosen = formats[layout]
     if chosen is None:
         fitting = ", ".join(name for name, sizes in formats.items() if sizes)
-        raise UsageError(f"{layout} cannot hold what {method} leaves; choose one of {fitting}")
+        raise UsageError(f"{layout} cannot hold the result of {method}; choose one of {fitting}")
     dense = formats["dense"]
     assert dense is not None
     return {
@@ -67,19 +67,19 @@ def plan(
         "in_scope": structure.in_scope,
         "coverage": structure.in_scope / structure.parameters,
         "linears": _rows(structure),
-        "skipped": _by_reason(skipped(structure.module, skip)),
+        "skipped": _group_by_reason(skipped(structure.module, skip)),
         "formats": {name: sizes for name, sizes in formats.items() if name in FORMATS},
-        "chosen": layout if layout in FORMATS else _favourite(layout, structure, method, storage.itemsize),
+        "chosen": layout if layout in FORMATS else _most_common_format(layout, structure, method, storage.itemsize),
         "bytes_dense": dense["bytes"],
         "bytes_after": chosen["bytes"],
         "bits_per_weight": chosen["bits_per_weight"],
         "memory_peak": _memory(structure, method, storage.itemsize, num_samples * seq_length, config),
         "seconds": _seconds(structure, method, num_samples * seq_length),
-        "notes": unmatched(structure.module, skip) + _notes(rest, chosen["bytes"], method),
+        "notes": unmatched(structure.module, skip) + _notes(unpruned, chosen["bytes"], method),
     }
 
 
-def _look(source: str | Path, trust_remote_code: bool) -> tuple[Any, Shards | None]:
+def _open(source: str | Path, trust_remote_code: bool) -> tuple[Any, Shards | None]:
     path = Path(source).expanduser()
     if path.suffix == ".json" and path.is_file():
         return read_config(path, trust_remote_code), None
@@ -97,8 +97,8 @@ def _storage(dtype: str | None, config: Any, shards: Shards | None) -> torch.dty
     return TYPES.get(named, torch.float32)
 
 
-def _rest_bytes(structure: ModelStructure, itemsize: int) -> int:
-    """Bytes of everything that is written and not in scope: embeddings, head, norms, biases, skipped linears."""
+def _unpruned_bytes(structure: ModelStructure, itemsize: int) -> int:
+    """Bytes of the tensors not in scope: embeddings, head, norms, biases, skipped linear layers."""
     tied = set(getattr(structure.module, "all_tied_weights_keys", None) or {})
     scope = {f"{name}.weight" for name in structure.linears}
     return sum(
@@ -108,38 +108,40 @@ def _rest_bytes(structure: ModelStructure, itemsize: int) -> int:
     )
 
 
-def _total(layout: str, structure: ModelStructure, method: Method, itemsize: int, rest: int) -> dict[str, Any] | None:
-    """Bytes of the whole model in one layout; None where it cannot hold it."""
+def _total(
+    layout: str, structure: ModelStructure, method: Method, itemsize: int, unpruned: int
+) -> dict[str, Any] | None:
+    """Bytes of the whole model in one layout; None where the layout cannot hold a matrix."""
     try:
         linears = sum(size * count for _, size, count in _packed(layout, structure, method, itemsize))
     except UsageError:
         return None
-    dense = structure.in_scope * itemsize + rest
+    dense = structure.in_scope * itemsize + unpruned
     return {
-        "bytes": linears + rest,
-        "share_of_dense": (linears + rest) / dense,
+        "bytes": linears + unpruned,
+        "share_of_dense": (linears + unpruned) / dense,
         "bits_per_weight": 8 * linears / max(1, structure.in_scope),
     }
 
 
 def _packed(layout: str, structure: ModelStructure, method: Method, itemsize: int) -> list[tuple[str, int, int]]:
-    """(format, bytes of one, how many) for matrices alike; UsageError where `layout` cannot hold one."""
-    alike = Counter(
+    """(format, bytes of one matrix, count) for each kind; UsageError where `layout` cannot hold one."""
+    kinds = Counter(
         (forecast, forecast.shape or structure.shapes[name]) for name, forecast in method.forecast(structure).items()
     )
-    return [(*predict(shape, forecast, itemsize, layout), count) for (forecast, shape), count in alike.items()]
+    return [(*predict(shape, forecast, itemsize, layout), count) for (forecast, shape), count in kinds.items()]
 
 
-def _favourite(layout: str, structure: ModelStructure, method: Method, itemsize: int) -> str:
-    """The format that a layout takes for most of the matrices."""
-    matrices: Counter[str] = Counter()
+def _most_common_format(layout: str, structure: ModelStructure, method: Method, itemsize: int) -> str:
+    """The format of most matrices in a layout that chooses one for each."""
+    counts: Counter[str] = Counter()
     for name, _, count in _packed(layout, structure, method, itemsize):
-        matrices[name] += count
-    return matrices.most_common(1)[0][0] if matrices else "dense"
+        counts[name] += count
+    return counts.most_common(1)[0][0] if counts else "dense"
 
 
 def _rows(structure: ModelStructure) -> list[dict[str, Any]]:
-    """One row for all matrices that differ only in the numbers of block and expert."""
+    """One row for all matrices whose names differ only in the numbers of block and expert."""
     rows: dict[tuple[str, tuple[int, int]], int] = Counter()
     for name, shape in structure.shapes.items():
         rows[".".join("*" if part.isdigit() else part for part in name.split(".")), shape] += 1
@@ -149,7 +151,7 @@ def _rows(structure: ModelStructure) -> list[dict[str, Any]]:
     ]
 
 
-def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
+def _group_by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
     grouped: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         grouped.setdefault(reason, []).append(name)
@@ -157,7 +159,7 @@ def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _memory(structure: ModelStructure, method: Method, itemsize: int, tokens: int, config: Any) -> int:
-    """Estimated peak of `prune`: one block stored and in float32, the next one read, the activations."""
+    """Estimated peak bytes of `prune`: one block as stored and in float32, the next block, the activations."""
     block = sum(parameter.numel() for parameter in structure.modules[0].parameters())
     hidden = int(getattr(config, "hidden_size", None) or 0)
     largest = max((rows * columns for rows, columns in structure.shapes.values()), default=0)
@@ -167,7 +169,7 @@ def _memory(structure: ModelStructure, method: Method, itemsize: int, tokens: in
 
 
 def _seconds(structure: ModelStructure, method: Method, tokens: int) -> float:
-    """Estimated time of the forward passes, from one float32 product timed here."""
+    """Estimated seconds of the forward passes, from a float32 matmul timed on this machine."""
     if not method.calibrated:
         return 0.0
     rows, width = 512, 1024
@@ -180,10 +182,10 @@ def _seconds(structure: ModelStructure, method: Method, tokens: int) -> float:
     return PASSES * structure.in_scope * tokens * best / (rows * width * width)
 
 
-def _notes(rest: int, total: int, method: Method) -> list[str]:
+def _notes(unpruned: int, total: int, method: Method) -> list[str]:
     notes = []
-    if rest > HEAD_SHARE * total:
-        notes.append(f"embeddings, head and norms stay dense and are {rest / total:.0%} of the written bytes")
+    if unpruned > HEAD_SHARE * total:
+        notes.append(f"embeddings, head and norms are not pruned and are {unpruned / total:.0%} of the written bytes")
     if not method.calibrated:
-        notes.append("no text is needed and nothing runs forward")
+        notes.append("no calibration data is needed: no forward pass is run")
     return notes

@@ -1,4 +1,4 @@
-"""What long work tells while it runs; the command line shows it, the library is silent by default."""
+"""The progress interface of long operations. The command line prints it; the library is silent by default."""
 
 from typing import Protocol
 
@@ -11,14 +11,14 @@ class Progress(Protocol):
         """Step `index` is done."""
 
     def note(self, sentence: str) -> None:
-        """Something the user should know."""
+        """Information for the user."""
 
     def finish(self) -> None:
-        """The steps are over, done or not."""
+        """The steps ended, completed or not."""
 
 
 class Silent:
-    """Says nothing."""
+    """Progress that prints nothing."""
 
     def start(self, total: int, what: str) -> None: ...
 

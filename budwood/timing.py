@@ -1,4 +1,4 @@
-"""Comparing times on a machine whose mood changes: everything in turns, medians, ratios of what met the same round."""
+"""Timings on a machine whose speed drifts: variants are interleaved, and ratios are taken within each round."""
 
 import random
 import statistics
@@ -10,9 +10,9 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def interleaved(variants: Mapping[Name, Callable[[int], object]], rounds: int) -> dict[Name, list[float]]:
-    """Seconds of each round, by variant. Every variant runs once a round; the first round is not counted.
+    """Seconds of each round, by variant. Every variant runs once per round; the first round is a warm-up.
 
-    Each round has another order: whoever runs before leaves caches and memory in a state of its own.
+    The order changes from round to round: each variant leaves caches and memory in a state that affects the next one.
     """
     times: dict[Name, list[float]] = {name: [] for name in variants}
     names, shuffled = list(variants), random.Random(0)
@@ -28,12 +28,12 @@ def interleaved(variants: Mapping[Name, Callable[[int], object]], rounds: int) -
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
-    """Median of the ratios of each round: what both met together cancels."""
+    """Median of the ratios within each round, so that what slows a whole round cancels."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median seconds, and the tenth and ninetieth percentile."""
+    """Median, tenth and ninetieth percentile, in seconds."""
     ordered = sorted(times)
     last = len(ordered) - 1
     return {

@@ -1,4 +1,4 @@
-"""Amounts read as people write them."""
+"""Sizes, durations, fractions and numbers as text."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What `plan` foretells: the published sizes, and the very bytes that `prune` writes."""
+"""The predictions of `plan`: the published sizes of pruned models."""
 
 import json
 import math
@@ -106,11 +106,11 @@ def test_llama_2_sizes(tmp_path, size):
     assert [round(nbytes / GIB, 3) for nbytes in sizes] == pytest.approx([dense, wrp, two_four], abs=0.0006)
 
 
-def test_a_format_that_cannot_hold_the_method_is_refused(opt_config):
+def test_a_format_that_cannot_hold_the_result_is_refused(opt_config):
     with pytest.raises(UsageError, match="two_four cannot hold"):
         plan(opt_config("1.3B"), "wrp(alpha=0.25)", format="two_four")
 
 
-def test_a_width_that_the_group_does_not_divide_names_the_layer(opt_config):
+def test_a_width_that_the_group_does_not_divide_is_refused_with_the_layer(opt_config):
     with pytest.raises(UsageError, match=r"model\.decoder\.layers\.0\..*--skip"):
         plan(opt_config("1.3B"), 'magnitude("2:5")')

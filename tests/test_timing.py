@@ -1,13 +1,13 @@
-"""Ratios of what met the same round."""
+"""Interleaved timings, and ratios within each round."""
 
 from budwood.timing import interleaved, ratio, spread
 
 
-def test_what_slows_a_whole_round_cancels():
+def test_a_slowdown_of_a_whole_round_cancels():
     assert ratio([2.0, 20.0, 6.0], [1.0, 10.0, 2.0]) == 2.0
 
 
-def test_everything_runs_once_a_round_in_changing_order_and_the_first_is_not_counted():
+def test_every_variant_runs_once_per_round_in_changing_order_after_a_warm_up():
     calls = []
     variants = {name: lambda turn, name=name: calls.append((turn, name)) for name in "abc"}
     times = interleaved(variants, 9)
@@ -18,6 +18,6 @@ def test_everything_runs_once_a_round_in_changing_order_and_the_first_is_not_cou
     assert {name: len(found) for name, found in times.items()} == {"a": 9, "b": 9, "c": 9}
 
 
-def test_the_spread_leaves_out_the_outermost():
+def test_the_spread_is_median_and_tenth_and_ninetieth_percentile():
     assert spread([float(i) for i in range(11)]) == {"median": 5.0, "low": 1.0, "high": 9.0}
     assert spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}

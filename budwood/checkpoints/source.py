@@ -1,6 +1,5 @@
 """A model to read from: a folder or a hub name, its configuration, its shards, its fingerprint."""
 
-import difflib
 import hashlib
 import json
 import re
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from budwood.checkpoints.locate import local_folder
 from budwood.checkpoints.meta_model import read_config
 from budwood.checkpoints.packed_config import check_shapes
 from budwood.checkpoints.reader import Shards, sample
@@ -103,20 +103,8 @@ def open_source(name: str | Path, trust_remote_code: bool = False) -> Source:
 
     Raises UsageError when there is no such model, with the nearest local name.
     """
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        raise UsageError(f"{name} is a GGUF file; convert it first: budwood convert {name} FOLDER")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"{name} has no config.json, so it is not a (finished) model folder; {_nearest(path)}")
-        return Source(str(name), path, trust_remote_code)
-    if path.exists():
-        raise UsageError(f"{name} is a file; give the folder that holds config.json and the safetensors shards")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.is_dir():
-        return Source(str(name), _download(str(name)), trust_remote_code)
-    raise UsageError(
-        f"there is no model {name}: no such folder, and it is not a hub name (OWNER/NAME); {_nearest(path)}"
-    )
+    folder = local_folder(name)
+    return Source(str(name), _download(str(name)) if folder is None else folder, trust_remote_code)
 
 
 def _download(name: str) -> Path:
@@ -130,10 +118,3 @@ def _download(name: str) -> Path:
             f"there is no folder {name}, and the hub has no model of that name ({type(error).__name__}: {reason}); "
             "check the name and the network, or give a local folder"
         ) from error
-
-
-def _nearest(path: Path) -> str:
-    parent = path.parent if path.parent.is_dir() else Path()
-    folders = [entry.name for entry in parent.iterdir() if (entry / "config.json").is_file()]
-    close = difflib.get_close_matches(path.name, folders, n=1, cutoff=0.5)
-    return f"did you mean {parent / close[0]}?" if close else "check the spelling"

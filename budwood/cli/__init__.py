@@ -1,4 +1,4 @@
-"""The command line: a list of verbs, each a screenful that calls the library as a user would."""
+"""The command line: one file per verb, each of which calls the library as a user would."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ import typer
 from budwood.cli.bench import bench
 from budwood.cli.convert import convert
 from budwood.cli.env import env
-from budwood.cli.errors import told_plainly
+from budwood.cli.errors import report_errors
 from budwood.cli.evaluate import evaluate
 from budwood.cli.export import export
 from budwood.cli.generate import generate
@@ -20,7 +20,7 @@ from budwood.cli.prune import prune
 
 VERBS = (plan, prune, evaluate, inspect, bench, generate, export, convert, methods, env)
 
-# Plain help texts: examples must survive being copied, so nothing may frame or re-wrap them.
+# Plain help texts: examples are copied, so nothing may frame or re-wrap them.
 app = typer.Typer(
     name="budwood",
     no_args_is_help=True,
@@ -30,11 +30,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in VERBS:
-    app.command(verb.__name__)(told_plainly(verb))
+    app.command(verb.__name__)(report_errors(verb))
 
 
-def say_version(wanted: bool) -> None:
-    if wanted:
+def print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"budwood {version('budwood')}")
@@ -42,16 +42,16 @@ def say_version(wanted: bool) -> None:
 
 
 @app.callback()
-def about(
+def options_of_all_verbs(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=say_version, is_eager=True, help="Print the version and end."),
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Prune large language models to files that are really smaller.
+    """Prune large language models to smaller files.
 
     \b
-    A first look, from what it would give to what it gave:
+    To begin with: predict, prune, measure.
       budwood plan MODEL --method "wrp(alpha=0.25)"
       budwood prune MODEL OUT --method "wrp(alpha=0.25)" --data calibration.txt
       budwood evaluate OUT --data test.txt
@@ -59,17 +59,18 @@ def about(
 
 
 def with_dashes(arguments: list[str]) -> list[str]:
-    """Option names with `-` for `_`, so that both spellings work; values and what follows `--` stay."""
+    """Option names with `-` for `_`, so that both spellings work; values and what follows `--` are unchanged."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    turned = []
+    changed = []
     for argument in arguments[:end]:
         name, equals, value = argument.partition("=")
-        turned.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
-    return turned + arguments[end:]
+        changed.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+    return changed + arguments[end:]
 
 
 def main() -> None:
     """The entry point of the command `budwood`."""
-    # torch then takes large tensors in huge pages, a tenth of the time of pruning; read when the first one is made.
+    # torch then puts large tensors into huge pages, which saves a tenth of the time of pruning. torch reads the
+    # variable when it allocates the first one.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     app(with_dashes(sys.argv[1:]), prog_name="budwood")

@@ -1,14 +1,16 @@
-"""`budwood bench`: how fast a pruned model is on the machine at hand."""
+"""`budwood bench`: how fast a pruned model runs on this machine."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from budwood import humanize
 from budwood.cli import options
-from budwood.cli.progress import telling
-from budwood.cli.terminal import answer, console, pairs, table, working
+from budwood.cli.checks import check_model
+from budwood.cli.progress import progress_for
+from budwood.cli.terminal import console, name_value_table, print_result, stdout_to_stderr, table
+from budwood.errors import UsageError
 
 
 def bench(
@@ -17,45 +19,54 @@ def bench(
         str | None, typer.Option(metavar="DENSE", help="The dense model, to compare whole models with.")
     ] = None,
     rows: Annotated[
-        str, typer.Option(metavar="N,N,...", help="How many tokens at once to time each matrix with.")
+        str,
+        typer.Option(metavar="N,N,...", help="Numbers of activation rows (tokens at once) to time each matrix with."),
     ] = "1,8,64,512",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; torch's own number where not given.")] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")
-    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default torch's number.")] = None,
+    dtype: options.ComputeDtype = "auto",
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Time MODEL matrix by matrix and as a whole; the figures are kept in its report and model card.
+    """Time MODEL matrix by matrix and as a whole; the figures are added to its report and model card.
 
     \b
     Examples:
       budwood bench ./SmolLM2-wrp --against ./SmolLM2-135M
       budwood bench ./SmolLM2-wrp --rows 1,4 --threads 2 --json
     """
-    with working():
+    with stdout_to_stderr():
+        numbers = parse_rows(rows)
+        check_model(model)
+        if against is not None:
+            check_model(against)
         import budwood
-        from budwood.errors import UsageError
 
-        try:
-            numbers = [int(number) for number in rows.split(",")]
-        except ValueError as error:
-            raise UsageError(f"--rows takes numbers such as 1,8,64,512; got '{rows}'") from error
-        found = budwood.bench(model, against, rows=numbers, threads=threads, dtype=dtype, progress=telling(quiet))
-    answer(found, json, show)
+        result = budwood.bench(model, against, rows=numbers, threads=threads, dtype=dtype, progress=progress_for(quiet))
+    print_result(result, json, show)
 
 
-def show(found: Mapping[str, Any]) -> None:
+def parse_rows(text: str) -> list[int]:
+    """The numbers of "1,8,64"; UsageError unless all are positive."""
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"--rows takes positive numbers such as 1,8,64,512; got '{text}'")
+    return numbers
+
+
+def show(result: Mapping[str, Any]) -> None:
     out = console()
-    machine, whole = found["machine"], found["model"]
+    machine, models = result["machine"], result["model"]
     out.print(
-        pairs(
+        name_value_table(
             [
                 ("machine", f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"),
-                ("kernels", found["kernels"]),
-                ("type", found["dtype"]),
-                ("loaded in", f"{found['seconds_to_load']:.1f} s"),
-                ("peak memory", humanize.size(found["peak_memory"])),
+                ("kernels", result["kernels"]),
+                ("dtype", result["dtype"]),
+                ("loaded in", f"{result['seconds_to_load']:.1f} s"),
+                ("peak memory", humanize.size(result["peak_memory"])),
             ]
         )
     )
@@ -64,49 +75,49 @@ def show(found: Mapping[str, Any]) -> None:
             ("matrix", "rows", "kernel", "pruned, us", "dense, us", "times dense", "share of read"),
             [
                 (
-                    humanize.shape(one["shape"]),
-                    one["rows"],
-                    one["kernel"],
-                    micro(one["seconds"]["pruned"]),
-                    micro(one["seconds"]["dense"]),
-                    f"{one['times_dense']:.2f}",
-                    f"{one['share_of_read']:.2f}" if "share_of_read" in one else None,
+                    humanize.shape(matrix["shape"]),
+                    matrix["rows"],
+                    matrix["kernel"],
+                    microseconds(matrix["seconds"]["pruned"]),
+                    microseconds(matrix["seconds"]["dense"]),
+                    f"{matrix['times_dense']:.2f}",
+                    f"{matrix['share_of_read']:.2f}" if "share_of_read" in matrix else None,
                 )
-                for one in found["matrices"]
+                for matrix in result["matrices"]
             ],
-            words=("kernel",),
+            text_columns=("kernel",),
         )
     )
     out.print(
         table(
             (
-                f"whole model, {whole['prompt']} + {whole['new_tokens']} tokens",
-                "read, tokens/s",
-                "written, tokens/s",
+                f"whole model, {models['prompt']} + {models['new_tokens']} tokens",
+                "prefill, tokens/s",
+                "decode, tokens/s",
                 "bytes",
             ),
             [
                 (
                     name,
-                    f"{whole[name]['prefill_tokens_per_second']:.0f}",
-                    f"{whole[name]['decode_tokens_per_second']:.1f}",
-                    humanize.size(whole[name]["bytes"]),
+                    f"{models[name]['prefill_tokens_per_second']:.0f}",
+                    f"{models[name]['decode_tokens_per_second']:.1f}",
+                    humanize.size(models[name]["bytes"]),
                 )
                 for name in ("pruned", "dense")
-                if name in whole
+                if name in models
             ],
         )
     )
-    if "decode_times_dense" in whole:
+    if "decode_times_dense" in models:
         out.print(
-            f"against dense: {whole['decode_times_dense']:.2f} times as fast at writing, "
-            f"{whole['prefill_times_dense']:.2f} at reading"
+            f"against dense: decode {models['decode_times_dense']:.2f} times as fast, "
+            f"prefill {models['prefill_times_dense']:.2f}"
         )
-    for sentence in found["warnings"]:
+    for sentence in result["warnings"]:
         out.print(f"note: {sentence}")
 
 
-def micro(seconds: Mapping[str, float]) -> str:
-    """Median and spread in microseconds."""
-    low, middle, high = (seconds[key] * 1e6 for key in ("low", "median", "high"))
-    return f"{middle:.0f} ({low:.0f}-{high:.0f})"
+def microseconds(seconds: Mapping[str, float]) -> str:
+    """Median, and the tenth and ninetieth percentile, in microseconds."""
+    low, median, high = (seconds[key] * 1e6 for key in ("low", "median", "high"))
+    return f"{median:.0f} ({low:.0f}-{high:.0f})"

@@ -1,26 +1,34 @@
-"""`budwood env`: the machine and the versions, for a report that others can compare with."""
+"""`budwood env`: the machine and the versions, to be quoted with every measurement."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from budwood import humanize
 from budwood.cli import options
-from budwood.cli.terminal import answer, console, pairs, working
+from budwood.cli.terminal import console, name_value_table, print_result, stdout_to_stderr
 
 
-def env(json: options.Json = False) -> None:
+def env(
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Time the kernels too, and show the fastest for each dtype and number of rows."),
+    ] = False,
+    json: options.Json = False,
+) -> None:
     """Show machine, versions, plug-in and kernels.
 
     \b
     Examples:
-      budwood env
       budwood env --json
+      budwood env --measure
     """
-    with working():
+    with stdout_to_stderr():
         from budwood.environment import environment
 
-        found = environment()
-    answer(found, json, show)
+        found = environment(measure)
+    print_result(found, json, show)
 
 
 def show(found: Mapping[str, Any]) -> None:
@@ -31,4 +39,4 @@ def show(found: Mapping[str, Any]) -> None:
         if not isinstance(value, Mapping)
     ]
     rows += [(name, version or "not installed") for name, version in found["versions"].items()]
-    console().print(pairs(rows))
+    console().print(name_value_table(rows))

@@ -7,31 +7,34 @@ import typer
 
 from budwood import humanize
 from budwood.cli import options
-from budwood.cli.progress import telling
-from budwood.cli.terminal import answer, console, working
+from budwood.cli.checks import check_model
+from budwood.cli.progress import progress_for
+from budwood.cli.terminal import console, print_result, stdout_to_stderr
 
 
 def evaluate(
     model: options.Model,
     data: Annotated[
         str,
-        typer.Option(metavar="D", help="Text to measure on: a file, a folder, token ids, or a name; as for prune."),
+        typer.Option(metavar="D", help="Evaluation text: a file, a folder, token ids, or a name; as for prune."),
     ],
     variant: Annotated[
         Literal["plain", "gptq", "c4-random"],
-        typer.Option(help="The text as one string, rows joined by two newlines, or random windows of C4 documents."),
+        typer.Option(
+            help="The text as one string, its rows joined by two newlines, or random windows of C4 documents."
+        ),
     ] = "plain",
     seq_length: options.SeqLength = 2048,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="WINDOWS", help="Measure only the first windows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="WINDOWS", help="Evaluate the first windows only.")
+    ] = None,
     bos: options.Bos = "auto",
     seed: options.Seed = 0,
     stream: Annotated[
         bool, typer.Option("--stream", help="One block in memory at a time, for models larger than memory.")
     ] = False,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")
-    ] = "auto",
-    device: options.Device = None,
+    dtype: options.ComputeDtype = "auto",
+    device: options.Device = "auto",
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
@@ -42,10 +45,11 @@ def evaluate(
       budwood evaluate ./SmolLM2-wrp --data wiki.test.raw --limit 16
       budwood evaluate ./SmolLM2-wrp --data sotu --stream --json
     """
-    with working():
+    with stdout_to_stderr():
+        check_model(model)
         import budwood
 
-        measured = budwood.evaluate(
+        result = budwood.evaluate(
             model,
             data,
             variant=variant,
@@ -56,17 +60,17 @@ def evaluate(
             stream=stream,
             dtype=dtype,
             device=device,
-            progress=telling(quiet),
+            progress=progress_for(quiet),
         )
-    answer(measured, json, show)
+    print_result(result, json, show)
 
 
-def show(measured: Mapping[str, Any]) -> None:
+def show(result: Mapping[str, Any]) -> None:
     out = console()
-    out.print(f"perplexity {measured['perplexity']:.4f}   (mean loss {measured['mean_loss']:.5f} per token)")
+    out.print(f"perplexity {result['perplexity']:.4f}   (mean loss {result['mean_loss']:.5f} per token)")
     out.print(
-        f"{measured['windows']} windows of {measured['seq_length']:,} tokens, {measured['variant']}, "
-        f"bos {measured['bos']}, {measured['dtype']}, {humanize.seconds(measured['seconds'])}"
+        f"{result['windows']} windows of {result['seq_length']:,} tokens, {result['variant']}, "
+        f"bos {result['bos']}, {result['dtype']}, {humanize.seconds(result['seconds'])}"
     )
-    for note in measured["notes"]:
+    for note in result["notes"]:
         out.print(f"note: {note}")

@@ -1,4 +1,4 @@
-"""`budwood export`: a pruned model in another form."""
+"""`budwood export`: a pruned model in another format."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -7,8 +7,9 @@ import typer
 
 from budwood import humanize
 from budwood.cli import options
-from budwood.cli.progress import telling
-from budwood.cli.terminal import answer, console, working
+from budwood.cli.checks import check_format, check_model
+from budwood.cli.progress import progress_for
+from budwood.cli.terminal import console, print_result, stdout_to_stderr
 
 
 def export(
@@ -19,7 +20,7 @@ def export(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="dense: zeros in place, plain transformers loads it; or a format as for prune. By default dense, "
+            help="dense: with explicit zeros, loads in plain transformers; or a format as for prune. By default dense, "
             "and auto with int8 values.",
         ),
     ] = None,
@@ -30,24 +31,25 @@ def export(
 ) -> None:
     """Write the pruned MODEL as an ordinary dense folder, or in another format.
 
-    A dense folder needs no budwood to load, and is as large as before pruning. --values int8 rounds the weights that
-    are there, without any text.
+    A dense folder loads without budwood and is as large as before pruning. --values int8 rounds the weights of MODEL
+    without calibration.
 
     \b
     Examples:
       budwood export ./SmolLM2-wrp ./SmolLM2-wrp-dense
       budwood export ./SmolLM2-wrp ./SmolLM2-wrp-int8 --values int8
     """
-    layout = format or ("dense" if values is None else "auto")
-    with working():
+    name = format or ("dense" if values is None else "auto")
+    with stdout_to_stderr():
+        check_model(model)
+        check_format(name, values)
         from budwood.repacking import repack
 
-        report = repack(model, target, layout, values, overwrite=overwrite, progress=telling(quiet))
-        written: dict[str, Any] = {"format": report["format"], "totals": report["totals"]}
-    answer({"source": model, "target": target, **written}, json, show)
+        report = repack(model, target, name, values, overwrite=overwrite, progress=progress_for(quiet))
+    result = {"source": model, "target": target, "format": report["format"], "totals": report["totals"]}
+    print_result(result, json, show)
 
 
-def show(written: Mapping[str, Any]) -> None:
-    totals = written.get("totals")
-    bits = f", {humanize.figure(totals['bits_per_weight'])} bits per pruned weight" if totals else ""
-    console().print(f"written: {written['target']} ({written['format']}{bits})")
+def show(result: Mapping[str, Any]) -> None:
+    bits = humanize.figure(result["totals"]["bits_per_weight"])
+    console().print(f"written: {result['target']} ({result['format']}, {bits} bits per pruned weight)")

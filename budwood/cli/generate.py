@@ -1,13 +1,16 @@
-"""`budwood generate`: let a model go on with a text."""
+"""`budwood generate`: continue a prompt with a model."""
 
+import contextlib
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from budwood.cli import options
-from budwood.cli.terminal import answer, working
+from budwood.cli.checks import check_model
+from budwood.cli.terminal import print_result, stdout_to_stderr
 from budwood.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,29 +18,26 @@ if TYPE_CHECKING:
 
 
 class Streamer:
-    """Writes text as it comes. `generate` calls `put` with the prompt first and then with every new token."""
+    """Prints text token by token. `generate` calls `put` with the prompt first and then with every new token."""
 
     def __init__(self, tokenizer: Any, prompt_length: int, write: bool) -> None:
         self.tokenizer, self.prompt_length, self.write = tokenizer, prompt_length, write
         self.tokens: list[int] = []
-        self.shown = ""
+        self.printed = ""
 
     def put(self, tokens: "Tensor") -> None:
         self.tokens += tokens.flatten().tolist()
-        self.show(whole=False)
+        self.print_new(final=False)
 
     def end(self) -> None:
-        self.show(whole=True)
+        self.print_new(final=True)
 
-    def text(self) -> str:
-        return self.tokenizer.decode(self.tokens[self.prompt_length :], skip_special_tokens=True)
-
-    def show(self, whole: bool) -> None:
-        text = self.text()
-        # A character of several bytes may lie across tokens; half of one is decoded as U+FFFD, so wait.
-        if self.write and (whole or not text.endswith("�")):
-            print(text[len(self.shown) :], end="", file=sys.stdout, flush=True)
-            self.shown = text
+    def print_new(self, final: bool) -> None:
+        text = self.tokenizer.decode(self.tokens[self.prompt_length :], skip_special_tokens=True)
+        # The bytes of one character may span tokens; an incomplete one is decoded as U+FFFD, so wait.
+        if self.write and (final or not text.endswith("\ufffd")):
+            print(text[len(self.printed) :], end="", file=sys.stdout, flush=True)
+            self.printed = text
 
 
 def generate(
@@ -46,58 +46,47 @@ def generate(
         list[str],
         typer.Option(
             metavar="TEXT",
-            help="What the model goes on with, or answers with --chat. Given several times: all of them at once.",
+            help="The prompt; with --chat, the user's message. May be repeated: the prompts are one batch.",
         ),
     ],
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="At most so many tokens each.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Most new tokens per prompt.")] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token each time; higher is more varied.")
+        float, typer.Option(min=0.0, help="0 decodes greedily; above 0 samples at this temperature.")
     ] = 0.0,
     seed: options.Seed = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a user's message.")] = False,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")
-    ] = "auto",
-    device: options.Device = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
+    dtype: options.ComputeDtype = "auto",
+    device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Let MODEL go on with a text, or answer with --chat.
+    """Continue a prompt with MODEL, or answer it with --chat.
 
     \b
     Examples:
       budwood generate ./SmolLM2-wrp --prompt "The capital of France is" --max-new-tokens 20
       budwood generate ./SmolLM2-wrp --chat --prompt "Name three rivers." --prompt "And a lake?" --temperature 0.7
     """
-    with working():
+    with stdout_to_stderr():
+        check_model(model)
         import torch
 
         from budwood.checkpoints.loading import load
         from budwood.checkpoints.tokenizer import load_tokenizer
+        from budwood.stream.arithmetic import known_device
 
+        place = known_device(device)
         tokenizer = load_tokenizer(model)
-        if chat and not tokenizer.chat_template:
-            raise UsageError(f"{model}: its tokenizer has no chat template; leave --chat out")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if len(prompt) > 1 and tokenizer.pad_token_id is None:
-            raise UsageError(f"{model}: its tokenizer has nothing to pad with; give one prompt at a time")
-        loaded: Any = load(model, dtype=dtype, device=device)
-        # A chat template writes its own special tokens. Texts of a batch end together, so that all go on from there.
-        texts = [asked(tokenizer, text) for text in prompt] if chat else prompt
-        inputs = tokenizer(
-            texts,
-            return_tensors="pt",
-            add_special_tokens=not chat,
-            padding=len(texts) > 1,
-            padding_side="left",
-        ).to(loaded.device)
+        check_tokenizer(tokenizer, model, chat, len(prompt))
+        loaded: Any = load(model, dtype=dtype, device=str(place))
+        inputs = encode(tokenizer, prompt, chat).to(loaded.device)
         torch.manual_seed(seed)
     length = inputs["input_ids"].shape[1]
-    streamer = Streamer(tokenizer, length, write=not json) if len(texts) == 1 else None
+    single = len(prompt) == 1
+    streamer = Streamer(tokenizer, length, write=not json) if single else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    began = time.monotonic()
-    with working() if json else torch.no_grad():
-        written = loaded.generate(
+    started = time.monotonic()
+    with stdout_to_stderr() if json else contextlib.nullcontext():  # the streamer writes to stdout
+        output = loaded.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
@@ -105,24 +94,54 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
             **sampling,
         )
-    seconds = time.monotonic() - began
-    ends = endings(loaded)
+    seconds = time.monotonic() - started
+    stop = stop_tokens(loaded)
     answers = []
-    for text, row in zip(prompt, written[:, length:].tolist(), strict=True):
-        tokens = row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))]
-        spoken = tokenizer.decode(tokens, skip_special_tokens=True)
-        answers.append({"prompt": text, "text": spoken, "tokens": len(tokens)})
-    said = {"model": model, **(answers[0] if streamer else {"answers": answers}), "seconds": seconds}
-    answer(said, json, lambda _: print() if streamer else print("\n\n".join(a["prompt"] + a["text"] for a in answers)))
+    for text, row in zip(prompt, output[:, length:].tolist(), strict=True):
+        tokens = up_to_stop(row, stop)
+        answers.append(
+            {"prompt": text, "text": tokenizer.decode(tokens, skip_special_tokens=True), "tokens": len(tokens)}
+        )
+    result = {"model": model, **(answers[0] if single else {"answers": answers}), "seconds": seconds}
+    print_result(
+        result, json, lambda _: print() if single else print("\n\n".join(a["prompt"] + a["text"] for a in answers))
+    )
 
 
-def asked(tokenizer: Any, text: str) -> str:
-    """The text as a user's message, up to where the answer begins."""
+def check_tokenizer(tokenizer: Any, model: str, chat: bool, prompts: int) -> None:
+    """UsageError where the tokenizer has no chat template or no padding token and needs one; sets the latter."""
+    if chat and not tokenizer.chat_template:
+        raise UsageError(f"{model}: its tokenizer has no chat template; leave --chat out")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if prompts > 1 and tokenizer.pad_token_id is None:
+        raise UsageError(f"{model}: its tokenizer has no padding token; give one prompt at a time")
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], chat: bool) -> Any:
+    """Token ids and attention mask [prompts, tokens], padded on the left so that all continue at the same place."""
+    texts = [as_message(tokenizer, text) for text in prompts] if chat else list(prompts)
+    return tokenizer(
+        texts,
+        return_tensors="pt",
+        add_special_tokens=not chat,  # a chat template writes its own
+        padding=len(texts) > 1,
+        padding_side="left",
+    )
+
+
+def as_message(tokenizer: Any, text: str) -> str:
+    """The text as a user's message in the chat template, up to where the answer begins."""
     message = [{"role": "user", "content": text}]
     return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
 
-def endings(model: Any) -> set[int]:
-    """The tokens after which a model says no more."""
+def stop_tokens(model: Any) -> set[int]:
+    """The tokens that end generation."""
     found = model.generation_config.eos_token_id
     return set(found) if isinstance(found, list) else set() if found is None else {found}
+
+
+def up_to_stop(tokens: list[int], stop: set[int]) -> list[int]:
+    """The tokens up to the first that ends generation, that one included."""
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in stop), len(tokens))]

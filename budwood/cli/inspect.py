@@ -1,4 +1,4 @@
-"""`budwood inspect`: what a folder of weights really holds."""
+"""`budwood inspect`: what a folder of weights holds, read from its files."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -7,7 +7,8 @@ import typer
 
 from budwood import humanize
 from budwood.cli import options
-from budwood.cli.terminal import answer, console, table, working
+from budwood.cli.checks import check_model
+from budwood.cli.terminal import console, print_result, stdout_to_stderr, table
 
 
 def inspect(
@@ -15,31 +16,33 @@ def inspect(
     x4: Annotated[
         bool,
         typer.Option(
-            "--x4", help="How many of four neighbours a row-wise 50 % choice by magnitude keeps, in per cent."
+            "--x4",
+            help="Of every four adjacent weights, how many pruning half of each row by magnitude keeps, in per cent.",
         ),
     ] = False,
     json: options.Json = False,
 ) -> None:
     """Show what a folder of weights holds, matrix by matrix.
 
-    Shape, format, density, recovered share, bytes and pattern, read from the files; checksums are compared. Ends
-    with status 1 when a matrix breaks the pattern that it promises.
+    Shape, format, density, recovered share, bytes and pattern, read from the files; checksums are compared. Exits
+    with status 1 when a matrix violates the pattern of its method.
 
     \b
     Examples:
       budwood inspect ./SmolLM2-wrp
       budwood inspect ./SmolLM2-135M --x4 --json
     """
-    with working():
-        from budwood.inspection import inspect as look
+    with stdout_to_stderr():
+        check_model(model)
+        from budwood import inspection
 
-        found = look(model, x4=x4)
-    answer(found, json, show_x4 if x4 else show)
-    if found["totals"]["broken"]:
+        result = inspection.inspect(model, x4=x4)
+    print_result(result, json, show_x4 if x4 else show)
+    if result["totals"]["broken"]:
         raise typer.Exit(1)
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(result: Mapping[str, Any]) -> None:
     out = console()
     out.print(
         table(
@@ -54,12 +57,12 @@ def show(found: Mapping[str, Any]) -> None:
                     humanize.size(matrix["bytes"]),
                     matrix["pattern"] if matrix["holds"] else f"{matrix['pattern']} BROKEN",
                 )
-                for name, matrix in found["linears"].items()
+                for name, matrix in result["linears"].items()
             ],
-            words=("format", "pattern"),
+            text_columns=("format", "pattern"),
         )
     )
-    totals = found["totals"]
+    totals = result["totals"]
     out.print(
         f"{totals['matrices']} matrices, {totals['in_scope']:,} weights, "
         f"density {humanize.share(totals['density'])}, recovered {humanize.share(totals['recovered'])}, "
@@ -67,18 +70,20 @@ def show(found: Mapping[str, Any]) -> None:
     )
     out.print(
         f"all weights: {humanize.size(totals['bytes'])} on disk, "
-        f"{humanize.share(totals['bytes'] / totals['bytes_dense'], 1)} of dense; {found['checksums']}"
+        f"{humanize.share(totals['bytes'] / totals['bytes_dense'], 1)} of dense; {result['checksums']}"
     )
+    for note in result["notes"]:
+        out.print(f"note: {note}")
 
 
-def show_x4(found: Mapping[str, Any]) -> None:
+def show_x4(result: Mapping[str, Any]) -> None:
     out = console()
     out.print(
         table(
             ("matrix, weights kept of four (%)", *(f"{kept}:4" for kept in range(5))),
             [
-                (name, *(f"{100 * part:.2f}" for part in matrix["x4"]))
-                for name, matrix in found["linears"].items()
+                (name, *(f"{100 * share:.2f}" for share in matrix["x4"]))
+                for name, matrix in result["linears"].items()
                 if matrix["x4"] is not None
             ],
         )

@@ -6,23 +6,22 @@ import typer
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder of safetensors, or a name on the hub.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, dense or pruned, or a name on the hub.")]
-MethodText = Annotated[
-    str,
-    typer.Option("--method", "-m", metavar="EXPR", help="The method, such as 'wrp(alpha=0.25)' or 'wanda(\"2:4\")'."),
-]
+METHOD = typer.Option(
+    "--method", "-m", metavar="EXPR", help="The method, such as 'wrp(alpha=0.25)' or 'wanda(\"2:4\")'."
+)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the target folder holds.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of the target folder.")]
 Bos = Annotated[
     Literal["auto", "every", "none"],
-    typer.Option(help="Beginning-of-text token: as the tokenizer does for the whole text, before every window, none."),
+    typer.Option(help="BOS token: where the tokenizer puts it in the whole text, before every window, or none."),
 ]
-SeqLength = Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Tokens of one window.")]
-NumSamples = Annotated[int, typer.Option(min=1, metavar="WINDOWS", help="Windows of calibration text.")]
+SeqLength = Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Tokens per window.")]
+NumSamples = Annotated[int, typer.Option(min=1, metavar="WINDOWS", help="Number of calibration windows.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Skip = Annotated[
     list[str] | None,
-    typer.Option("--skip", metavar="REGEX", help="Leave matrices alone whose full name matches; may be repeated."),
+    typer.Option("--skip", metavar="REGEX", help="Do not prune matrices whose full name matches; may be repeated."),
 ]
 FormatName = Annotated[
     str,
@@ -36,9 +35,18 @@ FormatName = Annotated[
 Values = Annotated[
     Literal["int8"] | None,
     typer.Option(
-        help="int8: kept weights as 8-bit integers with scales (recovered ones of 2:4 stay as they are); "
-        "by default all in the type of the written weights."
+        help="int8: kept weights as 8-bit integers with scales (recovered weights of 2:4 are not rounded); "
+        "by default all have the dtype of the written weights."
     ),
 ]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; by default what is there.")]
+Device = Annotated[
+    str, typer.Option(metavar="NAME", help="auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N.")
+]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+StoredDtype = Annotated[
+    DtypeName | None, typer.Option("--dtype", help="Dtype of the written weights; by default that of SOURCE.")
+]
+ComputeDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Dtype of the forward pass."),
+]

@@ -1,42 +1,44 @@
 """`budwood plan`: what a method would do to a model, from its config and headers alone."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
-
-import typer
 
 from budwood import humanize
 from budwood.cli import options
-from budwood.cli.terminal import answer, console, table, working
+from budwood.cli.checks import check_format, check_method, check_model
+from budwood.cli.terminal import console, print_result, stdout_to_stderr, table
 
 
 def plan(
     source: options.Source,
-    method: options.MethodText,
+    method: Annotated[str, options.METHOD],
     format: options.FormatName = "auto",
     values: options.Values = None,
-    dtype: Annotated[
-        options.DtypeName | None, typer.Option(help="Type of the written weights; the source's by default.")
-    ] = None,
+    dtype: options.StoredDtype = None,
     skip: options.Skip = None,
     num_samples: options.NumSamples = 128,
     seq_length: options.SeqLength = 2048,
     json: options.Json = False,
 ) -> None:
-    """Say beforehand what pruning SOURCE would give.
+    """Predict the result of pruning SOURCE.
 
     Matrices in scope, bytes in every format, memory and time, from config and headers: no weights are read. SOURCE
-    may also be a lone config.json.
+    may also be a single config.json.
 
     \b
     Examples:
       budwood plan ./SmolLM2-135M --method "wrp(alpha=0.25)"
       budwood plan ./config.json --method 'sparsegpt("4:8")' --dtype bfloat16 --json
     """
-    with working():
+    with stdout_to_stderr():
+        check_method(method)
+        check_format(format, values)
+        if not is_config(source):
+            check_model(source)
         import budwood
 
-        forecast = budwood.plan(
+        prediction = budwood.plan(
             source,
             method,
             format=format,
@@ -46,15 +48,21 @@ def plan(
             num_samples=num_samples,
             seq_length=seq_length,
         )
-    answer(forecast, json, show)
+    print_result(prediction, json, show)
 
 
-def show(forecast: Mapping[str, Any]) -> None:
+def is_config(source: str) -> bool:
+    """Whether `source` is a single configuration file, which has no folder of weights."""
+    path = Path(source).expanduser()
+    return path.suffix == ".json" and path.is_file()
+
+
+def show(prediction: Mapping[str, Any]) -> None:
     out = console()
-    out.print(f"{forecast['source']}, {forecast['method']}, {forecast['dtype']}")
+    out.print(f"{prediction['source']}, {prediction['method']}, {prediction['dtype']}")
     out.print(
-        f"{forecast['parameters']:,} weights, {forecast['in_scope']:,} of them in scope "
-        f"({humanize.share(forecast['coverage'], 1)})"
+        f"{prediction['parameters']:,} weights, {prediction['in_scope']:,} of them in scope "
+        f"({humanize.share(prediction['coverage'], 1)})"
     )
     out.print(
         table(
@@ -66,36 +74,37 @@ def show(forecast: Mapping[str, Any]) -> None:
                     row["count"],
                     "yes" if row["pruned"] else row["reason"],
                 )
-                for row in forecast["linears"]
+                for row in prediction["linears"]
             ],
-            words=("pruned",),
+            text_columns=("pruned",),
         )
     )
     out.print(
         table(
             ("format", "bytes", "of dense", "bits per weight"),
             [
-                (
-                    f"{name} (chosen)" if name == forecast["chosen"] else name,
-                    *(
-                        ("cannot hold it", None, None)
-                        if held is None
-                        else (
-                            humanize.size(held["bytes"]),
-                            humanize.share(held["share_of_dense"], 1),
-                            humanize.figure(held["bits_per_weight"]),
-                        )
-                    ),
-                )
-                for name, held in forecast["formats"].items()
+                (f"{name} (chosen)" if name == prediction["chosen"] else name, *sizes_row(sizes))
+                for name, sizes in prediction["formats"].items()
             ],
         )
     )
     out.print(
-        f"whole model: {humanize.size(forecast['bytes_dense'])} before, "
-        f"{humanize.size(forecast['bytes_after'])} after "
-        f"({humanize.share(forecast['bytes_after'] / forecast['bytes_dense'], 1)})"
+        f"whole model: {humanize.size(prediction['bytes_dense'])} before, "
+        f"{humanize.size(prediction['bytes_after'])} after "
+        f"({humanize.share(prediction['bytes_after'] / prediction['bytes_dense'], 1)})"
     )
-    out.print(f"to expect: {humanize.size(forecast['memory_peak'])} of memory, {humanize.seconds(forecast['seconds'])}")
-    for note in forecast["notes"]:
+    out.print(
+        f"estimate: {humanize.size(prediction['memory_peak'])} of memory, {humanize.seconds(prediction['seconds'])}"
+    )
+    for note in prediction["notes"]:
         out.print(f"note: {note}")
+
+
+def sizes_row(sizes: Mapping[str, Any] | None) -> tuple[str | None, str | None, str | None]:
+    if sizes is None:
+        return "cannot hold it", None, None
+    return (
+        humanize.size(sizes["bytes"]),
+        humanize.share(sizes["share_of_dense"], 1),
+        humanize.figure(sizes["bits_per_weight"]),
+    )

@@ -1,42 +1,41 @@
-"""How far a long run is: a bar on a terminal, a line every few seconds elsewhere, nothing when asked."""
+"""Progress of a long run: a bar on a terminal, a line every few seconds elsewhere, nothing with --quiet."""
 
 import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from budwood import humanize
-from budwood.progress import Progress as Telling
-from budwood.progress import Silent
+from budwood.progress import Progress, Silent
 
-EVERY = 5.0  # seconds between two lines where there is no terminal
+INTERVAL = 5.0  # seconds between two lines where there is no terminal
 
 
-class Lines:
+class LineProgress:
     """Plain lines on stderr, for logs: at most one every few seconds, and always the last."""
 
     def __init__(self) -> None:
         self.total, self.what = 0, ""
-        self.began = self.said = time.monotonic()
+        self.started = self.last_printed = time.monotonic()
 
     def start(self, total: int, what: str) -> None:
         self.total, self.what = total, what
-        self.began = self.said = time.monotonic()
+        self.started = self.last_printed = time.monotonic()
 
     def block(self, index: int, name: str, seconds: float, relative_error: float | None = None) -> None:
         done, now = index + 1, time.monotonic()
-        if now - self.said < EVERY and done < self.total:
+        if now - self.last_printed < INTERVAL and done < self.total:
             return
-        self.said = now
-        left = (now - self.began) / done * (self.total - done)
-        rest = (
-            f", {humanize.seconds(left)} left"
-            if done < self.total
-            else f", {humanize.seconds(now - self.began)} in all"
+        self.last_printed = now
+        elapsed = now - self.started
+        remaining = elapsed / done * (self.total - done)
+        duration = (
+            f", {humanize.seconds(remaining)} left" if done < self.total else f", {humanize.seconds(elapsed)} in all"
         )
-        self.note(f"{self.what}: {done} of {self.total}{erred(relative_error)}{rest}")
+        self.note(f"{self.what}: {done} of {self.total}{output_error(relative_error)}{duration}")
 
     def note(self, sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
@@ -44,11 +43,11 @@ class Lines:
     def finish(self) -> None: ...
 
 
-class Bar:
+class BarProgress:
     """One bar with the time left; notes scroll above it."""
 
     def __init__(self) -> None:
-        self.progress = Progress(
+        self.progress = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -63,7 +62,7 @@ class Bar:
         self.progress.start()
 
     def block(self, index: int, name: str, seconds: float, relative_error: float | None = None) -> None:
-        self.progress.update(self.task, completed=index + 1, last=erred(relative_error).lstrip(", "))
+        self.progress.update(self.task, completed=index + 1, last=output_error(relative_error).lstrip(", "))
 
     def note(self, sentence: str) -> None:
         self.progress.console.print(Text(sentence))
@@ -72,12 +71,12 @@ class Bar:
         self.progress.stop()
 
 
-def erred(relative_error: float | None) -> str:
+def output_error(relative_error: float | None) -> str:
     return "" if relative_error is None else f", output error {humanize.share(relative_error, 1)}"
 
 
-def telling(quiet: bool) -> Telling:
-    """The progress to hand to the library: by what stderr is, or silent."""
+def progress_for(quiet: bool) -> Progress:
+    """The progress to pass to the library: a bar where stderr is a terminal, lines elsewhere, none if `quiet`."""
     if quiet:
         return Silent()
-    return Bar() if sys.stderr.isatty() else Lines()
+    return BarProgress() if sys.stderr.isatty() else LineProgress()

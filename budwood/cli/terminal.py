@@ -1,4 +1,4 @@
-"""What goes where: results to stdout, everything else to stderr; tables that fit the terminal at hand."""
+"""Results go to stdout, everything else to stderr; tables fit the width of the terminal."""
 
 import contextlib
 import json
@@ -18,16 +18,16 @@ FILE_WIDTH = 160  # columns when stdout is a file or a pipe, where nothing needs
 
 
 def console() -> Console:
-    """Where results are written."""
-    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
-    return Console(width=wide, highlight=False, markup=False, emoji=False)
+    """A console on stdout, for results."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 @contextlib.contextmanager
-def working() -> Iterator[None]:
-    """While the library works, stdout belongs to the result: whatever a dependency prints goes to stderr.
+def stdout_to_stderr() -> Iterator[None]:
+    """Send what the library and its dependencies print to stderr: stdout is for the result.
 
-    Hints and bars of the libraries below are kept still.
+    Warnings and progress bars of the dependencies are turned off.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -40,8 +40,8 @@ def working() -> Iterator[None]:
         yield
 
 
-def answer(result: Mapping[str, Any], as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
-    """Print `result`: as exactly one JSON object, or for people through `show`."""
+def print_result(result: Mapping[str, Any], as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
+    """Print `result`: as exactly one JSON object, or as text through `show`."""
     if as_json:
         print(json.dumps(finite(result), ensure_ascii=False, default=str))
     else:
@@ -49,7 +49,7 @@ def answer(result: Mapping[str, Any], as_json: bool, show: Callable[[Mapping[str
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for infinities and NaN, which JSON cannot say."""
+    """`value` with null for infinities and NaN, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -57,23 +57,24 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], words: Sequence[str] = ()) -> Table:
-    """Figures in columns, the first column and those named in `words` text; long names fold, none is cut."""
-    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], text_columns: Sequence[str] = ()) -> Table:
+    """A table; the first column and `text_columns` are aligned left. Long cells fold, none is cut."""
+    result = Table(box=SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 or column in words else "right", overflow="fold")
-    return filled(made, rows)
+        left = index == 0 or column in text_columns
+        result.add_column(column, justify="left" if left else "right", overflow="fold")
+    return _add_rows(result, rows)
 
 
-def pairs(rows: Sequence[tuple[str, object]]) -> Table:
-    """Names and their values in two columns of text."""
-    made = Table.grid(padding=(0, 3))
+def name_value_table(rows: Sequence[tuple[str, object]]) -> Table:
+    """Two columns of text without a header: names and their values."""
+    result = Table.grid(padding=(0, 3))
     for _ in range(2):
-        made.add_column(overflow="fold")
-    return filled(made, rows)
+        result.add_column(overflow="fold")
+    return _add_rows(result, rows)
 
 
-def filled(made: Table, rows: Sequence[Sequence[object]]) -> Table:
+def _add_rows(target: Table, rows: Sequence[Sequence[object]]) -> Table:
     for row in rows:
-        made.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))  # Text: names are not markup
-    return made
+        target.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))  # Text: names are not markup
+    return target

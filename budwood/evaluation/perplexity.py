@@ -1,4 +1,4 @@
-"""Perplexity of a model on windows of text: resident or block by block, the same number."""
+"""Perplexity of a model on windows of text, with the model in memory or block by block: the same number."""
 
 import math
 import time
@@ -18,11 +18,11 @@ from budwood.data.tokens import Bos, tokenizer_for
 from budwood.errors import RunError
 from budwood.kernels.dispatch import exact
 from budwood.progress import Progress, Silent
-from budwood.stream.arithmetic import Arithmetic, dtype_named, name_of
+from budwood.stream.arithmetic import Arithmetic, dtype_named, known_device, name_of
 from budwood.stream.model import Model
 
-BOS_GAIN = 0.1  # share of the loss that a BOS must save to be worth a word
-BOS_TOKENS = 256  # of the first window are enough to see it
+BOS_GAIN = 0.1  # a BOS that lowers the loss by more than this share is recommended
+BOS_TOKENS = 256  # of the first window are used to measure that
 
 
 def evaluate(
@@ -40,11 +40,12 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """exp of the mean over windows of the mean loss per token, with everything that the number depends on.
+    """exp of the mean over windows of the mean loss per token, with the settings that the number depends on.
 
-    model: folder or hub name, dense or pruned. data, variant, bos: see `evaluation_windows`. dtype: type of the
-    forward pass; "auto" is float32 on a CPU, the checkpoint's own elsewhere. stream: one block in memory at a time.
-    Raises UsageError for what cannot be, RunError where the loss is no number.
+    model: folder or hub name, dense or pruned. data, variant, bos: see `evaluation_windows`. dtype: of the forward
+    pass; "auto" is float32 on a CPU, that of the checkpoint elsewhere. stream: one block in memory at a time. device:
+    None or "auto" is a GPU if there is one, else the CPU.
+    Raises UsageError for invalid requests, RunError where the loss is not finite.
     """
     progress = progress or Silent()
     start = time.perf_counter()
@@ -54,7 +55,7 @@ def evaluate(
     windows = evaluation_windows(
         data, tokenizer, variant=variant, seq_length=seq_length, limit=limit, bos=bos, seed=seed
     )
-    place = torch.device(device or "cpu")
+    place = known_device(device or "auto")
     compute = _compute_dtype(dtype, source, place)
     ids = windows.ids
     losses_of = (streamed if stream else resident)(source, compute, place)
@@ -62,7 +63,7 @@ def evaluate(
     note = bos_note(*losses_of(pair, Silent())) if pair is not None else None
     losses = losses_of(ids, progress)
     if not all(map(math.isfinite, losses)):
-        raise RunError(f"{model}: the loss of window {[*map(math.isfinite, losses)].index(False)} is no number")
+        raise RunError(f"{model}: the loss of window {[*map(math.isfinite, losses)].index(False)} is not finite")
     mean = math.fsum(losses) / len(losses)
     return {
         "perplexity": math.exp(mean),
@@ -87,7 +88,7 @@ def window_loss(logits: Tensor, ids: Tensor) -> float:
 
 
 def with_bos(window: Tensor, tokenizer: Any) -> Tensor | None:
-    """A pair [2, tokens]: the start of the window as it is, and with a BOS before it; None where it begins with one."""
+    """The start of the window without and with a BOS before it, [2, tokens]; None where the window begins with one."""
     token = getattr(tokenizer, "bos_token_id", None)
     if token is None or window[0, 0] == token:
         return None
@@ -97,11 +98,11 @@ def with_bos(window: Tensor, tokenizer: Any) -> Tensor | None:
 
 
 def bos_note(plain: float, led: float) -> str | None:
-    """The sentence to say when a BOS lowers the loss by more than a tenth."""
+    """A recommendation where a BOS lowers the loss by more than a tenth, else None."""
     if led > (1 - BOS_GAIN) * plain:
         return None
     return (
-        f"this model wants a start token: with one before the first window its loss is {led:.3f} instead of "
+        f"this model needs a BOS token: with one before the first window its loss is {led:.3f} instead of "
         f"{plain:.3f}; use --bos every"
     )
 
@@ -112,7 +113,7 @@ def streamed_losses(model: Model, ids: Tensor, progress: Progress | None = None)
     progress.start(len(model), "blocks")
     try:
         before = time.perf_counter()
-        for block in model.blocks(ids, batch=1):  # as a resident model sees them: the same sums, the same number
+        for block in model.blocks(ids, batch=1):  # as in `resident`: the same sums, the same number
             progress.block(block.index, block.name, time.perf_counter() - before)
             before = time.perf_counter()
     finally:
@@ -129,7 +130,7 @@ def streamed_losses(model: Model, ids: Tensor, progress: Progress | None = None)
 
 
 def context(config: Any) -> int:
-    """Tokens that the model can see at once."""
+    """The context length of the model, in tokens."""
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
 
 
@@ -145,7 +146,7 @@ Losses = Callable[[Tensor, Progress], list[float]]  # of windows [windows, token
 
 
 def resident(source: Source, compute: torch.dtype, device: torch.device) -> Losses:
-    """Losses by the model that is wholly in memory."""
+    """Losses with the whole model in memory."""
     model = load(source.folder, dtype=compute, device=str(device), trust_remote_code=source.trust_remote_code)
 
     def losses_of(ids: Tensor, progress: Progress) -> list[float]:
@@ -154,7 +155,7 @@ def resident(source: Source, compute: torch.dtype, device: torch.device) -> Loss
         try:
             for index, window in enumerate(ids.unsqueeze(1)):
                 start = time.perf_counter()
-                # A perplexity tells of the weights, not of the kernels: the same resident, streamed, and elsewhere.
+                # Exact products: a perplexity measures the weights, not the kernels, and equals the streamed one.
                 with torch.no_grad(), exact():
                     losses.append(window_loss(model(window.to(device), use_cache=False).logits, window))
                 progress.block(index, f"window {index}", time.perf_counter() - start)

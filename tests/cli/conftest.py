@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Ended:
+class Result:
     status: int
     stdout: str
     stderr: str
@@ -24,8 +24,8 @@ class Ended:
         return json.loads(self.stdout)
 
 
-def budwood(*arguments: object, **environment: str) -> Ended:
-    """Run `budwood` with these arguments in a process of its own, away from any hub."""
+def budwood(*arguments: object, **environment: str) -> Result:
+    """Run `budwood` with these arguments in a process of its own, without access to the hub."""
     done = subprocess.run(
         [sys.executable, "-m", "budwood", *map(str, arguments)],
         capture_output=True,
@@ -34,7 +34,7 @@ def budwood(*arguments: object, **environment: str) -> Ended:
         timeout=240,
         check=False,
     )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="session")
@@ -43,17 +43,17 @@ def run():
 
 
 @pytest.fixture
-def told(monkeypatch, capfd):
-    """Run a command in this process, which spares the second that a new one needs to import everything."""
+def run_here(monkeypatch, capfd):
+    """Run a command in this process, which saves the seconds that a new one needs for its imports."""
 
-    def invoke(*arguments: object) -> Ended:
+    def invoke(*arguments: object) -> Result:
         from budwood.cli import main
 
         monkeypatch.setattr(sys, "argv", ["budwood", *map(str, arguments)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_:
             main()
         out, err = capfd.readouterr()
-        return Ended(int(ended.value.code or 0), out, err)
+        return Result(int(exit_.value.code or 0), out, err)
 
     return invoke

@@ -1,4 +1,4 @@
-"""A command that does not succeed says one sentence on stderr and ends with the status that fits."""
+"""A command that fails prints one sentence on stderr and exits with the status of the error."""
 
 import errno
 
@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from budwood.cli import with_dashes
-from budwood.cli.errors import Interrupted, told_plainly
+from budwood.cli.errors import Interrupted, report_errors
 from budwood.errors import RunError, UsageError
 
 
@@ -23,29 +23,29 @@ from budwood.errors import RunError, UsageError
         (
             ZeroDivisionError("by zero"),
             1,
-            "budwood: ZeroDivisionError: by zero (set BUDWOOD_DEBUG=1 to see where)\n",
+            "budwood: ZeroDivisionError: by zero (set BUDWOOD_DEBUG=1 for the traceback)\n",
         ),
         (KeyboardInterrupt(), 130, "budwood: interrupted\n"),
         (Interrupted("the same command goes on"), 130, "budwood: the same command goes on\n"),
     ],
 )
-def test_errors_become_a_sentence_and_a_status(error, status, sentence, capsys, monkeypatch):
+def test_errors_give_a_sentence_and_a_status(error, status, sentence, capsys, monkeypatch):
     monkeypatch.delenv("BUDWOOD_DEBUG", raising=False)
 
-    @told_plainly
+    @report_errors
     def verb() -> None:
         raise error
 
-    with pytest.raises(typer.Exit) as ended:
+    with pytest.raises(typer.Exit) as exit_:
         verb()
-    assert ended.value.exit_code == status
+    assert exit_.value.exit_code == status
     assert capsys.readouterr() == ("", sentence)
 
 
-def test_debugging_lets_the_exception_through(monkeypatch):
+def test_debug_raises_the_exception(monkeypatch):
     monkeypatch.setenv("BUDWOOD_DEBUG", "1")
 
-    @told_plainly
+    @report_errors
     def verb() -> None:
         raise ZeroDivisionError
 
@@ -53,7 +53,7 @@ def test_debugging_lets_the_exception_through(monkeypatch):
         verb()
 
 
-def test_underscores_and_dashes_are_one():
+def test_underscores_and_dashes_are_equivalent():
     given = [
         "prune",
         "--num_samples",
@@ -83,6 +83,11 @@ def test_underscores_and_dashes_are_one():
     ("arguments", "word"),
     [
         (["prune", "a", "b"], "--method"),
+        (["prune", "a", "b"], "--recipe"),
+        (["prune", "a", "b", "--recipe", "no-such-recipe.json"], "no-such-recipe.json"),
+        (["prune", "a", "b", "--method", "wrp()", "--sparse-products", "maybe"], "maybe"),
+        (["prune", "a", "b", "--method", "wrp()", "--attention", "flash"], "flash"),
+        (["prune", "a", "b", "--method", "wrp()", "--activation-memory", "much"], "much"),
         (["prune", "a", "b", "--method", "wrp()", "--sampling", "sometimes"], "sometimes"),
         (["prune", "a", "b", "--method", "wrp()", "--num-samples", "0"], "--num-samples"),
         (["evaluate", "a"], "--data"),
@@ -91,9 +96,9 @@ def test_underscores_and_dashes_are_one():
         (["prune", "a", "b", "--methd", "wrp()"], "--methd"),
     ],
 )
-def test_arguments_that_cannot_be_are_status_2(told, arguments, word):
-    ended = told(*arguments)
-    assert ended.status == 2
-    assert ended.stdout == ""
-    assert word in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_invalid_arguments_are_status_2(run_here, arguments, word):
+    result = run_here(*arguments)
+    assert result.status == 2
+    assert result.stdout == ""
+    assert word in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,36 +1,36 @@
-"""Progress goes to stderr: lines where there is no terminal, nothing when asked."""
+"""Progress goes to stderr: lines where there is no terminal, nothing with --quiet."""
 
 import pytest
 
 from budwood.cli import progress
-from budwood.cli.progress import Bar, Lines, Silent, telling
+from budwood.cli.progress import BarProgress, LineProgress, Silent, progress_for
 
 
-def steps(telling, count=3):
-    telling.start(count, "pruning")
+def run_steps(shown, count=3):
+    shown.start(count, "pruning")
     for index in range(count):
-        telling.block(index, f"model.layers.{index}", 0.1, 0.25)
-    telling.note("a note")
-    telling.finish()
+        shown.block(index, f"model.layers.{index}", 0.1, 0.25)
+    shown.note("a note")
+    shown.finish()
 
 
-@pytest.mark.parametrize("kind", [Bar, Lines, Silent])
+@pytest.mark.parametrize("kind", [BarProgress, LineProgress, Silent])
 def test_nothing_reaches_stdout(kind, capsys):
-    steps(kind())
+    run_steps(kind())
     assert capsys.readouterr().out == ""
 
 
-def test_lines_say_the_last_step_and_notes(capsys):
-    steps(Lines())
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("pruning: 3 of 3, output error 25.0 %, ")
-    assert said[1:] == ["a note"]
+def test_lines_show_the_last_step_and_notes(capsys):
+    run_steps(LineProgress())
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("pruning: 3 of 3, output error 25.0 %, ")
+    assert lines[1:] == ["a note"]
 
 
-def test_lines_say_the_time_left(capsys, monkeypatch):
+def test_lines_show_the_time_left(capsys, monkeypatch):
     clock = iter([0.0, 0.0, 10.0, 20.0])  # made, started, after the first step, after the second
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    lines = Lines()
+    lines = LineProgress()
     lines.start(3, "pruning")
     lines.block(0, "a", 10.0)
     lines.block(1, "b", 10.0)
@@ -41,9 +41,9 @@ def test_lines_say_the_time_left(capsys, monkeypatch):
 
 
 def test_quiet_is_silent(capsys):
-    steps(telling(quiet=True))
+    run_steps(progress_for(quiet=True))
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_pipe_gets_lines():
-    assert isinstance(telling(quiet=False), Lines)
+    assert isinstance(progress_for(quiet=False), LineProgress)

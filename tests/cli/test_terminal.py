@@ -1,21 +1,21 @@
-"""Results go to stdout, as JSON or as a table that fits; all else goes to stderr."""
+"""Results go to stdout, as JSON or as a table that fits; everything else goes to stderr."""
 
 import json
 import math
 import sys
 
-from budwood.cli.terminal import answer, console, table, working
+from budwood.cli.terminal import console, print_result, stdout_to_stderr, table
 
 
-def test_json_is_one_object_and_says_null_for_what_it_cannot_say(capsys):
-    answer({"perplexity": math.inf, "losses": [1.0, math.nan], "name": "ü"}, True, lambda result: None)
+def test_json_is_one_object_with_null_for_infinity_and_nan(capsys):
+    print_result({"perplexity": math.inf, "losses": [1.0, math.nan], "name": "ü"}, True, lambda result: None)
     out = capsys.readouterr().out
     assert json.loads(out) == {"perplexity": None, "losses": [1.0, None], "name": "ü"}
     assert out.count("\n") == 1
 
 
-def test_what_a_dependency_prints_while_working_is_no_result(capsys):
-    with working():
+def test_output_of_dependencies_goes_to_stderr(capsys):
+    with stdout_to_stderr():
         print("chatter")
     print("result")
     assert capsys.readouterr() == ("result\n", "chatter\n")
@@ -35,8 +35,8 @@ def test_names_are_not_markup(capsys):
     assert "[red]layer[/red] :smile:" in capsys.readouterr().out
 
 
-def test_stdout_is_back_after_work():
+def test_stdout_is_restored():
     before = sys.stdout
-    with working():
+    with stdout_to_stderr():
         assert sys.stdout is sys.stderr
     assert sys.stdout is before
