@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from budwood.checkpoints.checksums import read_index, verify
 from budwood.checkpoints.source import Source, open_source
-from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import Weights
 from budwood.errors import UsageError
 from budwood.formats import count
@@ -92,7 +91,7 @@ def parse_recorded_method(expression: str) -> tuple[Method | None, list[str]]:
 
 def stored_matrices(source: Source, skip: tuple[str, ...]) -> Iterator[StoredMatrix]:
     """The matrices in scope, [out, in] for every kind of module, in the order of the blocks."""
-    structure = ModelStructure(source.config, skip=skip, trust_remote_code=source.trust_remote_code)
+    structure = source.structure(skip=skip)
     weights = source.weights(structure)
     for index in range(len(structure.modules)):
         for linear, names in read_groups(weights, f"{structure.path}.{index}.").items():

@@ -46,8 +46,7 @@ def plan(
     """
     method = parse_method(method) if isinstance(method, str) else method
     layout = known_layout(format, values)
-    config, shards = _open(source, trust_remote_code)
-    structure = ModelStructure(config, skip=skip, trust_remote_code=trust_remote_code)
+    structure, config, shards = _open(source, skip, trust_remote_code)
     method.check(structure.shapes)
     storage = _storage(dtype, config, shards)
 
@@ -79,13 +78,17 @@ def plan(
     }
 
 
-def _open(source: str | Path, trust_remote_code: bool) -> tuple[Any, Shards | None]:
+def _open(
+    source: str | Path, skip: Sequence[str], trust_remote_code: bool
+) -> tuple[ModelStructure, Any, Shards | None]:
+    """Structure, configuration and shards of a model; no shards where there is only a configuration."""
     path = Path(source).expanduser()
     if path.suffix == ".json" and path.is_file():
-        return read_config(path, trust_remote_code), None
+        config = read_config(path, trust_remote_code)
+        return ModelStructure(config, skip=skip, trust_remote_code=trust_remote_code), config, None
     opened = open_source(source, trust_remote_code)
     has_weights = any(opened.folder.glob("*.safetensors"))
-    return opened.config, opened.shards if has_weights else None
+    return opened.structure(skip), opened.config, opened.shards if has_weights else None
 
 
 def _storage(dtype: str | None, config: Any, shards: Shards | None) -> torch.dtype:

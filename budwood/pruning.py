@@ -127,7 +127,7 @@ class Job:
         opened = open_source(source, trust_remote_code)
         if Path(target).expanduser().resolve() == opened.folder.resolve():
             raise UsageError(f"{target} is the model to prune itself; give another folder")
-        structure = ModelStructure(opened.config, skip=skip, trust_remote_code=trust_remote_code)
+        structure = opened.structure(skip=skip)
         method.check(structure.shapes)
         choose_arithmetic_words(asked)
         storage = storage_dtype(opened.shards) if dtype in (None, "auto") else dtype_named(str(dtype))

@@ -15,8 +15,7 @@ from budwood.formats import FORMATS, pack_as, rounds
 from budwood.kernels.native import AS_SPARSE
 from budwood.kernels.native_matrix import prepare
 from budwood.models.block_calls import BlockCalls
-from budwood.models.linears import read, write
-from budwood.models.reshape import note_sizes
+from budwood.models.linears import read, resize, write
 from budwood.stream.activations import Activations
 from budwood.stream.arithmetic import Arithmetic
 from budwood.stream.collector import Collector, Several, StopForward
@@ -54,13 +53,10 @@ class Linear:
         self.stored = value.to(self.stored.dtype)
         if not all_finite(self.stored):
             raise RunError(f"{self.name}: the new weights do not fit {self.stored.dtype}; choose another --dtype")
-        held = read(self.module)  # [out, in]
-        if held.shape == self.stored.shape:
+        if read(self.module).shape == self.stored.shape:
             write(self.module, self.stored)
-            return
-        weight = read(self.module, self.stored).to(held).contiguous()  # in the module's orientation
-        self.module.register_parameter("weight", nn.Parameter(weight, requires_grad=held.requires_grad))
-        note_sizes(self.module)
+        else:
+            resize(self.module, self.stored)
 
     @property
     def bias(self) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from budwood.checkpoints.meta_model import float32_names
 from budwood.checkpoints.packing import pack
 from budwood.checkpoints.source import Source
-from budwood.checkpoints.structure import ModelStructure
+from budwood.checkpoints.structure import shapes_unfused
 from budwood.checkpoints.weights import storage_dtype
 from budwood.checkpoints.writer import ShardNotes, Writer
 from budwood.environment import trim_memory
@@ -51,9 +51,7 @@ class Model:
         self.source, self.arithmetic, self.device, self.skip = source, arithmetic, torch.device(device), skip
         self.compute = arithmetic.compute
         self.activation_limit, self.scratch = activation_limit, scratch
-        self.structure = ModelStructure(
-            source.config, compute=self.compute, skip=skip, trust_remote_code=source.trust_remote_code
-        )
+        self.structure = source.structure(skip=skip, compute=self.compute)
         self.module, self.path, self.modules = self.structure.module, self.structure.path, self.structure.modules
         self.linears = self.structure.linears
         if arithmetic.blocked_attention:
@@ -62,6 +60,7 @@ class Model:
         self.storage = storage or storage_dtype(source.shards)
         self.activations: Activations | None = None
         self._shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
+        self._own_shapes = set(shapes_unfused(source.shapes))  # which the source's config.json does not give
         self._float32 = float32_names(self.module, self.compute)
         self._calls: dict[tuple[int, int], BlockCalls] = {}
 
@@ -277,4 +276,4 @@ class Model:
 
     def _reshaped(self, name: str, tensor: Tensor) -> bool:
         """Whether config.json gives a tensor another shape, or none."""
-        return self._shapes.get(name) != list(tensor.shape)
+        return self._shapes.get(name) != list(tensor.shape) or name in self._own_shapes
