@@ -56,8 +56,6 @@ def plan(
     if chosen is None:
         fitting = ", ".join(name for name, sizes in formats.items() if sizes)
         raise UsageError(f"{layout} cannot hold the result of {method}; choose one of {fitting}")
-    dense = formats["dense"]
-    assert dense is not None
     return {
         "source": str(source),
         "method": str(method),
@@ -69,7 +67,7 @@ def plan(
         "skipped": _group_by_reason(skipped(structure.module, skip)),
         "formats": {name: sizes for name, sizes in formats.items() if name in FORMATS},
         "chosen": layout if layout in FORMATS else _most_common_format(layout, structure, method, storage.itemsize),
-        "bytes_dense": dense["bytes"],
+        "bytes_dense": structure.in_scope * storage.itemsize + unpruned,
         "bytes_after": chosen["bytes"],
         "bits_per_weight": chosen["bits_per_weight"],
         "memory_peak": _memory(structure, method, storage.itemsize, num_samples * seq_length, config),

@@ -23,7 +23,13 @@ from budwood.planning import plan
 from budwood.pruning import prune
 from budwood.repacking import repack
 
-CALIBRATION = {"num_samples": 4, "seq_length": 24, "compute_dtype": "float32"}
+CALIBRATION = {
+    "num_samples": 4,
+    "seq_length": 24,
+    "compute_dtype": "float32",
+    "sparse_products": "off",
+    "attention": "fused",
+}
 IDS = token_ids(1, 400) % 90 + 3
 TEXT = ["".join(chr(97 + (i * i + i // 7) % 26) for i in range(600))]
 
@@ -206,8 +212,7 @@ def test_killed_at_any_moment_and_resumed_is_byte_identical(llama, tmp_path, val
         "--seq-length",
         "24",
         "--quiet",
-        "--compute-dtype",
-        "float32",
+        *("--compute-dtype", "float32", "--sparse-products", "off", "--attention", "fused"),
         *(["--values", values] if values else []),
     ]
     prune(llama, tmp_path / "whole", "wrp(alpha=0.5)", str(tmp_path / "text.txt"), values=values, **CALIBRATION)

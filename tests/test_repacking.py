@@ -13,7 +13,13 @@ from budwood.pruning import prune
 from budwood.repacking import repack
 
 IDS = token_ids(1, 400) % 90 + 3
-CALIBRATION = {"num_samples": 4, "seq_length": 24, "compute_dtype": "float32"}
+CALIBRATION = {
+    "num_samples": 4,
+    "seq_length": 24,
+    "compute_dtype": "float32",
+    "sparse_products": "off",
+    "attention": "fused",
+}
 
 
 @pytest.fixture(scope="module")

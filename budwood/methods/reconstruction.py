@@ -19,7 +19,6 @@ def reconstruct_block(block: "Block", dense: "DenseStream", steps: int, rate: fl
     assert block.activations is not None
     inputs = block.activations.hidden
     spans = [targets.span(batch) for batch in targets.indices()]
-    block.module.requires_grad_(False)
     found = reconstruct(
         {name: linear.weight for name, linear in block.linears.items()},
         partial(dense.run, block),

@@ -54,6 +54,7 @@ class Model:
         self.structure = source.structure(skip=skip, compute=self.compute)
         self.module, self.path, self.modules = self.structure.module, self.structure.path, self.structure.modules
         self.linears = self.structure.linears
+        self.module.requires_grad_(False)
         if arithmetic.blocked_attention:
             attend_in_blocks(self.module)
         self.weights = source.weights(self.structure)

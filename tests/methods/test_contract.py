@@ -75,7 +75,13 @@ DIVIDING = (
     'graft(bits=9.0, pattern="free")',
 )  # matrices have shares of their own
 TWO_STREAMS = ("steps=", "target=")  # these read the dense model's hidden states beside the pruned one's
-CALIBRATION = {"num_samples": 6, "seq_length": 24, "compute_dtype": "float32"}
+CALIBRATION = {
+    "num_samples": 6,
+    "seq_length": 24,
+    "compute_dtype": "float32",
+    "sparse_products": "off",
+    "attention": "fused",
+}
 
 
 def mentions(expression, words):

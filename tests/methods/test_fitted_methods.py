@@ -104,7 +104,13 @@ def llama(tmp_path_factory):
 def test_the_target_between_the_pruned_and_the_dense_inputs(llama, tmp_path):
     """In the first block both are the same; further on they are not."""
     text = ["".join(chr(97 + (i * i + i // 7) % 26) for i in range(600))]
-    options = {"num_samples": 4, "seq_length": 24, "compute_dtype": "float32"}
+    options = {
+        "num_samples": 4,
+        "seq_length": 24,
+        "compute_dtype": "float32",
+        "sparse_products": "off",
+        "attention": "fused",
+    }
     weights = []
     for target in (0, 1):
         folder = tmp_path / str(target)
@@ -159,7 +165,14 @@ def test_what_nobody_hears_gets_nothing_beside_the_pattern(llama, tmp_path):
 
 def test_a_divided_budget_is_kept_and_inspect_shows_it(llama, tmp_path):
     text = ["".join(chr(97 + (i * i + i // 7) % 26) for i in range(600))]
-    options = {"num_samples": 4, "seq_length": 24, "dtype": "bfloat16", "compute_dtype": "float32"}
+    options = {
+        "num_samples": 4,
+        "seq_length": 24,
+        "dtype": "bfloat16",
+        "compute_dtype": "float32",
+        "sparse_products": "off",
+        "attention": "fused",
+    }
     report = prune(llama, tmp_path / "out", "graft(bits=9.75)", text, **options)
     assert report["totals"]["bits_per_weight"] <= 9.75
     assert report["totals"]["bits_per_weight"] == pytest.approx(9.75, rel=0.002)
