@@ -1,4 +1,4 @@
-"""Blocks driven one by one give what the model gives, bit for bit."""
+"""Blocks run one by one give what the model gives, bit for bit."""
 
 from types import SimpleNamespace
 

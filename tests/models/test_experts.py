@@ -1,4 +1,4 @@
-"""Experts taken apart compute the same, and fit together again."""
+"""Unfused experts compute the same, and can be fused again."""
 
 import pytest
 import torch
