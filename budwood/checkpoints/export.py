@@ -23,11 +23,11 @@ from budwood.checkpoints.checksums import INDEX_NAME, index_of, sha256, verify
 from budwood.checkpoints.meta_model import build, read_config
 from budwood.checkpoints.quantizer import METHOD, PackedConfig
 from budwood.checkpoints.reader import Shards
-from budwood.checkpoints.soundness import check_layout, check_positions
 from budwood.checkpoints.substitution import EXPERT, unfuse_experts
 from budwood.checkpoints.writer import OURS, copy_companions, write_json
 from budwood.errors import RunError, UsageError
 from budwood.formats import FORMATS
+from budwood.formats.checks import check_layout, check_positions
 from budwood.models.experts import ExpertLinears, fused_state
 
 SHARD_BYTES = 1 << 30

@@ -22,8 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from budwood.checkpoints.checksums import INDEX_NAME, verify
 from budwood.checkpoints.reader import Place, read_header, read_tensor
-from budwood.checkpoints.soundness import check_layout, check_positions
 from budwood.errors import RunError, UsageError
+from budwood.formats.checks import check_layout, check_positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
