@@ -107,7 +107,7 @@ def matrix(shape: tuple[int, int], layers: Sequence[SparseLinear], rows: int) ->
     """One shape of matrix with so many rows of activations: packed, dense in the same type, and reading alone."""
     dtype = layers[0].unpack().dtype
     for layer in layers:
-        layer.siblings = None  # each on its own here
+        layer.shared_input = None  # each on its own here
         layer.kernel()
     packed = [bytes_of(layer) for layer in layers]
     copies = max(1, min(len(layers), -(-COLD // (2 * shape[0] * shape[1]))))

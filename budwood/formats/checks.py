@@ -1,7 +1,7 @@
 """Refuses packed tensors that do not describe a matrix of their declared shape, before a kernel reads them.
 
 A checkpoint is untrusted: a count, a column or an offset out of range would make a kernel read or write out of
-bounds. Both checks are cheap: `check_layout` compares dtypes and sizes, `check_positions` reads the position tensors and
+bounds. Both checks are cheap: `check_layout` compares dtypes and sizes, `check_positions` reads the position tensors,
 never the values.
 """
 

@@ -1,8 +1,8 @@
 """The formats whose values are int8 with scales: positions as in the lossless format, recovered weights unrounded.
 
 `nearest` rounds, `pack` accepts only matrices that are rounded already. An int8 does not give the dtype of its
-matrix, so one more number does: `epsilon`, the machine epsilon of the dtype that the weights are rounded to. Powers of
-two survive every cast, so a layer that is cast still unpacks the weights of its checkpoint, in the dtype it was cast to.
+matrix, so one more number does: `epsilon`, the machine epsilon of the dtype that the weights are rounded to. A power of
+two survives every cast, so a layer that is cast still unpacks the weights of its checkpoint, in the dtype of the cast.
 """
 
 from collections.abc import Mapping
