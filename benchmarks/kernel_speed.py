@@ -116,7 +116,7 @@ class Case:
         return dispatch.fastest(products).kernel if products else FEW_ROWS
 
     def bytes(self, name: str) -> int:
-        """Bytes that a product reads: values, positions, row offsets, and scales and recovered weights if there are any."""
+        """Bytes that a product reads: values, positions, row offsets, and any scales and recovered weights."""
         return sum(tensor.nbytes for tensor in self.packed[name][0].held)
 
 

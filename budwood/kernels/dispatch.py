@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from budwood.kernels import native
-from budwood.kernels.native import FEW_ROWS, PANELS, SPARSE, BY_ROWS, MAX_FEW_ROWS
+from budwood.kernels.native import BY_ROWS, FEW_ROWS, MAX_FEW_ROWS, PANELS, SPARSE
 from budwood.kernels.native_matrix import NativeMatrix
 from budwood.timing import interleaved
 

@@ -1,4 +1,4 @@
-"""The output head, which is not pruned: a dense bfloat16 matrix that torch reads slower than memory bandwidth allows."""
+"""The output head, which is not pruned: a dense bfloat16 matrix that torch reads slower than memory allows."""
 
 from ctypes import addressof
 from typing import cast

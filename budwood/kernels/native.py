@@ -1,8 +1,8 @@
 """The native library, loaded and called through ctypes. The mathematics is in `native/*.cpp`.
 
-The environment variable BUDWOOD_KERNELS chooses a path, code for one instruction set: `auto` (the widest the processor
-has), `amx`, `avx512`, `avx2`, `scalar`, or `reference` (unpack and multiply with torch, bit for bit what the dense model
-computes).
+The environment variable BUDWOOD_KERNELS chooses a path, the code for one instruction set: `auto` (the widest that the
+CPU has), `amx`, `avx512`, `avx2`, `scalar`, or `reference` (unpack and multiply with torch, bit for bit as the dense
+model).
 """
 
 import ctypes
@@ -66,7 +66,7 @@ def file() -> Path | None:
 
 
 def library() -> ctypes.CDLL | None:
-    """The library with its path set; None where the reference runs. Raises UsageError for an unknown or missing path."""
+    """The library with its path set; None for the reference. Raises UsageError for an unknown or missing path."""
     global _chosen
     wanted = os.environ.get(VARIABLE, "auto").lower()
     native = opened(wanted)

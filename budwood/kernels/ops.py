@@ -1,7 +1,7 @@
 """The product with a packed weight as a torch operator, so that `torch.compile` and export see one node.
 
-The definition is plain PyTorch: unpack, then `F.linear`. Eager code does not use the operator, since an operator written
-in Python costs more than a small product.
+The definition is plain PyTorch: unpack, then `F.linear`. Eager code does not use the operator: one written in Python
+costs more than a small product.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ _cache: dict[tuple[Any, ...], tuple[list[StorageWeakRef], NativeMatrix | None]] 
 def cached_matrix(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> NativeMatrix | None:
     """The `native_matrix` of this weight `[out, in]`, cached for as long as its memory exists.
 
-    An operator gets tensors and no layer that could hold it. An address is not a sufficient key, since memory is reused:
+    An operator gets tensors and no layer that could hold it. An address alone is not a key, since memory is reused:
     the weak references tell whether it still belongs to the same tensors.
     """
     key = (format, shape, *(tensor.data_ptr() for tensor in packed))

@@ -1,7 +1,7 @@
 """Layers that are called with the same input tensor (query, key and value; gate and up), multiplied in one native call.
 
-Which layers those are is learned from the calls, not from names. The first layer of a group computes the products of all;
-the others, called with the very same tensor, return theirs. One call for all costs less than one call each.
+Which layers those are is learned from the calls, not from names. The first layer of a group computes the products of
+all; the others, called with the very same tensor, return theirs. One native call starts the threads once.
 """
 
 import threading

@@ -17,7 +17,6 @@ from budwood.kernels.head import DenseLinear, accelerate_head
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import FEW_ROWS, PANELS, SPARSE
 from budwood.kernels.native_matrix import MatrixGroup, NativeMatrix, native_matrix
-from budwood.kernels.optimize import optimize
 
 SHAPES = [(8, 32), (7, 64), (130, 36), (33, 100), (1, 4), (257, 130), (64, 1000), (5, 7), (300, 576)]
 ROWS = [1, 2, 3, 5, 8, 9, 16, 17, 33, 65]
