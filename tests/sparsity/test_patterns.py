@@ -143,9 +143,9 @@ def test_a_width_that_does_not_divide_is_refused_with_advice():
     NM(2, 4).check((3, 8), "fine")
     with pytest.raises(
         UsageError, match="down_proj: 2:4 needs the inputs to divide by 4, got 10; leave it dense"
-    ) as told:
+    ) as error:
         NM(2, 4).check((3, 10), "model.layers.7.mlp.down_proj")
-    assert r"--skip 'model\.layers\.\d+\.mlp\.down_proj'" in str(told.value)
+    assert r"--skip 'model\.layers\.\d+\.mlp\.down_proj'" in str(error.value)
     with pytest.raises(ValueError, match="divide by 4, got 10"):
         NM(2, 4).keep(torch.rand(3, 10))
 
