@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_speed.py [--shapes 4096x4096 ...] [--rows 1 2 4 8 16 64 2048] [--model PRUNED DENSE]
 
-Cold weights (as many copies in turns as exceed the cache), CUDA graphs, so that launches cost the same everywhere;
-every way in turns in each round; medians. *Share* is bytes read a second against a plain sum over a large tensor.
-A model's step, one token and a static cache, is timed in a graph, and as Python launches it.
+Cold weights (more copies, used in turns, than the cache holds), CUDA graphs, so that launch overhead is excluded; all
+kernels in turns in each round; medians. *Share* is bytes read per second relative to a plain sum over a large tensor. A
+decoding step of a model, one token and a static cache, is timed in a graph and launched from Python.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from budwood.kernels import gpu
 from budwood.kernels.gpu_layouts import TwoFourLayout, pack_two_four
 
-COLD = 250_000_000  # bytes that all copies of a matrix take at least
-SHARE = 0.015  # recovered
+COLD = 250_000_000  # least bytes of all copies of a matrix
+SHARE = 0.015  # of recovered weights
 Timed = Callable[[], float]
 
 
 def captured(calls: list[Callable[[], Tensor]]) -> Timed:
-    """Seconds a call of all of them in a graph."""
+    """Seconds per call of all of them in a graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -51,7 +51,7 @@ def captured(calls: list[Callable[[], Tensor]]) -> Timed:
 
 
 def interleaved(runs: dict[str, Timed], rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each, everyone once a round."""
+    """Median seconds of each, each once a round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):
         for name, run in runs.items():
@@ -62,7 +62,7 @@ def interleaved(runs: dict[str, Timed], rounds: int = 15) -> dict[str, float]:
 
 
 def copies(layout: TwoFourLayout, number: int) -> list[TwoFourLayout]:
-    """The layout and as many clones as make up the number."""
+    """The layout and clones of it, `number` in all."""
     tensors = [field.name for field in dataclasses.fields(layout) if isinstance(getattr(layout, field.name), Tensor)]
     clones = [
         dataclasses.replace(layout, **{name: getattr(layout, name).clone() for name in tensors})
@@ -72,7 +72,7 @@ def copies(layout: TwoFourLayout, number: int) -> list[TwoFourLayout]:
 
 
 def matrices(out: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A 2:4 matrix with recovered weights, the mask of its 2:4 part, and a matrix of a free pattern, half full."""
+    """A 2:4 matrix with recovered weights, the mask of its 2:4 part, and an unstructured matrix with 50 % zeros."""
     generator = torch.Generator("cuda").manual_seed(0)
     weight = torch.randn(out, width, generator=generator, device="cuda").bfloat16()
     chance = torch.rand(out, width, generator=generator, device="cuda")
@@ -83,25 +83,30 @@ def matrices(out: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def products(out: int, width: int, many: list[int], reading: float) -> None:
     """One table row for every number of rows of x."""
-    weight, base, free = matrices(out, width)
-    packed, found = pack_two_four(weight, base), pack_two_four(free)
+    weight, base, unstructured = matrices(out, width)
+    packed, found = pack_two_four(weight, base), pack_two_four(unstructured)
     number = max(1, -(-COLD // packed.nbytes))
-    layouts = [gpu.Prepared(layout) for layout in copies(packed, number)]
-    alike = [gpu.Prepared(layout) for layout in copies(found, number)]
+    recovered = [gpu.GpuMatrix(layout) for layout in copies(packed, number)]
+    others = [gpu.GpuMatrix(layout) for layout in copies(found, number)]
     dense = [weight.clone() for _ in range(number)]
     torch.cuda.synchronize()
     for rows in many:
         x = torch.randn(rows, width, device="cuda").bfloat16()
         runs = {"dense": captured([partial(F.linear, x, w) for w in dense])}
-        for kind, prepared, truth in (("2:4 +", layouts, weight), ("free", alike, free)):
-            for name in prepared[0].candidates(rows):
-                if name == "semi-structured":  # the recovered part beside it, in torch's CSR, takes milliseconds
+        for kind, packed_matrices, dense_weight in (
+            ("2:4 +", recovered, weight),
+            ("unstructured", others, unstructured),
+        ):
+            for name in packed_matrices[0].candidates(rows):
+                if (
+                    name == "semi-structured"
+                ):  # its product of the recovered weights, in torch's CSR, takes milliseconds
                     continue
-                ways = [layer.candidates(rows)[name] for layer in prepared]
-                expected = x.double() @ truth.double().T
-                off = (ways[0](x, None).double() - expected).norm() / expected.norm()
-                assert off < 5e-3, f"{kind} {name} is off by {off:.1e}"  # rounded to bf16
-                runs[f"{kind} {name}"] = captured([partial(way, x, None) for way in ways])
+                kernels = [matrix.candidates(rows)[name] for matrix in packed_matrices]
+                expected = x.double() @ dense_weight.double().T
+                error = (kernels[0](x, None).double() - expected).norm() / expected.norm()
+                assert error < 5e-3, f"{kind} {name} has an error of {error:.1e}"  # rounded to bf16
+                runs[f"{kind} {name}"] = captured([partial(kernel, x, None) for kernel in kernels])
         seconds = interleaved(runs)
         slow = seconds.pop("dense")
         for name, fast in seconds.items():
@@ -114,13 +119,13 @@ def products(out: int, width: int, many: list[int], reading: float) -> None:
 
 
 def reading_speed() -> float:
-    """Bytes a second of a sum over 2 GB."""
+    """Bytes per second of a sum over 2 GB."""
     large = torch.ones(1 << 28, dtype=torch.int64, device="cuda")
     return large.nbytes / interleaved({"sum": captured([lambda: large.sum()])})["sum"]
 
 
 def launched(call: Callable[[], Tensor]) -> Timed:
-    """Seconds of a call as Python launches it, with what that costs."""
+    """Seconds of a call launched from Python, including the launch overhead."""
 
     def run() -> float:
         torch.cuda.synchronize()
@@ -133,7 +138,7 @@ def launched(call: Callable[[], Tensor]) -> Timed:
 
 
 def step(folder: str) -> tuple[Timed, Timed, float]:
-    """One greedy step in a graph, the same launched by Python, and the model's bytes on the device."""
+    """A greedy decoding step in a graph, the same launched from Python, and the model's bytes on the device."""
     from transformers import AutoModelForCausalLM, StaticCache
 
     import budwood  # noqa: F401 : registers the loader of pruned folders
@@ -149,7 +154,7 @@ def step(folder: str) -> tuple[Timed, Timed, float]:
             return model(token, position_ids=place, past_key_values=cache, use_cache=True).logits
 
     for _ in range(3):
-        once()  # the contests are held outside the graph
+        once()  # the kernels are timed before the capture
     return captured([once]), launched(once), used
 
 
@@ -166,7 +171,7 @@ def main() -> None:
     torch.manual_seed(0)
     reading = reading_speed()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, plain read {reading / 1e12:.2f} TB/s\n")
-    print("| matrix | rows | way | dense, us | us | times dense | share |")
+    print("| matrix | rows | kernel | dense, us | us | times dense | share |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
     for shape in asked.shapes:
         out, width = map(int, shape.split("x"))
@@ -174,15 +179,15 @@ def main() -> None:
         torch.cuda.empty_cache()
     if asked.model:
         steps = {name: step(folder) for name, folder in zip(("pruned", "dense"), asked.model, strict=True)}
-        for how, place in (("in a graph", 0), ("launched by Python", 1)):
+        for how, place in (("in a graph", 0), ("launched from Python", 1)):
             seconds = interleaved({name: parts[place] for name, parts in steps.items()})
             for name, (_, _, used) in steps.items():
                 print(
                     f"a step of the {name} model, {how}: {seconds[name] * 1e3:.3f} ms; {used / 1e9:.2f} GB of weights"
                 )
             print(f"{seconds['dense'] / seconds['pruned']:.2f} times dense")
-        for key, outcome in gpu.outcomes.items():
-            print(key, outcome.winner, {name: f"{taken * 1e6:.0f} us" for name, taken in outcome.seconds.items()})
+        for key, result in gpu.results.items():
+            print(key, result.winner, {name: f"{taken * 1e6:.0f} us" for name, taken in result.seconds.items()})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The kernels against torch: one table for few rows, one for many, on masks as WRP chooses them.
+"""The kernels against torch, on masks chosen by WRP: one table for each number of rows.
 
     python benchmarks/kernel_speed.py MODEL [--threads 2] [--rows 1,2,4,8,64,512] [--onnx]
 
-MODEL is a folder that `budwood prune` wrote with WRP. Its matrices are timed as they are, and tiled to larger ones with
-their statistics. Every round times each variant once, with weights that left the cache; `share` is bytes read a second
-against pure reading in the same round. Medians. --onnx: onnxruntime's dense float32 product too, its weights packed in
-advance (wants the packages onnx and onnxruntime).
+MODEL is a folder that `budwood prune` wrote with WRP. Its matrices are timed, and larger ones tiled from them with the
+same statistics. Every round times each variant once, with weights outside the cache; `share` is bytes read per second
+relative to plain reading in the same round. Medians. --onnx: also onnxruntime's dense float32 product, its weights
+packed in advance (needs the packages onnx and onnxruntime).
 """
 
 import argparse
@@ -22,19 +22,19 @@ from budwood.checkpoints.loading import load
 from budwood.environment import machine
 from budwood.formats import FORMATS, pack_as
 from budwood.kernels import dispatch, native
-from budwood.kernels.arena import Arena, needed
+from budwood.kernels.arena import Arena, size_in_arena
 from budwood.kernels.head import multiply
 from budwood.kernels.linear import SparseLinear
-from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE, BY_ROWS
-from budwood.kernels.native_matrix import Packed, prepare
+from budwood.kernels.native import BY_ROWS, FEW_ROWS, PANELS, SPARSE
+from budwood.kernels.native_matrix import NativeMatrix, native_matrix
 from budwood.timing import interleaved, ratio
 
 LARGE = ((2048, 2048), (8192, 2048), (4096, 4096))  # [out, in]
-CSR_COPIES = 4  # 6 bytes a weight each
+CSR_COPIES = 4  # 6 bytes per weight each
 
 
 def tiled(weight: Tensor, out: int, width: int) -> Tensor:
-    """The matrix repeated to `[out, width]`, its rows and groups moved about so that nothing repeats exactly."""
+    """The matrix repeated to `[out, width]`, its rows and groups shuffled so that nothing repeats exactly."""
     rows, groups = weight.shape[0], weight.shape[1] // 4
     across = weight.view(rows, groups, 4)
     generator = torch.Generator().manual_seed(out + width)
@@ -50,7 +50,7 @@ def only_two_four(weight: Tensor) -> Tensor:
 
 
 class Case:
-    """One shape: cold copies of it in every form."""
+    """One shape: copies of its matrices in every format, more than the cache holds."""
 
     def __init__(self, weights: list[Tensor], threads: int):
         self.shape = (weights[0].shape[0], weights[0].shape[1])
@@ -67,17 +67,17 @@ class Case:
         }
         self.memory = torch.zeros(2 * COLD, dtype=torch.uint8)
 
-    def forms(self, format: str, weights: list[Tensor]) -> list[Packed]:
-        made = []
+    def forms(self, format: str, weights: list[Tensor]) -> list[NativeMatrix]:
+        matrices = []
         kinds = [FORMATS[format].nearest(weight) for weight in weights]
-        size = sum(needed(tensor) for kind in kinds for tensor in kind.values())
+        size = sum(size_in_arena(tensor) for kind in kinds for tensor in kind.values())
         arena = Arena(size * (1 + self.copies // len(kinds)))
         for i in range(self.copies):
             tensors = {suffix: arena.place(tensor) for suffix, tensor in kinds[i % len(kinds)].items()}
-            packed = prepare(format, self.shape, tensors)
-            assert packed is not None, format
-            made.append(packed)
-        return made
+            matrix = native_matrix(format, self.shape, tensors)
+            assert matrix is not None, format
+            matrices.append(matrix)
+        return matrices
 
     def variants(self, rows: int, onnx: bool = False) -> dict[str, Callable[[int], object]]:
         x = torch.randn(rows, self.shape[1]).bfloat16()
@@ -87,12 +87,12 @@ class Case:
             "torch fp32": lambda turn: F.linear(wide, self.wide[turn % len(self.wide)]),
         }
         for name, forms in self.packed.items():
-            way = BY_ROWS if rows <= native.FEW else self.faster(forms, x)
-            found[name] = lambda turn, forms=forms, way=way: forms[turn % self.copies].linear(x, None, way)
-        # Not the copy that the bfloat16 product of this round has brought into the cache.
+            kernel = BY_ROWS if rows <= native.MAX_FEW_ROWS else self.faster(forms, x)
+            found[name] = lambda turn, forms=forms, kernel=kernel: forms[turn % self.copies].linear(x, None, kernel)
+        # Not the copy that the bfloat16 product of this round has left in the cache.
         forms, away = self.packed["2:4 + recovered"], self.copies // 2
-        way = AS_SPARSE if rows > native.FEW and native.has(AS_SPARSE) else AS_FEW
-        found["2:4 + recovered, fp32"] = lambda turn: forms[(turn + away) % self.copies].linear(wide, None, way)
+        kernel = SPARSE if rows > native.MAX_FEW_ROWS and native.has(SPARSE) else FEW_ROWS
+        found["2:4 + recovered, fp32"] = lambda turn: forms[(turn + away) % self.copies].linear(wide, None, kernel)
         if rows <= 8:
             found["dense, ours"] = lambda turn: multiply(self.dense[turn % self.copies], x, None)
         if onnx:
@@ -109,18 +109,19 @@ class Case:
             found["read"] = lambda turn: library.budwood_read(start + turn % places * size, size, self.threads)
         return found
 
-    def faster(self, forms: list[Packed], x: Tensor) -> int:
-        """Sparse or in panels: what the dispatch would find out at load."""
-        ways = [way for way in (AS_SPARSE, AS_PANELS) if forms[0].linear(x, None, way) is not None]
-        return dispatch.fastest({way: partial(forms[0].linear, x, None, way) for way in ways}).way if ways else AS_FEW
+    def faster(self, forms: list[NativeMatrix], x: Tensor) -> int:
+        """Sparse or in panels: what dispatch would measure at load."""
+        kernels = [kernel for kernel in (SPARSE, PANELS) if forms[0].linear(x, None, kernel) is not None]
+        products = {kernel: partial(forms[0].linear, x, None, kernel) for kernel in kernels}
+        return dispatch.fastest(products).kernel if products else FEW_ROWS
 
     def bytes(self, name: str) -> int:
-        """Bytes that a product reads: values, places, where rows begin, and what else there is."""
+        """Bytes that a product reads: values, positions, row offsets, and any scales and recovered weights."""
         return sum(tensor.nbytes for tensor in self.packed[name][0].held)
 
 
 def onnx_product(weight: Tensor, threads: int) -> Callable[[Tensor], object]:
-    """x -> x weightT by onnxruntime, which packs its constants when a session opens."""
+    """x -> x weightᵀ by onnxruntime, which packs its constants when a session opens."""
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -134,7 +135,9 @@ def onnx_product(weight: Tensor, threads: int) -> Callable[[Tensor], object]:
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it slows whatever runs after it
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # spinning threads slow down what runs next
     onnx.checker.check_model(made)
     session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda input: session.run(None, {"x": input.numpy()})

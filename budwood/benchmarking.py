@@ -106,8 +106,8 @@ def time_matrix(shape: tuple[int, int], layers: Sequence[SparseLinear], rows: in
     """Time one shape of matrix with `rows` rows of activations: packed, dense in the same dtype, and reading alone."""
     dtype = layers[0].unpack().dtype
     for layer in layers:
-        layer.siblings = None  # time each layer alone, not with those that share its input
-        layer.kernel()
+        layer.shared_input = None  # each on its own here
+        layer.native_matrix()
     packed = [packed_bytes(layer) for layer in layers]
     copies = max(1, min(len(layers), -(-COLD // (2 * shape[0] * shape[1]))))
     dense = [layer.unpack() for layer in layers[:copies]]
@@ -123,13 +123,13 @@ def time_matrix(shape: tuple[int, int], layers: Sequence[SparseLinear], rows: in
         places = max(1, COLD // max(size, 1) - 1)
         variants["read"] = lambda turn: library.budwood_read(memory.data_ptr() + turn % places * size, size, threads)
     times = interleaved(variants, next((n for limit, n in ROUNDS.items() if rows <= limit), MANY_ROWS_ROUNDS))
-    kernel = layers[0].kernel()
-    way = "reference" if kernel is None else dispatch.NAMES[dispatch.way(kernel, rows, dtype)]
+    kernel = layers[0].native_matrix()
+    name = "reference" if kernel is None else dispatch.NAMES[dispatch.kernel_for(kernel, rows, dtype)]
     result: dict[str, Any] = {
         "shape": list(shape),
         "rows": rows,
         "layers": len(layers),
-        "kernel": f"{native.active()}, {way}",
+        "kernel": f"{native.active()}, {name}",
         "seconds": {name: spread(found) for name, found in times.items()},
         "times_dense": ratio(times["dense"], times["pruned"]),
     }
@@ -201,7 +201,7 @@ def dispatch_choices() -> list[dict[str, Any]]:
         {
             "dtype": str(kind[0]).removeprefix("torch."),
             "rows": rows,
-            "way": dispatch.NAMES[choice.way],
+            "kernel": dispatch.NAMES[choice.kernel],
             **choice.seconds,
         }
         for kind, found in dispatch.measured.items()

@@ -127,9 +127,9 @@ def kernels() -> str:
 
 def fastest_kernels() -> dict[str, str]:
     """The fastest kernel for each number of rows, by dtype; empty without the native library."""
-    from budwood.kernels.optimize import ways_here
+    from budwood.kernels.optimize import fastest_kernels
 
-    return ways_here()
+    return fastest_kernels()
 
 
 def installed(name: str) -> str | None:

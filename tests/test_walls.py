@@ -1,4 +1,4 @@
-"""What later methods need: blocks write all that changed, shapes may change, steps finish; each in one file, as here."""
+"""The contract of methods: all that a block changed is written, shapes may change, steps finish; each in one file."""
 
 import json
 import shutil
@@ -257,7 +257,7 @@ def test_a_bias_of_the_wrong_size_and_a_weight_that_overflows_are_refused(llama,
 
     with pytest.raises(ValueError, match="does not fit 64 outputs"):
         prune(llama, tmp_path / "out", Wrong(), IDS, **CALIBRATION)
-    with pytest.raises(RunError, match="do not fit torch.float16"):
+    with pytest.raises(RunError, match=r"do not fit torch\.float16"):
         prune(llama, tmp_path / "out", Wrong(large=True), IDS, dtype="float16", **CALIBRATION)
     assert not (tmp_path / "out").exists()
 

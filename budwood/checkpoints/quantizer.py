@@ -21,8 +21,8 @@ from transformers.quantizers.base import HfQuantizer
 from budwood.checkpoints.checksums import verify
 from budwood.checkpoints.packed_config import METHOD, PackedConfig
 from budwood.checkpoints.reader import TensorLocation, read_header, read_tensor
-from budwood.checkpoints.soundness import check_layout, check_positions
 from budwood.errors import RunError, UsageError
+from budwood.formats.checks import check_layout, check_positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -158,7 +158,7 @@ class PackedQuantizer(HfQuantizer):
         from budwood.checkpoints.reshaping import remove_dimension
         from budwood.checkpoints.substitution import local_names
         from budwood.kernels.linear import SparseLinear
-        from budwood.kernels.optimize import ready
+        from budwood.kernels.optimize import optimize
 
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):
@@ -169,7 +169,7 @@ class PackedQuantizer(HfQuantizer):
                     module.get_parameter(suffix).requires_grad_(False)
         remove_dimension(model, self.guard)
         self.guard = None
-        changed = ready(model)
+        changed = optimize(model)
         for name, local in local_names(model, self.quantization_config.linears).items():
             if local in changed:  # so that it is saved in its present format
                 self.quantization_config.linears[name]["format"] = changed[local]

@@ -19,6 +19,7 @@ from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.structure import ModelStructure
 from budwood.errors import RunError
 from budwood.formats import named
+from budwood.formats.checks import check_layout, check_positions
 from budwood.models.experts import split_fused
 from budwood.models.linears import read
 
@@ -84,7 +85,8 @@ class Weights:
 def assemble(tensors: dict[str, Tensor], packed: dict[str, dict[str, Any]], model: nn.Module) -> dict[str, Tensor]:
     """Stored tensors as the modules of `model` hold them: packed matrices unpacked, fused experts as plain linears.
 
-    packed: format and shape [out, in] of each packed linear. Raises RunError when a part of one is missing.
+    packed: format and shape [out, in] of each packed linear. Raises RunError when a part of one is missing, or
+    does not describe a matrix of this shape.
     """
     tensors = dict(tensors)
     for linear, entry in packed.items():
@@ -93,7 +95,11 @@ def assemble(tensors: dict[str, Tensor], packed: dict[str, dict[str, Any]], mode
             stored = {part: tensors.pop(f"{linear}.{part}") for part in layout.suffixes}
         except KeyError as error:
             raise RunError(f"the checkpoint lacks {error}, a part of {linear}; write or fetch it again") from error
-        weight = layout.unpack(stored, tuple(entry["shape"]))  # [out, in]
+        shape = (entry["shape"][0], entry["shape"][1])
+        found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in stored.items()}
+        check_layout(linear, layout.name, shape, found)
+        check_positions(linear, layout.name, shape, stored)
+        weight = layout.unpack(stored, shape)  # [out, in]
         tensors[f"{linear}.weight"] = read(model.get_submodule(linear), weight).contiguous()
     return {name: part for whole, tensor in tensors.items() for name, part in split_fused(whole, tensor).items()}
 

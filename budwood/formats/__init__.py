@@ -1,7 +1,7 @@
-"""How one sparse matrix is stored, without loss: a format looks at the zeros and never decides about them.
+"""Storage formats of one sparse matrix, without loss: a format reads the zeros and never prunes.
 
-Formats with int8 values lose nothing of a matrix that is rounded already, and `store` rounds it. A layout is the name
-of a format, or "auto" or "auto_int8", which choose one for each matrix.
+Formats with int8 values are lossless for matrices that are rounded already, and `store` rounds. A layout is the name of
+a format, or "auto" or "auto_int8", which choose one for each matrix.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from budwood.errors import UsageError
 from budwood.formats.bitmask import Bitmask
 from budwood.formats.bits import slabs, stored
 from budwood.formats.dense import Dense
-from budwood.formats.format import Format, Refusal
+from budwood.formats.format import Format, Refusal, by_name
 from budwood.formats.int8 import BitmaskInt8, TwoFourCompactInt8, TwoFourInt8
 from budwood.formats.two_four import TwoFour
 from budwood.formats.two_four_compact import TwoFourCompact
@@ -22,30 +22,30 @@ from budwood.formats.two_four_csr import TwoFourCsr
 from budwood.formats.two_four_ell import TwoFourEll, smallest_block
 from budwood.sparsity.forecast import Forecast
 
-# Of equal sizes the earlier wins.
-LOSSLESS: dict[str, type[Format]] = {
-    "dense": Dense,
-    "two_four": TwoFour,
-    "bitmask": Bitmask,
-    "two_four_compact": TwoFourCompact,
-    "two_four_csr": TwoFourCsr,
-    "two_four_ell": TwoFourEll,
-}
-WITH_INT8: dict[str, type[Format]] = {  # by the lossless format they follow
+# Of equal sizes the earlier is chosen.
+LOSSLESS: dict[str, type[Format]] = by_name(
+    Dense,
+    TwoFour,
+    Bitmask,
+    TwoFourCompact,
+    TwoFourCsr,
+    TwoFourEll,
+)
+WITH_INT8: dict[str, type[Format]] = {  # by the lossless format with the same positions
     "two_four": TwoFourInt8,
     "bitmask": BitmaskInt8,
     "two_four_compact": TwoFourCompactInt8,
 }
-FORMATS: dict[str, type[Format]] = LOSSLESS | {format.name: format for format in WITH_INT8.values()}
+FORMATS: dict[str, type[Format]] = LOSSLESS | by_name(*WITH_INT8.values())
 
-FULL = 0.99  # the share of two in every group that a 2:4 part has at least: a model may hold a few zeros of its own
-FEW = 1 / 8  # the share of weights beyond it that 16 bits are worth
+FULL = 0.99  # least share of a 2:4 part's positions with a nonzero weight: a model may have a few zeros of its own
+FEW = 1 / 8  # largest share of recovered weights that are kept in 16 bits
 
 
 def store(weight: Tensor, layout: str) -> tuple[str, dict[str, Tensor]]:
-    """The matrix as a layout keeps it, its values rounded where that is the layout's: format, tensors by suffix.
+    """The matrix in a layout, its values rounded if the layout does so: format, tensors by suffix.
 
-    Raises `UsageError` where the layout cannot hold such a matrix.
+    Raises `UsageError` where the layout cannot store such a matrix.
     """
     name = layout
     if layout not in FORMATS:
@@ -63,9 +63,9 @@ def rounds(layout: str) -> bool:
 
 
 def candidates(layout: str, shape: tuple[int, int], forecast: Forecast) -> Mapping[str, type[Format]]:
-    """The formats among which a layout takes the smallest.
+    """The formats of which a layout chooses the smallest.
 
-    With int8 values the recovered weights of a 2:4 part keep their own dtype, although a bitmask is smaller.
+    With int8 values the recovered weights of a 2:4 part keep their dtype, although a bitmask would be smaller.
     """
     if layout == "auto":
         return LOSSLESS
@@ -76,7 +76,7 @@ def candidates(layout: str, shape: tuple[int, int], forecast: Forecast) -> Mappi
 
 
 def has_base(shape: tuple[int, int], forecast: Forecast) -> bool:
-    """Whether a matrix is 2:4 with perhaps a few recovered weights, and no free pattern."""
+    """Whether a matrix is 2:4 with at most a few recovered weights, and not unstructured."""
     if forecast.recovered is None or shape[1] % 4:
         return False
     weights = shape[0] * shape[1]
@@ -84,16 +84,16 @@ def has_base(shape: tuple[int, int], forecast: Forecast) -> bool:
 
 
 def choose(weight: Tensor, formats: Mapping[str, type[Format]] = LOSSLESS) -> tuple[str, dict[str, Tensor]]:
-    """The smallest of the formats that holds the matrix, and the matrix in it: name, tensors by suffix.
+    """The smallest of the formats that can store the matrix, and the matrix in it: name, tensors by suffix.
 
-    Raises `UsageError` where none of the formats can (with `dense` among them, one always can).
+    Raises `UsageError` where none of the formats can (`dense` always can).
     """
     name, _ = smallest((weight.shape[0], weight.shape[1]), count(weight), weight.element_size(), formats)
     return name, formats[name].pack(weight)
 
 
 def pack_as(name: str, weight: Tensor, base: Tensor | None = None) -> dict[str, Tensor]:
-    """The matrix in the named format; raises `UsageError` where the format would lose anything."""
+    """The matrix in the named format; raises `UsageError` where the format cannot store it without loss."""
     try:
         return named(name).pack(weight, base)
     except Refusal as refusal:
@@ -101,15 +101,15 @@ def pack_as(name: str, weight: Tensor, base: Tensor | None = None) -> dict[str, 
 
 
 def predict(shape: tuple[int, int], forecast: Forecast, itemsize: int, layout: str = "auto") -> tuple[str, int]:
-    """Format and bytes that a layout will take for a matrix, from shapes alone.
+    """Format and bytes of a matrix in a layout, from shape and forecast alone.
 
-    Raises `UsageError` where the layout cannot hold such a matrix.
+    Raises `UsageError` where the layout cannot store such a matrix.
     """
     return smallest(shape, forecast, itemsize, candidates(layout, shape, forecast))
 
 
 def named(name: str) -> type[Format]:
-    """The format of that name; raises `UsageError` with the list and the nearest."""
+    """The format of that name; raises `UsageError` with the known names."""
     if name not in FORMATS:
         nearest = get_close_matches(name, FORMATS, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
@@ -118,7 +118,7 @@ def named(name: str) -> type[Format]:
 
 
 def known_layout(name: str, values: str | None = None) -> str:
-    """The layout of a format's name or "auto", with `values` of their own dtype (None) or "int8".
+    """The layout for the name of a format or "auto", with `values` in the dtype of the model (None) or in "int8".
 
     Raises `UsageError` where there is none.
     """
@@ -137,7 +137,7 @@ def known_layout(name: str, values: str | None = None) -> str:
 def smallest(
     shape: tuple[int, int], forecast: Forecast, itemsize: int, formats: Mapping[str, type[Format]]
 ) -> tuple[str, int]:
-    """Name and bytes of the smallest of the formats; raises `UsageError` where none holds such a matrix."""
+    """Name and bytes of the smallest of the formats; raises `UsageError` where none can store such a matrix."""
     sizes = {name: format.nbytes(shape, forecast, itemsize) for name, format in formats.items()}
     fitting = {name: size for name, size in sizes.items() if size is not None}
     if not fitting:
@@ -149,13 +149,13 @@ def smallest(
 
 
 def count(weight: Tensor) -> Forecast:
-    """What a matrix holds, exactly: its forecast once it is here."""
+    """The exact counts of a matrix [out, in], in the form of a forecast."""
     width = weight.shape[1]
     if width % 4:
         return Forecast(nonzeros=sum(int(stored(weight[rows]).sum()) for rows in slabs(weight.shape)))
     groups = torch.cat(
         [stored(weight[rows]).reshape(-1, width // 4, 4).sum(2, dtype=torch.uint8) for rows in slabs(weight.shape)]
-    )  # [out, in/4], stored weights in each
+    )  # [out, in/4], nonzero weights in each
     return Forecast(
         nonzeros=int(groups.sum()),
         recovered=int((groups.clamp(min=2) - 2).sum()),

@@ -1,11 +1,15 @@
-"""Any mask: the stored values row by row, and one bit per position that says which they are."""
+"""Any mask: the stored values row by row, and one bit per position for where they are."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from budwood.formats.bits import pack_bits, select, stored, unpack_bits
-from budwood.formats.format import Format
+from budwood.formats.bits import look_up, pack_bits, select, stored, unpack_bits
+from budwood.formats.format import Expected, Format, Found, size_found
 from budwood.sparsity.forecast import Forecast
+
+_ONES = (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1).sum(1)  # [256], set bits
 
 
 class Bitmask(Format):
@@ -28,3 +32,17 @@ class Bitmask(Format):
     @staticmethod
     def nbytes(shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
         return itemsize * round(forecast.nonzeros) + shape[0] * -(-shape[1] // 8)
+
+    @staticmethod
+    def expected(shape: tuple[int, int], found: Found) -> Expected:
+        bits = (shape[0], -(-shape[1] // 8))
+        return {"values": (None, (size_found(found, "values"),)), "bitmask": (torch.uint8, bits)}
+
+    @staticmethod
+    def fault(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> str | None:
+        bits = tensors["bitmask"]  # [out, ceil(in/8)]
+        if shape[1] % 8 and bool((bits[:, -1] >> shape[1] % 8).any()):
+            return "its bitmask marks columns beyond the last"
+        if int(look_up(_ONES, bits).sum()) != tensors["values"].numel():
+            return "its bitmask does not mark as many weights as there are values"
+        return None

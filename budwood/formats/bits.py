@@ -1,4 +1,4 @@
-"""Bits of weights and bits of masks: what every format is made of."""
+"""Bits of weights and bits of masks, used by all formats."""
 
 from collections.abc import Iterator
 
@@ -7,16 +7,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
-SLAB = 1 << 22  # elements worked on at a time: temporaries stay small beside the matrix
+SLAB = 1 << 22  # elements processed at a time, so that temporaries stay small next to the matrix
 
 
 def raw(weight: Tensor) -> Tensor:
-    """The same bits seen as signed integers; without the sign bit they sort by magnitude."""
+    """The same bits as signed integers; without the sign bit they sort by magnitude."""
     return weight.view(INTEGERS[weight.element_size()])
 
 
 def stored(weight: Tensor) -> Tensor:
-    """True where a weight has to be stored: any bit is set, so -0.0 and NaN are kept as they are."""
+    """True where a weight has to be stored: any bit is set, so -0.0 and NaN keep their bits."""
     return raw(weight) != 0
 
 
@@ -33,7 +33,7 @@ def select(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def columns(mask: Tensor, dtype: torch.dtype, within: int) -> Tensor:
-    """The column of every set position, row-major, counted inside blocks of `within` columns: -> [count]."""
+    """The column of every set position, row-major, counted inside segments of `within` columns: -> [count]."""
     pieces = [(mask[rows].nonzero()[:, 1] % within).to(dtype) for rows in slabs(mask.shape)]
     return torch.cat([torch.empty(0, dtype=dtype, device=mask.device), *pieces])
 
@@ -59,4 +59,5 @@ def look_up(table: Tensor, keys: Tensor) -> Tensor:
     return table.to(keys.device).index_select(0, keys.reshape(-1).int())
 
 
-_EIGHTS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).bool()  # [256, 8]
+# On the CPU, even where this is imported under another default device.
+_EIGHTS = (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1).bool()  # [256, 8]

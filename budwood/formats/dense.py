@@ -1,8 +1,10 @@
-"""The matrix as it is: the fallback that always fits, and the file any reader understands."""
+"""The matrix unchanged: the fallback that can store everything, and that any reader understands."""
+
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from budwood.formats.format import Format
+from budwood.formats.format import Expected, Format, Found
 from budwood.sparsity.forecast import Forecast
 
 
@@ -24,3 +26,11 @@ class Dense(Format):
     @staticmethod
     def nbytes(shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
         return itemsize * shape[0] * shape[1]
+
+    @staticmethod
+    def expected(shape: tuple[int, int], found: Found) -> Expected:
+        return {"weight": (None, shape)}
+
+    @staticmethod
+    def fault(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> str | None:
+        return None

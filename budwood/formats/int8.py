@@ -1,10 +1,11 @@
-"""The formats whose values are int8 with scales: positions as in the lossless format, recovered weights as they are.
+"""The formats whose values are int8 with scales: positions as in the lossless format, recovered weights unrounded.
 
-`nearest` rounds, `pack` takes only what is rounded already. An int8 does not tell the dtype of its matrix, so one more
-number does: `epsilon`, the machine epsilon of the dtype that the weights are rounded to. Powers of two survive every
-cast, so a layer that is cast still unpacks the very weights of its folder, in the dtype that it was cast to.
+`nearest` rounds, `pack` accepts only matrices that are rounded already. An int8 does not give the dtype of its
+matrix, so one more number does: `epsilon`, the machine epsilon of the dtype that the weights are rounded to. A power of
+two survives every cast, so a layer that is cast still unpacks the weights of its checkpoint, in the dtype of the cast.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from budwood.formats.bitmask import Bitmask
 from budwood.formats.bits import raw, select
-from budwood.formats.format import Format, Refusal, size
+from budwood.formats.format import Expected, Format, Found, Refusal, size
 from budwood.formats.two_four import TwoFour
 from budwood.formats.two_four_compact import TwoFourCompact, put_back
 from budwood.sparsity.forecast import Forecast
-from budwood.sparsity.integers import SEGMENT, dequantise, quantise
+from budwood.sparsity.integers import LEADING, SEGMENT, SMALLEST, dequantise, quantise
 
 # By machine epsilon: 2**-7, 2**-10, 2**-23.
 ROUNDED_TO = {torch.finfo(dtype).eps: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -28,8 +29,8 @@ class Int8(Format):
     The scales are kept as integers, because a module that is cast casts all its floating parameters.
     """
 
-    plain: ClassVar[type[Format]]  # the lossless format it follows
-    integers: ClassVar[type[Format]]  # the one that holds `values` and their places
+    plain: ClassVar[type[Format]]  # the lossless format with the same positions
+    integers: ClassVar[type[Format]]  # the format of `values` and their positions
     typed = "epsilon"
 
     @classmethod
@@ -52,7 +53,7 @@ class Int8(Format):
         back = cls.unpack(tensors, (weight.shape[0], weight.shape[1]))
         if not torch.equal(raw(back), raw(weight)):
             raise Refusal(
-                f"{cls.name} cannot hold this {size(weight)} matrix: its weights are no multiples of a scale; "
+                f"{cls.name} cannot hold this {size(weight)} matrix: its weights are not multiples of a scale; "
                 "round them first (--values int8)"
             )
         return tensors
@@ -68,6 +69,25 @@ class Int8(Format):
     def nbytes(cls, shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
         plain = cls.plain.nbytes(shape, forecast, itemsize=1)
         return None if plain is None else plain + 4 * shape[0] * -(-shape[1] // SEGMENT) + itemsize
+
+    @classmethod
+    def expected(cls, shape: tuple[int, int], found: Found) -> Expected:
+        plain = cls.plain.expected(shape, found)
+        return plain | {
+            "values": (torch.int8, plain["values"][1]),
+            "scales": (torch.int32, (shape[0], -(-shape[1] // SEGMENT))),
+            "epsilon": (None, (1,)),
+        }
+
+    @classmethod
+    def fault(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> str | None:
+        bits, epsilon = tensors["scales"], tensors["epsilon"]
+        scales = bits.view(torch.float32)
+        if not bool((scales.isfinite() & (scales >= SMALLEST) & (bits & LEADING == bits)).all()):
+            return "a scale is not a positive finite number of 17 significant bits"
+        if not epsilon.is_meta and epsilon.item() not in ROUNDED_TO:
+            return "its epsilon does not belong to a dtype that weights are rounded to"
+        return cls.plain.fault(tensors, shape)
 
 
 class TwoFourInt8(Int8):

@@ -1,15 +1,17 @@
-"""2:4: two values of every four consecutive columns, and a nibble that says which two.
+"""2:4: two values of every four consecutive columns, and a nibble for which two.
 
-The nibble is `p | q << 2` for kept columns `p < q`: the hardware's own encoding, in its natural order. A
-group with fewer than two stored weights takes a zero along, at the place torch's conversion would choose, so
-that buffers made from either are equal.
+The nibble is `p | q << 2` for kept columns `p < q`: the encoding of the hardware, in its natural order. A group with
+fewer than two nonzero weights stores zeros as well, at the columns that torch's conversion chooses, so that both give
+equal buffers.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from budwood.formats.bits import look_up, pack_bits, raw, slabs, stored, unpack_bits
-from budwood.formats.format import Format, Refusal, size
+from budwood.formats.format import Expected, Format, Found, Refusal, size
 from budwood.sparsity.forecast import Forecast
 
 _COMPLETED = {(): (2, 3), (0,): (0, 2), (1,): (1, 2), (2,): (2, 3), (3,): (2, 3)}  # torch's fillers
@@ -27,9 +29,19 @@ def _covered(nibble: int) -> int:
     return 1 << (nibble & 3) | 1 << (nibble >> 2)
 
 
-# A byte holds two groups, the lower one in the low nibble: of mask bits as of places.
-_PLACES = torch.tensor([_nibble(byte & 15) | _nibble(byte >> 4) << 4 for byte in range(256)], dtype=torch.uint8)
-_COVERED = torch.tensor([_covered(byte & 15) | _covered(byte >> 4) << 4 for byte in range(256)], dtype=torch.uint8)
+def _valid(nibble: int) -> bool:
+    """Whether a nibble names two different columns in ascending order."""
+    return nibble & 3 < nibble >> 2
+
+
+# A byte holds two groups, the lower one in the low nibble: in masks as in places.
+_PLACES = torch.tensor(
+    [_nibble(byte & 15) | _nibble(byte >> 4) << 4 for byte in range(256)], dtype=torch.uint8, device="cpu"
+)
+_COVERED = torch.tensor(
+    [_covered(byte & 15) | _covered(byte >> 4) << 4 for byte in range(256)], dtype=torch.uint8, device="cpu"
+)
+_VALID = torch.tensor([_valid(byte & 15) and _valid(byte >> 4) for byte in range(256)], device="cpu")
 
 
 class TwoFour(Format):
@@ -58,21 +70,50 @@ class TwoFour(Format):
             return None
         return skeleton_bytes(shape, itemsize)
 
+    @staticmethod
+    def expected(shape: tuple[int, int], found: Found) -> Expected:
+        out, width = shape
+        return {"values": (None, (out, width // 4 * 2)), "places": (torch.uint8, (out, -(-width // 8)))}
+
+    @staticmethod
+    def fault(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> str | None:
+        places, width = tensors["places"], shape[1]
+        if width % 4:
+            return "its width does not divide by 4"
+        valid = look_up(_VALID, places[:, : width // 8]).all()
+        if width % 8:
+            last = places[:, -1]  # one group only; the high nibble must be 0
+            valid = valid & (last < 16).all() & look_up(_VALID, last | last << 4).all()
+        return None if bool(valid) else "a group of four does not name two different columns in order"
+
 
 def skeleton_bytes(shape: tuple[int, int], itemsize: int) -> int:
-    """Bytes of `values` and `places`, whatever the weights."""
+    """Bytes of `values` and `places`."""
     return itemsize * shape[0] * (shape[1] // 2) + shape[0] * -(-shape[1] // 8)
 
 
 def covered(places: Tensor, width: int) -> Tensor:
-    """The positions held by the 2:4 part, two of every group: uint8 [out, ceil(in/8)] -> bool [out, in]."""
+    """The positions of the 2:4 part, two of every group: uint8 [out, ceil(in/8)] -> bool [out, in]."""
     return unpack_bits(look_up(_COVERED, places).view(places.shape), width)
 
 
-def split(weight: Tensor, base: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
-    """The 2:4 part, and where the weights are that it leaves over: tensors, bool [out, in].
+def recovered_fault(places: Tensor, rows: Tensor, columns: Tensor) -> str | None:
+    """What is wrong with recovered positions, int64 [nnz] each, inside the matrix: they must be distinct, in row-major
+    order, and outside the 2:4 part of `places`; None if they are.
+    """
+    flat = rows * (8 * places.shape[1]) + columns
+    if bool((flat.diff() <= 0).any()):
+        return "the columns of recovered weights do not rise within a row"
+    nibbles = places[rows, columns // 8].int() >> columns // 4 % 2 * 4 & 15
+    if bool(((nibbles & 3 == columns % 4) | (nibbles >> 2 == columns % 4)).any()):
+        return "a recovered weight is at a position of the 2:4 part"
+    return None
 
-    `base` names the 2:4 part; without it a group gives its two largest magnitudes, on ties the lower column.
+
+def split(weight: Tensor, base: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    """The 2:4 part, and the positions of the recovered weights, which it cannot hold: tensors, bool [out, in].
+
+    Without the 2:4 mask `base` the 2:4 part takes the two largest magnitudes of a group, on ties the lower column.
     Raises `Refusal` if the width does not divide by 4 or `base` keeps more than two of a group.
     """
     out, width = weight.shape
@@ -91,19 +132,19 @@ def split(weight: Tensor, base: Tensor | None = None) -> tuple[dict[str, Tensor]
         values[rows] = torch.masked_select(piece, held).view(-1, width // 2)
         recovered[rows] = stored(piece) & ~held
     if width % 8:
-        places[:, -1] &= 0x0F  # there is no such group
+        places[:, -1] &= 0x0F  # there is no second group
     return {"values": values, "places": places}, recovered
 
 
 def two_largest(weight: Tensor) -> Tensor:
-    """The stored weights, but of a group at most its two largest: [rows, in] -> bool [rows, in]."""
+    """The nonzero weights, at most the two largest of a group: [rows, in] -> bool [rows, in]."""
     keep = stored(weight)
     groups = keep.view(-1, 4)
     crowded = (groups.sum(1, dtype=torch.uint8) > 2).nonzero()[:, 0]
     if crowded.numel():
         bits = raw(weight)
         magnitude = bits.view(-1, 4)[crowded] & torch.iinfo(bits.dtype).max
-        magnitude = torch.where(groups[crowded], magnitude, -1)  # a zero never comes before a stored -0.0
+        magnitude = torch.where(groups[crowded], magnitude, -1)  # a zero ranks below a stored -0.0
         ahead = torch.zeros_like(magnitude, dtype=torch.uint8)  # how many of the group precede each
         for lower in range(4):
             for higher in range(lower + 1, 4):

@@ -1,11 +1,13 @@
-"""2:4 and the recovered weights in CSR with 32-bit columns: the form the WRP paper counts (ACL 2024)."""
+"""2:4 and the recovered weights in CSR with 32-bit columns: the format whose bytes the WRP paper counts (ACL 2024)."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from budwood.formats.bits import columns, select
-from budwood.formats.format import Format
-from budwood.formats.two_four import TwoFour, skeleton_bytes, split
+from budwood.formats.format import Expected, Format, Found, size_found
+from budwood.formats.two_four import TwoFour, recovered_fault, skeleton_bytes, split
 from budwood.sparsity.forecast import Forecast
 
 
@@ -38,3 +40,23 @@ class TwoFourCsr(Format):
         if shape[1] % 4 or forecast.recovered is None:
             return None
         return skeleton_bytes(shape, itemsize) + 4 * (shape[0] + 1) + (4 + itemsize) * round(forecast.recovered)
+
+    @staticmethod
+    def expected(shape: tuple[int, int], found: Found) -> Expected:
+        count = size_found(found, "rec_values")
+        return TwoFour.expected(shape, found) | {
+            "rec_offsets": (torch.int32, (shape[0] + 1,)),
+            "rec_columns": (torch.int32, (count,)),
+            "rec_values": (None, (count,)),
+        }
+
+    @staticmethod
+    def fault(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> str | None:
+        offsets, columns = tensors["rec_offsets"].long(), tensors["rec_columns"].long()  # int32 differences may wrap
+        counts = offsets.diff()
+        if int(offsets[0]) != 0 or int(offsets[-1]) != columns.numel() or bool((counts < 0).any()):
+            return "its row offsets do not rise from 0 to the number of recovered weights"
+        if bool(((columns < 0) | (columns >= shape[1])).any()):
+            return "a recovered weight is outside the columns"
+        rows = torch.arange(shape[0], device=columns.device).repeat_interleave(counts)
+        return TwoFour.fault(tensors, shape) or recovered_fault(tensors["places"], rows, columns)

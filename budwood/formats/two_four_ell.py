@@ -1,21 +1,22 @@
-"""2:4 and the recovered weights in square blocks, equally many in every row of blocks (WRP, algorithm 2).
+"""2:4 and the recovered weights in square blocks, equally many in every block row (WRP, algorithm 2).
 
-This is Blocked-ELL. A block holds zeros where the 2:4 part has the weight already. A row of blocks that
-needs fewer than the others is filled up with the lowest block columns it does not use: every index names a
-real block, and no reader needs a special case.
+This is Blocked-ELL. A block holds zeros where the 2:4 part holds the weight. A block row that needs fewer blocks than
+the others also stores the lowest block columns it does not use: every index is a real block, and no reader needs a
+special case.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from budwood.formats.bits import stored
-from budwood.formats.format import Format, Refusal, size
+from budwood.formats.format import Expected, Format, Found, Refusal, size, size_found
 from budwood.formats.two_four import TwoFour, skeleton_bytes, split
 from budwood.sparsity.forecast import Forecast
 
 LARGEST_SIDE = 128
+SIDES = (4, 8, 16, 32, 64, LARGEST_SIDE)
 
 
 class TwoFourEll(Format):
@@ -50,6 +51,28 @@ class TwoFourEll(Format):
             return None
         return skeleton_bytes(shape, itemsize) + block_bytes(shape[0], block, itemsize)
 
+    @staticmethod
+    def expected(shape: tuple[int, int], found: Found) -> Expected:
+        rows, count = size_found(found, "ell_columns", 0), size_found(found, "ell_columns", 1)
+        side = shape[0] // rows if rows else 0
+        return TwoFour.expected(shape, found) | {
+            "ell_columns": (torch.int32, (shape[0] // side if side else 0, count)),
+            "ell_values": (None, (shape[0], count * side)),
+        }
+
+    @staticmethod
+    def fault(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> str | None:
+        out, width = shape
+        columns = tensors["ell_columns"].long()  # [out/side, count]
+        side = out // max(1, columns.shape[0])
+        if side not in SIDES or columns.shape[0] * side != out or width % side:
+            return "its blocks do not divide the matrix"
+        if bool(((columns < 0) | (columns >= width // side)).any()):
+            return "a recovered block is outside the columns"
+        if bool((columns.diff(dim=1) <= 0).any()):
+            return "the block columns do not rise within a block row"
+        return TwoFour.fault(tensors, shape)
+
 
 def block_bytes(out: int, block: tuple[int, int], itemsize: int) -> int:
     """Bytes of `ell_values` and `ell_columns`, `block` being (side, count per block row)."""
@@ -60,7 +83,7 @@ def block_bytes(out: int, block: tuple[int, int], itemsize: int) -> int:
 def smallest_block(crowded: Tensor, itemsize: int) -> tuple[int, int] | None:
     """The (side, count per block row) of the fewest bytes; None if 4 x 4 blocks do not divide the matrix.
 
-    `crowded`: bool [out, in/4], the groups that hold a recovered weight. Of equal sizes the larger side.
+    `crowded`: bool [out, in/4], the groups with a recovered weight. Of equal sizes the larger side.
     """
     found = [(side, int(tiles.sum(1).max())) for side, tiles in _tilings(crowded)]
     return min(found, key=lambda block: (block_bytes(crowded.shape[0], block, itemsize), -block[0]), default=None)

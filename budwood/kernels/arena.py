@@ -1,4 +1,4 @@
-"""Memory in huge pages for the weights of a whole model: the processor then looks up far fewer addresses."""
+"""Memory in huge pages for the weights of a whole model: far fewer TLB misses."""
 
 import ctypes
 import mmap
@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LINE = 64  # bytes: weights begin where a line of the cache begins
+LINE = 64  # bytes: tensors are aligned to cache lines
 HUGE = 2 << 20
 MAPS = Path("/proc/self/maps")
 
-Range = tuple[int, int]  # the first address and the one behind the last
+Range = tuple[int, int]  # of addresses: the first, and the one after the last
 
 
 class Arena:
-    """`nbytes` of memory, given out piece by piece; it lives as long as any tensor in it."""
+    """`nbytes` of memory, allocated piece by piece; freed with the last tensor in it."""
 
     def __init__(self, nbytes: int):
         self.nbytes, self.used = nbytes, 0
         whole = -(-max(nbytes, 1) // HUGE) * HUGE + HUGE
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux, where shared memory, the default, comes in small pages
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: private, since shared memory, the default, gets small pages
             self.memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # a kernel without huge pages
                 self.memory.madvise(mmap.MADV_HUGEPAGE)
@@ -32,8 +32,8 @@ class Arena:
         self.start = -address % HUGE
 
     def place(self, tensor: Tensor) -> Tensor:
-        """The same tensor, in here; where it no longer fits, the tensor itself."""
-        size = needed(tensor)
+        """A copy of the tensor in the arena; where it no longer fits, the tensor itself."""
+        size = size_in_arena(tensor)
         if tensor.numel() == 0 or self.used + size > self.nbytes:
             return tensor
         offset = self.start + self.used
@@ -42,17 +42,17 @@ class Arena:
         return placed.view(tensor.shape).copy_(tensor)
 
 
-def needed(tensor: Tensor) -> int:
+def size_in_arena(tensor: Tensor) -> int:
     """Bytes of an arena that a tensor takes."""
     return -(-tensor.numel() * tensor.element_size() // LINE) * LINE
 
 
-def forget(copied: Iterable[Tensor], files: Iterable[Range]) -> None:
-    """Give back the pages of a mapped file that were read only to be copied; whoever wants them reads the file again.
+def release_file_pages(copied: Iterable[Tensor], files: Iterable[Range]) -> None:
+    """Release the pages of a mapped file that were read only to be copied; a later access reads the file again.
 
-    Only whole pages inside one tensor, and only where a file lies behind them: elsewhere they would be lost. What else
-    of the file is in use keeps all of it mapped, and every page once touched would count as the process's own.
-    files: where files are mapped.
+    Only whole pages inside one tensor, and only inside a file mapping: the contents of other pages would be lost. Other
+    tensors of the file keep all of it mapped, and without this every page once read would count as resident.
+    files: the addresses of file mappings.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
@@ -66,7 +66,7 @@ def forget(copied: Iterable[Tensor], files: Iterable[Range]) -> None:
 
 
 def file_mappings() -> list[Range]:
-    """Where files are mapped into this process; nothing where the system does not tell."""
+    """The addresses of the file mappings of this process; empty where the system does not list them."""
     found: list[Range] = []
     for line in MAPS.read_text().splitlines() if MAPS.exists() else []:
         addresses, _, _, _, inode, *path = line.split(maxsplit=5)

@@ -1,4 +1,4 @@
-"""Which of several ways to the same product is the fastest here: tried, checked, timed in turns."""
+"""Chooses the fastest of several kernels for the same product: each is checked, then timed in turns."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 Runner = Callable[[], Tensor]
-Clock = Callable[[Runner], float]  # runs it once, gives the seconds
+Clock = Callable[[Runner], float]  # runs it once, returns the seconds
 CAPTURED = 10  # runs in a graph
-TOLERANCE = 2e-2  # of the largest result: 16-bit products that sum in another order
+TOLERANCE = 2e-2  # of the largest result: 16-bit products with sums in another order
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """`winner` by name, median `seconds` of everyone who finished, and why others did not (`dropped`)."""
+class AutotuneResult:
+    """The name of the `winner`, the median `seconds` of all that were timed, and why others were `dropped`."""
 
     winner: str
     seconds: dict[str, float]
@@ -28,44 +28,46 @@ def autotune(
     expected: Tensor,
     clock: Clock,
     rounds: int = 7,
-    spectators: Mapping[str, Runner] | None = None,
-) -> Outcome:
-    """The fastest runner whose result equals `expected`; one that raises or errs is dropped.
+    baselines: Mapping[str, Runner] | None = None,
+) -> AutotuneResult:
+    """The fastest runner whose result equals `expected`; one that raises or is inaccurate is dropped.
 
-    Every round runs each of them once, so that a machine that slows down slows all. Spectators are timed with
-    them and cannot win: the dense product, which a packed layer has no weights for.
+    Every round runs each of them once, so that a change in the speed of the machine affects all. Baselines are timed
+    with them and cannot win: the dense product, for which a packed layer has no weights.
     Raises `ValueError` where no runner is left.
     """
-    fit: dict[str, Runner] = {}
+    passed: dict[str, Runner] = {}
     dropped: dict[str, str] = {}
     for name, runner in runners.items():
         fault = _fault(runner, expected)
         if fault is None:
-            fit[name] = runner
+            passed[name] = runner
         else:
             dropped[name] = fault
-    if not fit:
-        raise ValueError("; ".join(f"{name}: {fault}" for name, fault in dropped.items()) or "nothing to choose from")
-    everyone = fit | dict(spectators or {})
-    times: dict[str, list[float]] = {name: [] for name in everyone}
+    if not passed:
+        raise ValueError(
+            "; ".join(f"{name}: {fault}" for name, fault in dropped.items()) or "there are no runners to choose from"
+        )
+    timed = passed | dict(baselines or {})
+    times: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(rounds):
-        for name, runner in everyone.items():
+        for name, runner in timed.items():
             times[name].append(clock(runner))
     seconds = {name: median(taken) for name, taken in times.items()}
-    return Outcome(min(fit, key=lambda name: seconds[name]), seconds, dropped)
+    return AutotuneResult(min(passed, key=lambda name: seconds[name]), seconds, dropped)
 
 
 def _fault(runner: Runner, expected: Tensor) -> str | None:
-    """Why a runner may not compete; None where it may. This first run also compiles and warms up."""
+    """Why a runner is dropped; None where it is not. This first run also compiles and warms up."""
     try:
         result = runner()
-    except Exception as error:  # a missing compiler, a shape rule, no memory: all mean that another way is taken
+    except Exception as error:  # no compiler, an unsupported shape, no memory: another runner is used
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     if result.shape != expected.shape:
-        return f"gave {list(result.shape)} instead of {list(expected.shape)}"
+        return f"returned shape {list(result.shape)} instead of {list(expected.shape)}"
     wide = expected.float()
-    off = float((result.float() - wide).abs().max() / wide.abs().max().clamp(min=1e-30))
-    return None if off <= TOLERANCE else f"was off by {off:.1e} of the largest result"
+    deviation = float((result.float() - wide).abs().max() / wide.abs().max().clamp(min=1e-30))
+    return None if deviation <= TOLERANCE else f"had an error of {deviation:.1e} of the largest result"
 
 
 def wall_clock(runner: Runner) -> float:
@@ -76,8 +78,8 @@ def wall_clock(runner: Runner) -> float:
 
 
 def graph_clock() -> Clock:
-    """Seconds of one run on the current CUDA device: of several captured in a graph, so that what launching costs,
-    which differs from way to way and vanishes in a user's graph, stays out. Without a graph, between two events."""
+    """Seconds of one run on the current CUDA device: of several captured in a graph, so that launch overhead, which
+    differs between kernels and vanishes in a user's graph, is excluded. Without a graph, between two events."""
     graphs: dict[Runner, torch.cuda.CUDAGraph | None] = {}
 
     def clock(runner: Runner) -> float:
@@ -98,7 +100,7 @@ def graph_clock() -> Clock:
 
 
 def _captured(runner: Runner) -> torch.cuda.CUDAGraph | None:
-    """`CAPTURED` runs in a graph; None where the runner cannot be captured: it copies to the host, say."""
+    """`CAPTURED` runs in a graph; None where the runner cannot be captured: for example, it copies to the host."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

@@ -1,7 +1,7 @@
-"""Which way a product goes: the kernel for few rows, sparse or in panels for many, or unpack and multiply.
+"""Chooses the kernel of a product: for few rows, sparse or in panels for many, or unpack and multiply with torch.
 
-Measured once a process on one matrix, for few numbers of rows, and kept. Without a measurement the numbers of rows
-decide alone.
+The kernels are timed once per process on one matrix, for a few numbers of rows. Without timings the number of rows
+decides.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,26 +15,31 @@ import torch
 from torch import Tensor
 
 from budwood.kernels import native
-from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE, BY_ROWS, FEW
-from budwood.kernels.native_matrix import Packed
+from budwood.kernels.native import BY_ROWS, FEW_ROWS, MAX_FEW_ROWS, PANELS, SPARSE
+from budwood.kernels.native_matrix import NativeMatrix
 from budwood.timing import interleaved
 
 UNPACK = -1
-NAMES = {BY_ROWS: "by rows", AS_FEW: "few", AS_SPARSE: "sparse", AS_PANELS: "panels", UNPACK: "unpack"}
-ROWS = (4, 8, 16, 64, 512)  # tried; a product goes the way of the nearest number not below its own
+NAMES = {BY_ROWS: "by rows", FEW_ROWS: "few", SPARSE: "sparse", PANELS: "panels", UNPACK: "unpack"}
+ROWS = (4, 8, 16, 64, 512)  # timed; a product of n rows uses the winner of the smallest of these that is at least n
 ALWAYS_FEW = 2
-NEVER_FEW = 64  # beyond so many rows the kernel for few is not tried
+NEVER_FEW = 64  # above this number of rows the kernel for few rows is not timed
 ROUNDS = 7
 
-Kind = tuple[torch.dtype, int]  # of the activations; of the values, as the library counts types
+Kind = tuple[torch.dtype, int]  # of the activations; of the values, as the library numbers dtypes
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The way that won, and the seconds of all that were tried, by name."""
+    """The kernel that won, and the seconds of all that were timed, by name."""
 
-    way: int
+    kernel: int
     seconds: dict[str, float]
+
+    @property
+    def way(self) -> int:
+        """The former name of `kernel`."""
+        return self.kernel
 
 
 _exact: ContextVar[bool] = ContextVar("exact", default=False)
@@ -51,63 +56,68 @@ def exact() -> Iterator[None]:
 
 
 def is_exact() -> bool:
-    """Whether products are to be torch's own."""
+    """Whether this runs inside `exact`."""
     return _exact.get()
 
 
 measured: dict[Kind, dict[int, Choice]] = {}
 
 
-def way(packed: Packed, rows: int, dtype: torch.dtype) -> int:
-    """How to multiply `rows` rows of activations of this type."""
+def kernel_for(matrix: NativeMatrix, rows: int, dtype: torch.dtype) -> int:
+    """The kernel for `rows` rows of activations of this dtype."""
     if rows <= ALWAYS_FEW:
-        return AS_FEW
-    found = measured.get((dtype, packed.matrix.type))
+        return FEW_ROWS
+    found = measured.get((dtype, matrix.matrix.type))
     if found:
-        return next((choice.way for limit, choice in found.items() if rows <= limit), found[ROWS[-1]].way)
-    if rows <= FEW:
-        return AS_FEW
-    return BY_ROWS if native.has(AS_SPARSE) else UNPACK
+        return next((choice.kernel for limit, choice in found.items() if rows <= limit), found[ROWS[-1]].kernel)
+    if rows <= MAX_FEW_ROWS:
+        return FEW_ROWS
+    return BY_ROWS if native.has(SPARSE) else UNPACK
 
 
-def linear(packed: Packed, input: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The product by the native library; None where unpacking is the better way."""
+way = kernel_for  # the former name
+
+
+def linear(matrix: NativeMatrix, input: Tensor, bias: Tensor | None) -> Tensor | None:
+    """`input [..., in] -> [..., out]` by the native library; None where unpacking is chosen."""
     if is_exact():
         return None
-    rows = input.numel() // packed.shape[1]
-    chosen = AS_FEW if rows <= ALWAYS_FEW else way(packed, rows, input.dtype)
-    return None if chosen == UNPACK else packed.linear(input, bias, chosen)
+    rows = input.numel() // matrix.shape[1]
+    kernel = FEW_ROWS if rows <= ALWAYS_FEW else kernel_for(matrix, rows, input.dtype)
+    return None if kernel == UNPACK else matrix.linear(input, bias, kernel)
 
 
-def measure(packed: Packed, unpacked: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
-    """Try the ways on this matrix and keep the fastest; does nothing where this kind was measured before.
+def measure(matrix: NativeMatrix, unpacked: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """Time the kernels on this matrix and keep the fastest; does nothing where this kind was measured before.
 
     unpacked: the product by unpacking the same matrix.
     """
-    kind = (dtype, packed.matrix.type)
+    kind = (dtype, matrix.matrix.type)
     if kind in measured:
         return
     found = {}
     for rows in ROWS:
-        input = torch.ones(rows, packed.shape[1], dtype=dtype)
-        tried = (AS_FEW, AS_SPARSE, AS_PANELS) if rows <= NEVER_FEW else (AS_SPARSE, AS_PANELS)
-        can = [way for way in tried if packed.linear(input, None, way) is not None]
-        products: dict[int, Callable[[], object]] = {way: partial(packed.linear, input, None, way) for way in can}
-        if rows > NEVER_FEW or len(can) < 2:  # before that, another way for many rows is always faster
+        input = torch.ones(rows, matrix.shape[1], dtype=dtype)
+        kernels = (FEW_ROWS, SPARSE, PANELS) if rows <= NEVER_FEW else (SPARSE, PANELS)
+        available = [kernel for kernel in kernels if matrix.linear(input, None, kernel) is not None]
+        products: dict[int, Callable[[], object]] = {
+            kernel: partial(matrix.linear, input, None, kernel) for kernel in available
+        }
+        if rows > NEVER_FEW or len(available) < 2:  # up to there the other kernel is always faster than unpacking
             products[UNPACK] = partial(unpacked, input)
         found[rows] = fastest(products)
     measured[kind] = found
 
 
 def fastest(products: Mapping[int, Callable[[], object]]) -> Choice:
-    """The way that usually takes the fewest seconds, tried in turns.
+    """The kernel with the smallest median seconds, timed in turns.
 
-    The median and not the best call: what shares a core with a virtual machine slows one way more than another.
+    The median and not the best call: another load on the core slows some kernels more than others.
     """
 
     def run(product: Callable[[], object], turn: int) -> None:
         product()
 
-    times = interleaved({way: partial(run, product) for way, product in products.items()}, ROUNDS)
-    seconds = {way: median(found) for way, found in times.items()}
-    return Choice(min(seconds, key=seconds.__getitem__), {NAMES[way]: found for way, found in seconds.items()})
+    times = interleaved({kernel: partial(run, product) for kernel, product in products.items()}, ROUNDS)
+    seconds = {kernel: median(found) for kernel, found in times.items()}
+    return Choice(min(seconds, key=seconds.__getitem__), {NAMES[kernel]: found for kernel, found in seconds.items()})

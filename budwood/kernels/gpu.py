@@ -1,10 +1,10 @@
-"""Products of packed matrices on a GPU: every way that fits is tried once against dense, the fastest is kept.
+"""Products of packed matrices on a GPU: every kernel that fits is checked and timed once, the fastest is used.
 
-    layer = gpu.prepare(weight, base)     # weight [out, in]; base names the 2:4 part, None: looked for
-    y = layer.linear(x, bias)             # x [..., in] -> [..., out]
+    matrix = gpu.gpu_matrix(weight, base)  # weight [out, in]; base: the 2:4 mask, None: chosen from the zeros
+    y = matrix.linear(x, bias)             # x [..., in] -> [..., out]
 
-The winner is kept for each shape, class of rows, type and device, for the life of the process, and logged.
-Without triton or without CUDA nothing breaks: the weight is unpacked and multiplied, and `why_not` says why.
+The winner is kept for each shape, class of rows, dtype and device, for the life of the process, and logged.
+Without triton or without CUDA the weight is unpacked and multiplied, and `why_not` gives the reason.
 """
 
 import logging
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from budwood.kernels.autotune import Outcome, autotune, graph_clock, wall_clock
+from budwood.kernels.autotune import AutotuneResult, autotune, graph_clock, wall_clock
 from budwood.kernels.gpu_layouts import FEW, SOME, TwoFourLayout, fits, pack_two_four
 
 Product = Callable[[Tensor, Tensor | None], Tensor]  # x [tokens, in], bias [out] -> [tokens, out]
 Key = tuple[tuple[int, int], int, torch.dtype, str]
 log = logging.getLogger(__name__)
 
-MANY = 1024  # the largest class of rows; whatever is more behaves the same
-outcomes: dict[Key, Outcome] = {}
+MANY = 1024  # the largest class of rows; larger numbers of rows behave the same
+results: dict[Key, AutotuneResult] = {}
 
 
 @cache
 def why_not() -> str | None:
-    """One sentence that says why the Triton kernels cannot run here; None where they can."""
+    """One sentence with the reason why the Triton kernels cannot run here; None where they can."""
     if not torch.cuda.is_available():
         return "the GPU kernels need a CUDA device and torch finds none"
     if find_spec("triton") is None:
@@ -38,13 +38,13 @@ def why_not() -> str | None:
         return "the GPU kernels need a device of compute capability 8.0 or newer"
     try:
         import budwood.kernels.gpu_products  # noqa: F401
-    except Exception as error:  # a triton that does not fit the driver or the Python at hand
+    except Exception as error:  # a triton that does not fit this driver or Python
         return f"the GPU kernels could not be imported: {error}"
     return None
 
 
 def takes(x: Tensor) -> bool:
-    """Whether products with `x [..., in]` can go through a prepared matrix."""
+    """Whether products with `x [..., in]` can use a `GpuMatrix`."""
     return usable(x) and x.dtype in (torch.bfloat16, torch.float16) and fits(x.shape[-1])
 
 
@@ -53,77 +53,77 @@ def usable(tensor: Tensor) -> bool:
     return tensor.is_cuda and why_not() is None
 
 
-def prepare(weight: Tensor, base: Tensor | None = None) -> "Prepared":
+def gpu_matrix(weight: Tensor, base: Tensor | None = None) -> "GpuMatrix":
     """A pruned `weight [out, in]`, bf16 or fp16, packed on its device for products.
 
-    `base`, bool `[out, in]`, names two of every four columns and the rest counts as recovered; without it two are
-    looked for, in any mask. Raises `UsageError` where the layout cannot hold the matrix: see `gpu_layouts.fits`.
+    `base`, bool `[out, in]`, marks two of every four columns and all others count as recovered; without it two are
+    chosen, for any mask. Raises `UsageError` where the layout cannot store the matrix: see `gpu_layouts.fits`.
     """
-    return Prepared(pack_two_four(weight, base))
+    return GpuMatrix(pack_two_four(weight, base))
 
 
-class Prepared:
-    """A packed matrix and the ways to multiply with it."""
+class GpuMatrix:
+    """A packed matrix and the kernels to multiply with it."""
 
     def __init__(self, layout: TwoFourLayout) -> None:
         self.layout = layout
-        self._semi: tuple[Tensor, Tensor] | None = None  # a second copy, only where it won
+        self._semi: tuple[Tensor, Tensor] | None = None  # a second copy, only while it is the fastest
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x [..., in] -> [..., out]`, in the type of x, sums in float32 wherever the device does so."""
+        """`x [..., in] -> [..., out]`, in the dtype of x, sums in float32 where the device does so."""
         flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        with torch.cuda.device_of(x):  # Triton launches on the current device; for a CPU tensor this does nothing
-            return self._way(flat, bias)(flat, bias).view(*x.shape[:-1], self.layout.shape[0])
+        with torch.cuda.device_of(x):  # Triton launches on the current device; no effect for a CPU tensor
+            return self._fastest(flat, bias)(flat, bias).view(*x.shape[:-1], self.layout.shape[0])
 
     def candidates(self, rows: int) -> dict[str, Product]:
-        """The ways there are for so many rows, by name; unpacking is always one."""
-        ways: dict[str, Product] = {"unpack": self._unpacked}
+        """The kernels for this number of rows, by name; unpacking is always one."""
+        kernels: dict[str, Product] = {"unpack": self._unpacked}
         if not usable(self.layout.values):
-            return ways
+            return kernels
         from budwood.kernels import gpu_products
 
         layout = self.layout
         if rows <= FEW:
-            ways["triton"] = lambda x, bias: gpu_products.two_four_linear(layout, x, bias)
+            kernels["triton"] = lambda x, bias: gpu_products.two_four_linear(layout, x, bias)
         if 2 <= rows <= SOME:
-            ways["triton dot"] = lambda x, bias: gpu_products.two_four_some(layout, x, bias)
+            kernels["triton dot"] = lambda x, bias: gpu_products.two_four_some(layout, x, bias)
         if rows >= SOME and semi_structured_fits(layout.shape, layout.dtype):
-            ways["semi-structured"] = self._semi_structured
-        return ways
+            kernels["semi-structured"] = self._semi_structured
+        return kernels
 
-    def _way(self, x: Tensor, bias: Tensor | None) -> Product:
-        """The winner for these rows; the first call of a key holds the contest."""
+    def _fastest(self, x: Tensor, bias: Tensor | None) -> Product:
+        """The fastest kernel for these rows; the first call of a key times them all."""
         rows = row_class(x.shape[0])
-        ways = self.candidates(rows)
-        if len(ways) == 1 or x.dtype != self.layout.dtype or not x.shape[0]:
+        kernels = self.candidates(rows)
+        if len(kernels) == 1 or x.dtype != self.layout.dtype or not x.shape[0]:
             return self._unpacked
         key = (self.layout.shape, rows, x.dtype, str(x.device))
-        if key not in outcomes:
+        if key not in results:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                return self._unpacked  # nothing can be timed inside a graph; run once before capturing
-            outcomes[key] = self._autotune(ways, rows, bias, x)
-            if outcomes[key].winner != "semi-structured":
+                return self._unpacked  # nothing can be timed during capture; run once before
+            results[key] = self._autotune(kernels, rows, bias, x)
+            if results[key].winner != "semi-structured":
                 self._semi = None
-        return ways[outcomes[key].winner]
+        return kernels[results[key].winner]
 
-    def _autotune(self, ways: dict[str, Product], rows: int, bias: Tensor | None, like: Tensor) -> Outcome:
-        """Everyone on a product of `rows` rows, against the dense weight."""
+    def _autotune(self, kernels: dict[str, Product], rows: int, bias: Tensor | None, like: Tensor) -> AutotuneResult:
+        """All kernels on a product of `rows` rows, checked against the dense weight."""
         generator = torch.Generator(like.device).manual_seed(0)
         x = torch.randn(rows, like.shape[1], dtype=like.dtype, device=like.device, generator=generator)
         dense = self.layout.unpack()
-        runners = {name: (lambda way=way: way(x, bias)) for name, way in ways.items()}
-        outcome = autotune(
+        runners = {name: (lambda kernel=kernel: kernel(x, bias)) for name, kernel in kernels.items()}
+        result = autotune(
             runners,
             expected=F.linear(x, dense, bias),
             clock=graph_clock() if x.is_cuda else wall_clock,
-            spectators={"dense": lambda: F.linear(x, dense, bias)},
+            baselines={"dense": lambda: F.linear(x, dense, bias)},
         )
-        times = ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in outcome.seconds.items())
+        times = ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in result.seconds.items())
         out, width = self.layout.shape
-        log.info("%d x %d, %d rows, %s on %s: %s (%s)", out, width, rows, x.dtype, x.device, outcome.winner, times)
-        for name, fault in outcome.dropped.items():
+        log.info("%d x %d, %d rows, %s on %s: %s (%s)", out, width, rows, x.dtype, x.device, result.winner, times)
+        for name, fault in result.dropped.items():
             log.warning("%d x %d, %d rows: %s is not used: %s", out, width, rows, name, fault)
-        return outcome
+        return result
 
     def dense(self) -> Tensor:
         """The dense matrix `[out, in]`."""
@@ -137,14 +137,14 @@ class Prepared:
         return F.linear(x, self.dense().to(x.dtype), bias)
 
     def _semi_structured(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """torch's 2:4 product, and the recovered weights as a sparse product beside it."""
+        """torch's 2:4 product, plus a sparse product of the recovered weights."""
         if self._semi is None:
             skeleton = self.layout.skeleton()
-            beyond = self.layout.unpack() - skeleton  # disjoint places: exact
-            self._semi = (torch.sparse.to_sparse_semi_structured(skeleton), beyond.to_sparse_csr())
-        skeleton, beyond = self._semi
+            recovered = self.layout.unpack() - skeleton  # disjoint positions: exact
+            self._semi = (torch.sparse.to_sparse_semi_structured(skeleton), recovered.to_sparse_csr())
+        skeleton, recovered = self._semi
         y = F.linear(x, skeleton, bias)
-        return y + (beyond @ x.T).T if beyond.values().numel() else y
+        return y + (recovered @ x.T).T if recovered.values().numel() else y
 
 
 def row_class(rows: int) -> int:
@@ -153,5 +153,5 @@ def row_class(rows: int) -> int:
 
 
 def semi_structured_fits(shape: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether torch's 2:4 tensors take such a matrix: multiples of 32 rows and 64 columns, 16-bit types."""
+    """Whether torch's 2:4 tensors support the matrix: multiples of 32 rows and 64 columns, 16-bit dtypes."""
     return shape[0] % 32 == 0 and shape[1] % 64 == 0 and dtype in (torch.float16, torch.bfloat16)

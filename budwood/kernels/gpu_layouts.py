@@ -1,7 +1,6 @@
-"""How a pruned matrix lies in the memory of a GPU, packed from the dense matrix and given back bit for bit.
+"""The layout of a pruned matrix in GPU memory, packed from the dense matrix and unpacked bit for bit.
 
-Values travel as the bits of their type (int16), so that one layout serves bf16 and fp16. Files never depend on
-these layouts.
+Values are stored as their bits (int16), so that one layout serves bf16 and fp16. Files do not depend on this layout.
 """
 
 from dataclasses import dataclass
@@ -12,26 +11,26 @@ from torch.nn import functional as F
 
 from budwood.errors import UsageError
 
-BAND = 64  # rows that one program of the dot kernel takes; the number of rows is padded to it
+BAND = 64  # rows of one program of the dot kernel; the number of rows is padded to it
 WORD = 32  # columns whose eight codes fill one int32
-FEW = 4  # rows of x that the few-rows kernels take
-SOME = 64  # rows of x that the dot kernel takes
-WIDEST = 65536  # a recovered weight names its column in 16 bits
+FEW = 4  # most rows of x of the kernel for few rows
+SOME = 64  # most rows of x of the dot kernel
+WIDEST = 65536  # columns: a recovered weight has its column in 16 bits
 
 
 @dataclass(frozen=True)
 class TwoFourLayout:
-    """Two of every four columns, and whatever else is not zero: recovered weights, or the rest of a free pattern.
+    """Two of every four columns, and all other nonzero weights, which count as recovered.
 
     `values` int16 `[rows, 16 words]`, the kept two of every four columns in column order.
-    `index` int32 `[rows, words]`, eight codes of four bits, each the two columns kept inside its group of four.
-    Word `b stride + l` holds groups `8 b stride + j stride + l` at bits `4 j`: neighbouring lanes that take a
-    word each then read neighbouring groups at every step, of the values and of x alike.
+    `index` int32 `[rows, words]`, eight codes of four bits, each the two kept columns of a group of four.
+    Word `b stride + l` holds groups `8 b stride + j stride + l` at bits `4 j`: adjacent lanes that take a
+    word each then read adjacent groups at every step, of the values and of x.
     `entries` int32, `column | value << 16`, the recovered weights row by row; `starts` int32 `[rows + 1]`.
 
-    Bytes a weight, in 16-bit types: 1.125 + 4 d, d being the share of recovered weights; of a free pattern of 50 %
-    d is .094 and a layout of one bit a position would take 1.19 bytes instead of 1.5. Its products were slower all
-    the same, counting bits costs more than the bytes it saves: one layout serves every mask.
+    Bytes per weight, in 16-bit dtypes: 1.125 + 4 d, d being the share of recovered weights. For an unstructured pattern
+    of 50 % d is .094, and a layout of one bit per position would take 1.19 bytes instead of 1.5; its products were
+    slower, since counting bits costs more than the bytes it saves.
     """
 
     shape: tuple[int, int]
@@ -73,8 +72,8 @@ class TwoFourLayout:
 def pack_two_four(weight: Tensor, base: Tensor | None = None) -> TwoFourLayout:
     """The layout of `weight [out, in]`, 16-bit, whose 2:4 part is `base`, bool `[out, in]`.
 
-    `base` names two of every four columns, by default the first that are kept; whatever else is not zero was recovered.
-    Raises `UsageError` for other types, widths that do not divide by 4 or exceed 65536, and other masks.
+    `base` marks two of every four columns, by default the first nonzero ones; all other nonzero weights are recovered.
+    Raises `UsageError` for other dtypes, widths that do not divide by 4 or exceed 65536, and other masks.
     """
     out, width = weight.shape
     if weight.dtype not in (torch.bfloat16, torch.float16):
@@ -86,7 +85,7 @@ def pack_two_four(weight: Tensor, base: Tensor | None = None) -> TwoFourLayout:
     base = two_of_four(weight != 0) if base is None else base
     fours = base.reshape(-1, 4)
     if bool((fours.sum(1, dtype=torch.uint8) != 2).any()):
-        raise UsageError("the 2:4 part of a matrix must name two of every four columns")
+        raise UsageError("the 2:4 mask of a matrix must keep two of every four columns")
     rows, words = -(-out // BAND) * BAND, -(-width // WORD)
     stride = next(size for size in (8, 4, 2, 1) if words % size == 0)
     bits = weight.contiguous().view(torch.int16)
@@ -96,7 +95,7 @@ def pack_two_four(weight: Tensor, base: Tensor | None = None) -> TwoFourLayout:
     upper = torch.where(b3, 3, torch.where(b2, 2, 1))
     codes = (lower | upper << 2).to(torch.int32).view(out, width // 4)
     codes = F.pad(codes, (0, 8 * words - width // 4, 0, rows - out)).view(rows, -1, 8, stride)
-    index = (codes << _shifts(weight.device)).sum(2, dtype=torch.int32)  # disjoint bits: a sum is an or
+    index = (codes << _shifts(weight.device)).sum(2, dtype=torch.int32)  # disjoint bits: the sum equals the or
 
     recovered = (bits != 0) & ~base
     columns = recovered.nonzero()[:, 1].to(torch.int32)
@@ -114,17 +113,17 @@ def pack_two_four(weight: Tensor, base: Tensor | None = None) -> TwoFourLayout:
 
 
 def fits(width: int) -> bool:
-    """Whether matrices so many columns wide can be packed."""
+    """Whether matrices of this width can be packed."""
     return width % 4 == 0 and width <= WIDEST
 
 
 def two_of_four(keep: Tensor) -> Tensor:
-    """Two of every four columns of a mask, bool `[out, in]`, in divisible by 4: the first kept, as far as there are."""
+    """Two of every four columns of a mask, bool `[out, in]`, in divisible by 4: the first kept ones, else others."""
     fours = keep.reshape(-1, 4)
-    wish = fours.to(torch.uint8) * 4 + torch.arange(3, -1, -1, dtype=torch.uint8, device=keep.device)
-    return torch.zeros_like(fours).scatter_(1, wish.topk(2, dim=1).indices, True).view(keep.shape)
+    preference = fours.to(torch.uint8) * 4 + torch.arange(3, -1, -1, dtype=torch.uint8, device=keep.device)
+    return torch.zeros_like(fours).scatter_(1, preference.topk(2, dim=1).indices, True).view(keep.shape)
 
 
 def _shifts(device: torch.device) -> Tensor:
-    """Where in a word the codes of its eight groups begin, `[8, 1]`."""
+    """The bit offsets of the eight codes in a word, `[8, 1]`."""
     return torch.arange(0, 32, 4, dtype=torch.int32, device=device)[:, None]

@@ -1,10 +1,10 @@
-"""Products on a GPU, in Triton: y = x W^T + bias straight from the packed bytes, sums in float32; and the dense matrix.
+"""Products on a GPU, in Triton: y = x W^T + bias from the packed bytes, sums in float32; and unpacking.
 
-16-bit numbers are read as integers, several at a time, and widened by a shift and a bitcast, so that the same
+16-bit numbers are read as integers, several at a time, and converted by a shift and a bitcast, so that the same
 code runs in Triton's interpreter, where it is tested. Importing this file needs triton; see `gpu.why_not`.
 
-Loops over a small number of rows are unrolled (`tl.static_range`), tensors of one dimension: one lane, one
-element, so that no layout has to be changed on the way and neighbouring lanes read neighbouring bytes.
+Loops over a small number of rows are unrolled (`tl.static_range`) over tensors of one dimension, one element per
+lane, so that no layout conversion is needed and adjacent lanes read adjacent bytes.
 """
 
 import torch
@@ -15,21 +15,21 @@ from torch.nn import functional as F
 
 from budwood.kernels.gpu_layouts import BAND, FEW, SOME, TwoFourLayout
 
-BLOCK = 128  # columns that the dot kernel makes dense at a time
-LEAST = 16  # rows of x that a tensor core wants
-PROGRAMS = 1024  # that the dot kernel is split into: some eight for each multiprocessor of a large device
+BLOCK = 128  # columns that the dot kernel expands at a time
+LEAST = 16  # rows of x that a tensor core needs
+PROGRAMS = 1024  # of the dot kernel in all: about eight per multiprocessor of a large device
 SPLITS = 16
-TALL = 4  # rows that one program makes dense
+TALL = 4  # rows that one program unpacks
 
 
 def rows_tile(rows: int, words: int) -> dict[str, int]:
-    """How much a program of `two_four_rows` takes: the more rows of x, the less, or registers run out."""
+    """The tile of a program of `two_four_rows`: smaller for more rows of x, to fit the registers."""
     lanes = min({1: 128, 2: 32, 4: 64}[rows], max(32, triton.next_power_of_2(words)))
     return {"ROWS": rows, "TALL": 4 if rows == 1 and words > 64 else 2, "LANES": lanes, "num_warps": lanes // 32}
 
 
 def dot_tile(rows: int, bands: int, width: int) -> dict[str, int]:
-    """The same for `two_four_dot`: the fewer the bands, the more programs share a band's columns."""
+    """The tile of `two_four_dot`: the fewer the bands, the more programs share the columns of a band."""
     fitting = max(1, min(SPLITS, PROGRAMS // bands, width // BLOCK))
     split = 1 << (fitting.bit_length() - 1)
     return {"ROWS": rows, "SPLIT": split, "BAND": BAND, "BLOCK": BLOCK, "num_warps": 4}
@@ -61,8 +61,8 @@ def two_four_rows(
 ):  # fmt: skip
     """y [ROWS, out] of x [rows, width] and a `TwoFourLayout`; a program takes TALL rows of the matrix.
 
-    Beyond `rows`, rows of y repeat the last: no lane asks which rows are real. A lane takes a word of codes, and
-    group by group reads two values of each row of the matrix and the four numbers of x that they choose from.
+    Rows of y beyond `rows` repeat the last, which needs no mask. A lane takes a word of codes, and per group reads two
+    values of each row of the matrix and four numbers of x, of which the code selects two.
     """
     first_row = tl.program_id(0).to(tl.int64) * TALL
     lane = tl.arange(0, LANES)
@@ -94,7 +94,7 @@ def two_four_rows(
                 xs = xs + (tl.load(quad, mask=place * 4 < width, other=0),)
             added = ()
             for r in tl.static_range(TALL):
-                # The code of two bits, times sixteen: by how much to shift the four numbers of x.
+                # The code of two bits, times sixteen: the shift that selects one of the four numbers of x.
                 if j == 0:
                     lower_shift, upper_shift = (codes[r] << 4) & 48, (codes[r] << 2) & 48
                 else:
@@ -143,9 +143,9 @@ def two_four_dot(
 ):  # fmt: skip
     """partial float32 [SPLIT, ROWS, out] of x turned, [width, ROWS], and a `TwoFourLayout`.
 
-    A program takes a band of rows of the matrix and one part of SPLIT of its columns. The 2:4 part is made dense
+    A program takes a band of rows of the matrix and one part of SPLIT of its columns. The 2:4 part is expanded
     in registers, BLOCK columns at a time, for the tensor cores. WIDE multiplies in float32 instead of the 16-bit
-    type: for the interpreter, which knows no bf16.
+    dtype: for the interpreter, which does not support bf16.
     """
     band = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -159,7 +159,7 @@ def two_four_dot(
 
     blocks = tl.cdiv(words * 32, BLOCK)
     share = tl.cdiv(blocks, SPLIT)
-    # No stages: programs beside each other hide the latency, and copies to shared memory cost more than they bring.
+    # One stage: concurrent programs hide the latency, and copies to shared memory cost more than they save.
     for block in tl.range(split * share, tl.minimum(blocks, split * share + share), num_stages=1):
         group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
         inside = group < words * 8
@@ -200,7 +200,7 @@ def two_four_dot(
 @triton.jit(do_not_specialize=["out", "size"])
 def added_up(partial, bias, y, out, size, ROWS: tl.constexpr, HALF: tl.constexpr, BIASED: tl.constexpr,
              SPLIT: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """y, `size` numbers of [rows, out], of the parts [SPLIT, ROWS, out], always in the same order."""
+    """y, `size` numbers of [rows, out]: the sum of the parts [SPLIT, ROWS, out], always in the same order."""
     place = tl.program_id(0) * LANES + tl.arange(0, LANES)
     real = place < size
     total = tl.zeros((LANES,), tl.float32)
@@ -236,7 +236,7 @@ def two_four_dense(
             quad |= ((pair >> 16) & 0xFFFF) << upper_shift.to(tl.int64)
             tl.store(quads + r * (width // 4) + group, quad, mask=inside)
 
-    tl.debug_barrier()  # the recovered weights go where zeros were written just now, by other lanes
+    tl.debug_barrier()  # recovered weights overwrite zeros that other lanes have just written
     begins = ()
     for r in tl.static_range(TALL):
         begins = begins + (tl.load(starts + r),)
@@ -301,13 +301,13 @@ def two_four_unpacked(layout: TwoFourLayout) -> Tensor:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """16-bit numbers as int16, rows one after another, where they can be read four at a time."""
+    """16-bit numbers as int16, rows one after another, aligned so that four can be read at a time."""
     x = x.contiguous()
     return (x if x.data_ptr() % 8 == 0 else x.clone()).view(torch.int16)
 
 
 def _bias(x: Tensor, bias: Tensor | None) -> Tensor:
-    """The bias in the type of x, as bits; where there is none, something to point at that is never read."""
+    """The bias in the type of x, as bits; without a bias, any valid pointer, which is never read."""
     return _bits(x if bias is None else bias.to(x.dtype))
 
 

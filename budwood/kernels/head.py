@@ -1,4 +1,4 @@
-"""The vocabulary head, which is not pruned: a bfloat16 matrix that torch reads slower than memory gives it."""
+"""The output head, which is not pruned: a dense bfloat16 matrix that torch reads slower than memory allows."""
 
 from ctypes import addressof
 from typing import cast
@@ -8,25 +8,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from budwood.kernels import native
-from budwood.kernels.native import FEW, TYPES, Output
+from budwood.kernels.native import MAX_FEW_ROWS, TYPES, Output
 
 
 class DenseLinear(nn.Linear):
-    """An `nn.Linear` that multiplies few rows of bfloat16 with our own kernel, and everything else as ever.
+    """An `nn.Linear` that multiplies few rows of bfloat16 with the native kernel, and everything else with torch.
 
-    A layer becomes one by its class alone, so that its weight may stay tied to the embeddings.
+    A layer is converted by setting its class, so that its weight may stay tied to the embeddings.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         weight, rows = self.weight, input.numel() // self.in_features
-        plain = (
+        supported = (
             weight.dtype == input.dtype == torch.bfloat16
             and weight.device.type == input.device.type == "cpu"
-            and 0 < rows <= FEW
+            and 0 < rows <= MAX_FEW_ROWS
             and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
             and weight.is_contiguous()
         )
-        if not plain:
+        if not supported:
             return F.linear(input, weight, self.bias)
         if torch.compiler.is_compiling():
             return dense(input, weight, self.bias)
@@ -35,7 +35,7 @@ class DenseLinear(nn.Linear):
 
 
 def multiply(weight: Tensor, input: Tensor, bias: Tensor | None) -> Tensor | None:
-    """`input [..., in] -> [..., out]` for bfloat16 `weight [out, in]` and few rows; None where no kernel can."""
+    """`input [..., in] -> [..., out]` for bfloat16 `weight [out, in]` and few rows; None where there is no kernel."""
     library = native.library()
     if library is None:
         return None
@@ -50,7 +50,7 @@ def multiply(weight: Tensor, input: Tensor, bias: Tensor | None) -> Tensor | Non
 
 @torch.library.custom_op("budwood::dense", mutates_args=())
 def dense(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`multiply`, or torch's product where no kernel can, an operator for compiled code: `[..., in] -> [..., out]`."""
+    """`multiply`, or torch's product where there is no kernel, as an operator: `[..., in] -> [..., out]`."""
     result = multiply(weight, input, bias)
     return F.linear(input, weight, bias) if result is None else result
 
@@ -61,7 +61,7 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def accelerate_head(model: nn.Module) -> None:
-    """Let the head of a model multiply with our kernel, where it is a plain linear."""
+    """Let the output head of a model multiply with the native kernel, if it is a plain `nn.Linear`."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     if native.has_dense() and type(head) is nn.Linear:

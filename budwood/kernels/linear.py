@@ -13,27 +13,27 @@ from budwood.formats.bits import stored
 from budwood.formats.two_four import covered
 from budwood.kernels import dispatch, gpu, ops
 from budwood.kernels.arena import Arena
-from budwood.kernels.native_matrix import CODINGS, Packed, prepare
-from budwood.kernels.shared_input import SharedInput
+from budwood.kernels.native_matrix import CODINGS, NativeMatrix, native_matrix
+from budwood.kernels.shared_input import InputObserver, SharedInput
 
 _SPARSE = {name: format for name, format in LOSSLESS.items() if name != "dense"}
 
 
 class SparseLinear(nn.Linear):
-    """`x [..., in] -> [..., out]`, multiplied from the packed weight where a native kernel can, else by unpacking it.
+    """`x [..., in] -> [..., out]`, by a native kernel from the packed weight where there is one, else by unpacking it.
 
-    It is an `nn.Linear` for everyone who asks, but owns no dense weight: its parameters are the tensors of
-    the format, under the suffixes of the format, and perhaps `bias`. Parameters and not buffers, because only
-    those are offloaded to disk. Gradients flow to the input and the bias.
+    It is an `nn.Linear` by type, but has no dense weight: its parameters are the tensors of the format, under the
+    suffixes of the format, and perhaps `bias`. They are parameters and not buffers, because only parameters are
+    offloaded to disk. Gradients flow to the input and the bias.
     """
 
     format: str
     shape: tuple[int, int]
-    siblings: SharedInput | None = None  # layers that are given the same input, multiplied in one call
-    _prepared: Packed | None = None
-    _prepared_for: list[int] | None = None
+    shared_input: InputObserver | SharedInput | None = None  # layers that get the same input, multiplied in one call
+    _native: NativeMatrix | None = None
+    _native_for: list[int] | None = None  # the addresses it was made for
     _dtype: torch.dtype | None = None
-    _gpu: gpu.Prepared | None = None
+    _gpu: gpu.GpuMatrix | None = None
     _gpu_for: list[int] | None = None
 
     def __init__(
@@ -44,7 +44,7 @@ class SparseLinear(nn.Linear):
         bias: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        """An empty layer for tensors of these shapes and dtypes, as the header of a file names them."""
+        """An empty layer for tensors of these shapes and dtypes, as the header of a file gives them."""
         nn.Module.__init__(self)
         if set(tensors) != set(_suffixes(format)):
             raise ValueError(f"{format} has the tensors {', '.join(_suffixes(format))}; got {', '.join(tensors)}")
@@ -61,7 +61,7 @@ class SparseLinear(nn.Linear):
     def from_packed(
         cls, format: str, shape: Sequence[int], tensors: Mapping[str, Tensor], bias: Tensor | None = None
     ) -> "SparseLinear":
-        """The layer that holds these very tensors."""
+        """The layer that holds these tensors, without a copy."""
         headers = {suffix: (tensor.shape, tensor.dtype) for suffix, tensor in tensors.items()}
         linear = cls(format, shape, headers, bias is not None, device="meta")
         for suffix, tensor in tensors.items():
@@ -73,7 +73,7 @@ class SparseLinear(nn.Linear):
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None, format: str = "auto") -> "SparseLinear":
         """The layer of a pruned weight `[out, in]`, in the smallest sparse format or the one named.
 
-        Raises `UsageError` where the format cannot hold the weight.
+        Raises `UsageError` where the format cannot store the weight.
         """
         weight = weight.detach()
         name, tensors = choose(weight, _SPARSE) if format == "auto" else (format, pack_as(format, weight))
@@ -84,12 +84,12 @@ class SparseLinear(nn.Linear):
         return {suffix: getattr(self, suffix).detach() for suffix in FORMATS[self.format].suffixes}
 
     def unpack(self) -> Tensor:
-        """The dense weight `[out, in]`, made anew at every call."""
+        """The dense weight `[out, in]`, unpacked at every call."""
         return FORMATS[self.format].unpack(self.packed(), self.shape)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense weight to look at; writing to it is an error, since it would be forgotten."""
+        """The dense weight to read; writing to it is an error, since the change would be lost."""
         values = self._values()
         if values.is_meta:
             return torch.empty(self.shape, dtype=values.dtype, device="meta")
@@ -107,41 +107,43 @@ class SparseLinear(nn.Linear):
         return self.product(input)
 
     def product(self, input: Tensor) -> Tensor:
-        """The product without a way back, by whatever is fastest here."""
-        kernel = self.kernel()
-        if kernel is not None and input.dtype == self._dtype and not torch.is_autocast_enabled("cpu"):
-            shared = None if self.siblings is None else self.siblings.product(self, input)
-            if shared is not None:
-                return shared
-            result = dispatch.linear(kernel, input, self.bias)
+        """The product without a gradient, by the fastest kernel on this machine."""
+        matrix = self.native_matrix()
+        if matrix is not None and input.dtype == self._dtype and not torch.is_autocast_enabled("cpu"):
+            shared = self.shared_input
+            result = None if shared is None else shared.product(self, matrix, input)
+            if result is not None:
+                return result
+            result = dispatch.linear(matrix, input, self.bias)
             if result is not None:
                 return result
         elif gpu.takes(input):
             return self._on_gpu().linear(input, self.bias)
         return F.linear(input, self.unpack(), self.bias)
 
-    def _on_gpu(self) -> gpu.Prepared:
+    def _on_gpu(self) -> gpu.GpuMatrix:
         """The weight in the layout of the GPU kernels, a second copy of it on the device."""
         key = [parameter.data_ptr() for parameter in self._parameters.values() if parameter is not None]
         if self._gpu is None or key != self._gpu_for:
             two_four = "places" in self._parameters
             base = covered(self.get_parameter("places"), self.in_features) if two_four else None
-            self._gpu, self._gpu_for = gpu.prepare(self.unpack(), base), key
+            self._gpu, self._gpu_for = gpu.gpu_matrix(self.unpack(), base), key
         return self._gpu
 
-    def kernel(self) -> Packed | None:
-        """What the native library needs of this weight, made once for as long as the tensors stay where they are."""
+    def native_matrix(self) -> NativeMatrix | None:
+        """The weight for the native library, made once for as long as the tensors keep their addresses."""
         key = [parameter.data_ptr() for parameter in self._parameters.values() if parameter is not None]
-        if key != self._prepared_for:
-            self._prepared, self._prepared_for = prepare(self.format, self.shape, self.packed()), key
+        if key != self._native_for:
+            self._native, self._native_for = native_matrix(self.format, self.shape, self.packed()), key
             self._dtype = self._values().dtype
-        return self._prepared
+        return self._native
 
-    def settle(self, arena: Arena | None = None) -> None:
-        """Change to a format that the native library multiplies with, if it is not in one, and move into `arena`.
+    kernel = native_matrix  # the former name
 
-        No weight changes, and the tensors are what they were in every other respect: they can be saved, moved,
-        converted and offloaded.
+    def to_native_format(self, arena: Arena | None = None) -> None:
+        """Convert to a format that the native library reads, if it is not in one, and copy the tensors into `arena`.
+
+        No weight changes, and the parameters can still be saved, moved, cast and offloaded.
         """
         tensors = self.packed()
         if any(tensor.device.type != "cpu" for tensor in tensors.values()):
@@ -156,18 +158,18 @@ class SparseLinear(nn.Linear):
             self.register_parameter(suffix, nn.Parameter(placed, requires_grad=False))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what points into memory: a copy prepares itself."""
+        """Without what holds addresses or other layers: a copy makes its own."""
         return {
             **self.__dict__,
-            "_prepared": None,
-            "_prepared_for": None,
+            "_native": None,
+            "_native_for": None,
             "_gpu": None,
             "_gpu_for": None,
-            "siblings": None,
+            "shared_input": None,
         }
 
     def dequantize(self) -> nn.Linear:
-        """The same layer with its weight dense again, free to be changed."""
+        """The same layer as an `nn.Linear` with a dense weight."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = nn.Parameter(self.unpack())
         dense.bias = self.bias
@@ -185,7 +187,7 @@ class SparseLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """The product with a way back to its input, for which the packed weight is remembered and not the dense one."""
+    """The product with a gradient for its input; saves the packed weight for it and not the dense one."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, linear: SparseLinear, *packed: Tensor) -> Tensor:
@@ -196,17 +198,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        packed = ctx.saved_tensors  # read once: under gradient checkpointing a second time is an error
+        packed = ctx.saved_tensors  # read once: under gradient checkpointing a second read is an error
         format, shape = ctx.format, ctx.shape
         to_input, to_bias = ops.gradients(gradient, lambda: ops.unpack(packed, format, shape), ctx.needs_input_grad[:2])
         return to_input, to_bias, None, *(None for _ in packed)
 
 
 class UnpackedWeight(Tensor):
-    """The weight of a `SparseLinear`, unpacked: an ordinary tensor to read, that refuses to be written to.
+    """The weight of a `SparseLinear`, unpacked: a tensor that can be read, and raises `RuntimeError` when written to.
 
-    A change would only reach this copy: merging an adapter by `linear.weight.data += delta` would do nothing,
-    and say nothing.
+    A change would only reach this copy: merging an adapter by `linear.weight.data += delta` would silently do nothing.
     """
 
     @property
@@ -228,7 +229,7 @@ class UnpackedWeight(Tensor):
 
 _WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__"}
 _READ_ONLY = (
-    "the weight of a SparseLinear is unpacked when asked for and a change to it would be lost; "
+    "the weight of a SparseLinear is unpacked at every access and a change to it would be lost; "
     "call dequantize() on the layer first and change the weight of the nn.Linear it returns"
 )
 

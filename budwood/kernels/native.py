@@ -1,7 +1,8 @@
-"""The native library: found, opened and asked through ctypes. The mathematics lies in `native/*.cpp`.
+"""The native library, loaded and called through ctypes. The mathematics is in `native/*.cpp`.
 
-The environment variable BUDWOOD_KERNELS chooses: `auto` (what the processor has), `amx`, `avx512`, `avx2`, `scalar`, or
-`reference` (unpack and multiply with torch, bit for bit what the dense model computes).
+The environment variable BUDWOOD_KERNELS chooses a path, the code for one instruction set: `auto` (the widest that the
+CPU has), `amx`, `avx512`, `avx2`, `scalar`, or `reference` (unpack and multiply with torch, bit for bit as the dense
+model).
 """
 
 import ctypes
@@ -19,14 +20,15 @@ from budwood.errors import UsageError
 VARIABLE = "BUDWOOD_KERNELS"
 CHOICES = ("auto", "amx", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
-INTERFACE = 3  # of the library this file was written for
+INTERFACE = 3  # version of the library interface that this file calls
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 INT8 = TYPES[torch.int8]
-BITMASK, NIBBLES = 0, 1  # how `places` names the columns
-FEW = 8  # rows of x up to which they are multiplied as they are
+BITMASK, NIBBLES = 0, 1  # how `places` codes the columns
+MAX_FEW_ROWS = 8  # rows of x that the kernel for few rows takes at a time
 
-# Ways to multiply: by the number of rows, as few rows, sparse (zeros never), in panels (zeros too, bfloat16).
-BY_ROWS, AS_FEW, AS_SPARSE, AS_PANELS = 0, 1, 2, 3
+# Kernels: chosen by the number of rows, for few rows, sparse (skips zeros), in panels (multiplies zeros; bfloat16).
+BY_ROWS, FEW_ROWS, SPARSE, PANELS = 0, 1, 2, 3
+AS_SPARSE = SPARSE  # the former name
 
 
 class Matrix(Structure):
@@ -52,19 +54,19 @@ class Matrix(Structure):
 
 
 class Output(Structure):
-    """Where products go."""
+    """Where products are written, as `native/kernels.h` declares it."""
 
     _fields_ = [("y", c_void_p), ("bias", c_void_p), ("stride", c_int64), ("type", c_int32)]
 
 
 def file() -> Path | None:
-    """The library that was built with the package: beside this file, or where an editable install puts it."""
+    """The library that was built with the package: next to this file, or where an editable install puts it."""
     places = (Path(__file__).parent, Path(sysconfig.get_path("platlib")) / "budwood" / "kernels")
     return next((place / NAME for place in places if (place / NAME).is_file()), None)
 
 
 def library() -> ctypes.CDLL | None:
-    """The library with its path chosen; None where the reference is to run. Raises UsageError for a wrong choice."""
+    """The library with its path set; None for the reference. Raises UsageError for an unknown or missing path."""
     global _chosen
     wanted = os.environ.get(VARIABLE, "auto").lower()
     native = opened(wanted)
@@ -79,7 +81,7 @@ _chosen = ""
 
 @cache
 def opened(wanted: str) -> ctypes.CDLL | None:
-    """The library, with the path chosen that the variable asks for."""
+    """The library, opened, with its path set to `wanted`."""
     if wanted not in CHOICES:
         raise UsageError(f"{VARIABLE} is '{wanted}'; set it to one of {', '.join(CHOICES)}")
     found = file()
@@ -115,7 +117,7 @@ def active() -> str:
 
 
 def starts(places: Tensor, out: int, width: int, coding: int) -> Tensor | None:
-    """int32 [out + 1]: where the values of each row begin; None where 32 bits are too few for them."""
+    """int32 [out + 1]: the offset of each row in the values; None where it does not fit 32 bits."""
     native = library()
     assert native is not None
     result = torch.empty(out + 1, dtype=torch.int32)
@@ -123,14 +125,14 @@ def starts(places: Tensor, out: int, width: int, coding: int) -> Tensor | None:
     return result if fits else None
 
 
-def has(way: int) -> bool:
-    """Whether the path has such a way, for some type."""
+def has(kernel: int) -> bool:
+    """Whether the path has this kernel, for some dtype."""
     native = library()
-    return native is not None and bool(native.budwood_has(way))
+    return native is not None and bool(native.budwood_has(kernel))
 
 
 def has_dense() -> bool:
-    """Whether the path multiplies bfloat16 matrices that were not pruned."""
+    """Whether the path has a kernel for dense bfloat16 matrices."""
     native = library()
     return native is not None and bool(native.budwood_has_dense())
 

@@ -1,4 +1,4 @@
-"""A packed matrix made ready for the native library, and the product with it."""
+"""A packed matrix as the native library reads it, and products with one or several of them."""
 
 from collections.abc import Mapping, Sequence
 from ctypes import CDLL, addressof
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from budwood.kernels import native
 from budwood.kernels.native import BITMASK, BY_ROWS, INT8, NIBBLES, TYPES, Matrix, Output
 
-# Format: how it names places, and in which tensor. What else such a format may hold: scales, and recovered weights.
+# Format: how positions are coded, and in which tensor. Scales and recovered weights are found by their suffixes.
 CODINGS = {
     "bitmask": (BITMASK, "bitmask"),
     "two_four": (NIBBLES, "places"),
@@ -20,18 +20,20 @@ CODINGS = {
 }
 
 
-class Packed:
-    """One matrix `[out, in]` of a format the library reads as it lies in memory.
+class NativeMatrix:
+    """One matrix `[out, in]` in a format that the library reads without conversion. Made by `native_matrix`.
 
-    Holds pointers into `tensors` and keeps those alive. Made by `prepare`.
+    Holds pointers into the tensors `held` and keeps those alive.
     """
 
     def __init__(self, library: CDLL, matrix: Matrix, shape: tuple[int, int], held: Sequence[Tensor]):
         self.matrix, self.shape, self.held = matrix, shape, held
         self._multiply, self._address = library.budwood_linear, addressof(matrix)
 
-    def linear(self, x: Tensor, bias: Tensor | None = None, way: int = BY_ROWS) -> Tensor | None:
-        """`x [..., in] -> [..., out]` in the type of x; None where the path at hand has no such way."""
+    def linear(
+        self, x: Tensor, bias: Tensor | None = None, kernel: int = BY_ROWS, way: int | None = None
+    ) -> Tensor | None:
+        """`x [..., in] -> [..., out]` in the dtype of x; None where this processor path has no such kernel."""
         type = TYPES.get(x.dtype, INT8)
         if type == INT8 or not x.is_cpu:
             return None
@@ -45,12 +47,14 @@ class Packed:
             bias = bias.to(x.dtype).contiguous()
         output = Output(result.data_ptr(), None if bias is None else bias.data_ptr(), out, type)
         threads = torch.get_num_threads()
-        done = self._multiply(self._address, 1, x.data_ptr(), type, rows, addressof(output), threads, way)
+        if way is not None:  # the former name of `kernel`
+            kernel = way
+        done = self._multiply(self._address, 1, x.data_ptr(), type, rows, addressof(output), threads, kernel)
         return result if done else None
 
 
-def prepare(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Packed | None:
-    """The matrix for the library; None where this format, type, device or machine has no native kernel."""
+def native_matrix(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> NativeMatrix | None:
+    """The matrix for the library; None where there is no native kernel for this format, dtype, device or machine."""
     coded, library = CODINGS.get(format), native.library()
     values = tensors["values"]
     if coded is None or library is None or values.dtype not in TYPES or not shape[0] or not shape[1]:
@@ -87,34 +91,40 @@ def prepare(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) 
         matrix.more_values, matrix.more_type = recovered.data_ptr(), TYPES[recovered.dtype]
         matrix.more_starts = begins.data_ptr()
         held += [counts, columns, recovered, begins]
-    return Packed(library, matrix, shape, held)
+    return NativeMatrix(library, matrix, shape, held)
 
 
-def linears(
-    matrices: Sequence[Packed], x: Tensor, biases: Sequence[Tensor | None], way: int = BY_ROWS
-) -> list[Tensor | None]:
-    """Products of several matrices with the same x in one call; `[None, ...]` where the path has no such way."""
-    library = native.library()
-    nothing: list[Tensor | None] = [None] * len(matrices)
-    if library is None or not x.is_cpu or TYPES.get(x.dtype, INT8) == INT8:
-        return nothing
-    width = matrices[0].shape[1]
-    flat = x.contiguous()
-    rows = flat.numel() // width
-    results = [flat.new_empty(*x.shape[:-1], packed.shape[0]) for packed in matrices]
-    kept = [None if bias is None else bias.to(x.dtype).contiguous() for bias in biases]
-    if not rows:
-        return list(results)
-    type = TYPES[x.dtype]
-    outputs = (Output * len(matrices))(
-        *(
-            Output(result.data_ptr(), None if bias is None else bias.data_ptr(), packed.shape[0], type)
-            for packed, result, bias in zip(matrices, results, kept, strict=True)
+class MatrixGroup:
+    """Several matrices of one width, multiplied with the same x in one call of the library."""
+
+    def __init__(self, matrices: Sequence[NativeMatrix]):
+        self.matrices = list(matrices)
+        self._array = (Matrix * len(matrices))(*(matrix.matrix for matrix in matrices))
+        self._outputs = Output * len(matrices)
+        self._multiply = matrices[0]._multiply
+
+    def linear(self, x: Tensor, biases: Sequence[Tensor | None], kernel: int = BY_ROWS) -> list[Tensor] | None:
+        """`x [..., in] -> [..., out]` for each matrix; None where this processor path has no such kernel."""
+        type = TYPES.get(x.dtype, INT8)
+        if type == INT8 or not x.is_cpu:
+            return None
+        x = x.contiguous()
+        rows, leading = x.numel() // self.matrices[0].shape[1], x.shape[:-1]
+        results = [x.new_empty((*leading, matrix.shape[0])) for matrix in self.matrices]
+        if not rows:
+            return results
+        biases = [None if bias is None else bias.to(x.dtype).contiguous() for bias in biases]  # alive during the call
+        outputs = self._outputs(
+            *(
+                Output(result.data_ptr(), None if bias is None else bias.data_ptr(), matrix.shape[0], type)
+                for matrix, result, bias in zip(self.matrices, results, biases, strict=True)
+            )
         )
-    )
-    listed = (Matrix * len(matrices))(*(packed.matrix for packed in matrices))
-    threads = torch.get_num_threads()
-    done = library.budwood_linear(
-        addressof(listed), len(matrices), flat.data_ptr(), type, rows, addressof(outputs), threads, way
-    )
-    return list(results) if done else nothing
+        count, threads = len(results), torch.get_num_threads()
+        done = self._multiply(
+            addressof(self._array), count, x.data_ptr(), type, rows, addressof(outputs), threads, kernel
+        )
+        return results if done else None
+
+
+prepare = native_matrix  # the former name

@@ -1,7 +1,7 @@
-"""The product with a packed weight as an operator of torch, so that `torch.compile` and export see one node.
+"""The product with a packed weight as a torch operator, so that `torch.compile` and export see one node.
 
-The definition is plain PyTorch: unpack, then `F.linear`. Eager code does not come by here, since an operator written in
-Python costs more than a small product.
+The definition is plain PyTorch: unpack, then `F.linear`. Eager code does not use the operator: one written in Python
+costs more than a small product.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from budwood.formats import FORMATS
 from budwood.kernels import dispatch
-from budwood.kernels.native_matrix import Packed, prepare
+from budwood.kernels.native_matrix import NativeMatrix, native_matrix
 
 
 def unpack(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> Tensor:
@@ -32,39 +32,39 @@ def reference(
 def gradients(
     gradient: Tensor, weight: Callable[[], Tensor], needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of input and bias, those that are needed, from that of the product `[..., out]`.
+    """The gradients of input and bias, where needed, from the gradient of the product `[..., out]`.
 
-    weight: makes the dense one `[out, in]` where it is needed.
+    weight: returns the dense weight `[out, in]`; called only where it is needed.
     """
     to_input = to_bias = None
     if needed[0]:
-        # Under autocast the product ran in a lower precision than the weight is kept in.
+        # Under autocast the product ran in a lower precision than that of the weight.
         to_input = gradient @ weight().to(gradient.dtype)  # [..., out] @ [out, in]
     if needed[1]:
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
     return to_input, to_bias
 
 
-_prepared: dict[tuple[Any, ...], tuple[list[StorageWeakRef], Packed | None]] = {}
+_cache: dict[tuple[Any, ...], tuple[list[StorageWeakRef], NativeMatrix | None]] = {}
 
 
-def prepared(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> Packed | None:
-    """What the native library needs of this weight `[out, in]`, kept for as long as its memory is.
+def cached_matrix(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> NativeMatrix | None:
+    """The `native_matrix` of this weight `[out, in]`, cached for as long as its memory exists.
 
-    An operator gets tensors and no layer that could keep it. An address alone does not say whose it is, since memory is
-    used again: the weak references tell whether it still belongs to the same tensors.
+    An operator gets tensors and no layer that could hold it. An address alone is not a key, since memory is reused:
+    the weak references tell whether it still belongs to the same tensors.
     """
     key = (format, shape, *(tensor.data_ptr() for tensor in packed))
-    found = _prepared.get(key)
+    found = _cache.get(key)
     if found is not None and not any(storage.expired() for storage in found[0]):
         return found[1]
-    for old in [old for old, (storages, _) in _prepared.items() if any(storage.expired() for storage in storages)]:
-        del _prepared[old]
-    ready = prepare(format, shape, dict(zip(FORMATS[format].suffixes, packed, strict=True)))
-    if ready is not None:  # what is kept here must not keep the weight
-        ready.held = [tensor for tensor in ready.held if all(tensor is not given for given in packed)]
-    _prepared[key] = [StorageWeakRef(tensor.untyped_storage()) for tensor in packed], ready
-    return ready
+    for old in [old for old, (storages, _) in _cache.items() if any(storage.expired() for storage in storages)]:
+        del _cache[old]
+    matrix = native_matrix(format, shape, dict(zip(FORMATS[format].suffixes, packed, strict=True)))
+    if matrix is not None:  # the cache must not keep the weight alive
+        matrix.held = [tensor for tensor in matrix.held if all(tensor is not other for other in packed)]
+    _cache[key] = [StorageWeakRef(tensor.untyped_storage()) for tensor in packed], matrix
+    return matrix
 
 
 @torch.library.custom_op("budwood::unpack", mutates_args=())
@@ -83,8 +83,8 @@ def linear(
     input: Tensor, bias: Tensor | None, packed: Sequence[Tensor], format: str, out_features: int, in_features: int
 ) -> Tensor:
     shape = (out_features, in_features)
-    ready = prepared(packed, format, shape)
-    result = None if ready is None else dispatch.linear(ready, input, bias)
+    matrix = cached_matrix(packed, format, shape)
+    result = None if matrix is None else dispatch.linear(matrix, input, bias)
     return reference(input, bias, packed, format, shape) if result is None else result
 
 
@@ -95,7 +95,7 @@ def _(
     return input.new_empty(*input.shape[:-1], out_features)
 
 
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     _, _, packed, format, out_features, in_features = inputs
     ctx.save_for_backward(*packed)
     ctx.format, ctx.shape = format, (out_features, in_features)  # type: ignore[attr-defined]
@@ -107,4 +107,4 @@ def _backward(ctx, gradient: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     return to_input, to_bias, [None] * len(packed), None, None, None
 
 
-linear.register_autograd(_backward, setup_context=_remember)
+linear.register_autograd(_backward, setup_context=_save)

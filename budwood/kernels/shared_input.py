@@ -1,74 +1,182 @@
-"""Layers that are given the same input (query, key and value; gate and up), multiplied in one call.
+"""Layers that are called with the same input tensor (query, key and value; gate and up), multiplied in one native call.
 
-The first of them that is called computes for all; the others, called with the very same tensor, find their product
-waiting. A call costs more than a small product does.
+Which layers those are is learned from the calls, not from names. The first layer of a group computes the products of
+all; the others, called with the very same tensor, return theirs. One native call starts the threads once.
 """
 
-import re
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from budwood.kernels import dispatch
-from budwood.kernels.native import AS_FEW, FEW
-from budwood.kernels.native_matrix import linears
+from budwood.kernels.native import FEW_ROWS, MAX_FEW_ROWS
+from budwood.kernels.native_matrix import MatrixGroup, NativeMatrix
 
 if TYPE_CHECKING:
     from budwood.kernels.linear import SparseLinear
 
-# The parts that are given one input, by the names that models use.
-TOGETHER = (re.compile(r"(q|k|v)_proj|query|key|value|(q|k|v)_lin"), re.compile(r"gate_proj|up_proj|w1|w3"))
+LONE_CALLS = 3  # calls with a tensor that no other layer gets, after which a layer is no longer observed
+CHANCES = 4  # groups of one observer that may turn out wrong, after which their layers are no longer observed
 
 
-class SharedInput:
-    """Layers that share an input; holds what the first has computed for the others until they ask."""
+class _Calls(threading.local):
+    """The last input tensor of this thread, and the layers that were called with it."""
+
+    input: weakref.ref[Tensor] | None = None
+    version = -1
+
+    def __init__(self) -> None:
+        self.layers: list[SparseLinear] = []
+
+    def same(self, input: Tensor) -> bool:
+        """Whether `input` is the noted tensor and was not changed in place since."""
+        return self.input is not None and self.input() is input and self.version == input._version
+
+    def note(self, input: Tensor, layer: "SparseLinear") -> None:
+        self.input, self.version, self.layers = weakref.ref(input), input._version, [layer]
+
+
+class _Waiting(threading.local):
+    """The products of this thread that were computed and not yet asked for, and their input tensor."""
+
+    input: weakref.ref[Tensor] | None = None
+    version = -1
+
+    def __init__(self) -> None:
+        # layer -> product, the matrix and the parameter versions it was computed with
+        self.products: dict[SparseLinear, tuple[Tensor, NativeMatrix, list[int]]] = {}
+
+
+class InputObserver:
+    """Layers of one parent module and one width, observed until it is known which of them share their input.
+
+    Layers that were called one after another with the very same tensor become a `SharedInput`.
+    """
 
     def __init__(self, layers: Iterable["SparseLinear"]):
         self.layers = list(layers)
-        self.waiting: tuple[weakref.ref[Tensor], int, dict[SparseLinear, Tensor]] | None = None
+        self.calls, self.lock = _Calls(), threading.Lock()
+        self.lone_calls = dict.fromkeys(self.layers, 0)
+        self.chances = CHANCES
 
-    def product(self, layer: "SparseLinear", input: Tensor) -> Tensor | None:
-        """The product of one of the layers; None where it should go its own way."""
-        if dispatch.is_exact() or input.is_inference():  # has no version: a change in between would go unseen
+    def product(self, layer: "SparseLinear", matrix: NativeMatrix, input: Tensor) -> Tensor | None:
+        """The product by a group that this call completes; else None, and the call is noted."""
+        if not shareable(layer, input):
+            return None
+        calls = self.calls
+        if calls.same(input) and layer not in calls.layers:
+            calls.layers.append(layer)
+            return None
+        self._conclude(calls.layers)
+        calls.note(input, layer)
+        shared = layer.shared_input
+        if shared is None or shared is self:
+            return None
+        return shared.product(layer, matrix, input)
+
+    def _conclude(self, called: list["SparseLinear"]) -> None:
+        """Group the layers that were called with one tensor; a layer that is often alone is no longer observed."""
+        with self.lock:
+            observed = [layer for layer in called if layer.shared_input is self]
+            if len(observed) > 1:
+                shared = SharedInput(observed, self)
+                for layer in observed:
+                    layer.shared_input = shared
+            for layer in observed if len(observed) == 1 else ():
+                self.lone_calls[layer] += 1
+                if self.lone_calls[layer] >= LONE_CALLS:
+                    layer.shared_input = None
+            left = [layer for layer in self.layers if layer.shared_input is self]
+            if len(left) == 1:
+                left[0].shared_input = None
+
+    def dissolve(self, shared: "SharedInput") -> None:
+        """Observe the layers of a group again, or let each compute alone where groups were wrong too often."""
+        with self.lock:
+            members = [layer for layer in shared.layers if layer.shared_input is shared]
+            self.chances -= bool(members)
+            for layer in members:
+                layer.shared_input = self if self.chances > 0 else None
+
+
+class SharedInput:
+    """Layers that share their input, in the order of their calls, and the products that wait for the later ones."""
+
+    def __init__(self, layers: list["SparseLinear"], observer: InputObserver):
+        self.layers, self.observer = layers, observer
+        self.waiting = _Waiting()
+        self.group: MatrixGroup | None = None
+
+    def product(self, layer: "SparseLinear", matrix: NativeMatrix, input: Tensor) -> Tensor | None:
+        """The product of one layer, whose weight is `matrix`; None where the layer has to compute it alone.
+
+        A layer that is called with another tensor than the first one dissolves the group.
+        """
+        if not shareable(layer, input):
             return None
         waiting = self.waiting
-        if waiting is not None and waiting[0]() is input and waiting[1] == input._version:
-            found = waiting[2].pop(layer, None)
-            if not waiting[2]:
-                self.waiting = None
-            if found is not None:
-                return found
-        if layer is not self.layers[0] or input.numel() > FEW * layer.shape[1]:
+        if waiting.products:
+            if waiting.input is not None and waiting.input() is input and waiting.version == input._version:
+                found = waiting.products.pop(layer, None)
+                if found is not None:
+                    product, used, versions = found
+                    # A weight that was replaced or changed in place since has another product.
+                    return product if used is matrix and versions == parameter_versions(layer) else None
+        elif layer is self.layers[0]:
+            return self._first(matrix, input)
+        waiting.products.clear()
+        self.observer.dissolve(self)
+        return None
+
+    def _first(self, matrix: NativeMatrix, input: Tensor) -> Tensor | None:
+        """The product of the first layer; those of the others are kept until they are asked for."""
+        others = self.layers[1:]
+        matrices = [matrix, *(found for layer in others if (found := layer.native_matrix()) is not None)]
+        if len(matrices) < len(self.layers):
             return None
-        if (torch.is_grad_enabled() and input.requires_grad) or torch.is_autocast_enabled(input.device.type):
+        if self.group is None or self.group.matrices != matrices:  # compared by identity
+            self.group = MatrixGroup(matrices)
+        versions = [parameter_versions(layer) for layer in others]
+        products = self.group.linear(input, [layer.bias for layer in self.layers], FEW_ROWS)
+        if products is None:
             return None
-        kernels = [sibling.kernel() for sibling in self.layers]
-        ready = [kernel for kernel in kernels if kernel is not None]
-        if len(ready) < len(kernels):
-            return None
-        products = linears(ready, input, [sibling.bias for sibling in self.layers], AS_FEW)
-        first, *rest = products
-        if first is None:
-            return None
-        others = {sibling: found for sibling, found in zip(self.layers[1:], rest, strict=True) if found is not None}
-        self.waiting = (weakref.ref(input), input._version, others)
-        return first
+        waiting = self.waiting
+        waiting.input, waiting.version = weakref.ref(input), input._version
+        waiting.products = {
+            layer: (product, used, version)
+            for layer, product, used, version in zip(others, products[1:], matrices[1:], versions, strict=True)
+            if version is not None
+        }
+        return products[0]
 
 
-def link_shared_inputs(layers: Iterable[tuple[str, "SparseLinear"]]) -> None:
-    """Tell layers of each other where their names (full, in order) say that they are given the same input."""
-    groups: defaultdict[tuple[str, int, int], list[SparseLinear]] = defaultdict(list)
+def shareable(layer: "SparseLinear", input: Tensor) -> bool:
+    """Whether a product may be computed for several layers: of few rows, by a native kernel.
+
+    An inference tensor has no version, so that a change in place would not be noticed.
+    """
+    return input.numel() <= MAX_FEW_ROWS * layer.in_features and not dispatch.is_exact() and not input.is_inference()
+
+
+def parameter_versions(layer: "SparseLinear") -> list[int] | None:
+    """Grow with every change in place; None where a parameter is an inference tensor, which has no version."""
+    try:
+        return [parameter._version for parameter in layer._parameters.values() if parameter is not None]
+    except RuntimeError:
+        return None
+
+
+def observe_inputs(layers: Iterable[tuple[str, "SparseLinear"]]) -> None:
+    """Let layers of the same parent module (by full name) and width learn from their calls which share an input."""
+    candidates: defaultdict[tuple[str, int], list[SparseLinear]] = defaultdict(list)
     for name, layer in layers:
-        parent, _, part = name.rpartition(".")
-        for kind, names in enumerate(TOGETHER):
-            if names.fullmatch(part):
-                groups[parent, kind, layer.shape[1]].append(layer)
-    for group in groups.values():
+        candidates[name.rpartition(".")[0], layer.in_features].append(layer)
+    for group in candidates.values():
         if len(group) > 1:
-            siblings = SharedInput(group)
+            observer = InputObserver(group)
             for layer in group:
-                layer.siblings = siblings
+                layer.shared_input = observer

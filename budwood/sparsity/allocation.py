@@ -1,6 +1,6 @@
-"""One budget over many matrices: where does the next weight, or the next byte, save most?
+"""One budget divided among many matrices, so that the total loss is least.
 
-Pure functions of curves. What cost and loss are counted in, the caller decides.
+Pure functions of curves. The caller chooses the units of cost and loss.
 """
 
 import heapq
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Curve:
-    """What one matrix loses at each of several costs, which grow from level to level."""
+    """The loss of one matrix at each of several costs, which grow from level to level."""
 
     cost: Sequence[float]
     loss: Sequence[float]
@@ -26,38 +26,38 @@ class Curve:
             raise ValueError("the costs of a curve must grow from level to level")
 
     def hull(self) -> list[int]:
-        """The levels of the lower convex hull, from the first on; gains for the cost shrink along it."""
+        """The levels of the lower convex hull, from the first on; the gain per cost falls along it."""
         hull = [0]
         for level in range(1, len(self.cost)):
             if self.loss[level] >= self.loss[hull[-1]]:
-                continue  # costs more and saves nothing
+                continue  # costs more and does not reduce the loss
             while len(hull) > 1 and self.gain(hull[-2], hull[-1]) <= self.gain(hull[-1], level):
                 hull.pop()
             hull.append(level)
         return hull
 
     def gain(self, low: int, high: int) -> float:
-        """Loss saved by each unit of cost between two levels."""
+        """Loss saved per unit of cost between two levels."""
         return (self.loss[low] - self.loss[high]) / (self.cost[high] - self.cost[low])
 
 
 def curve_of(losses: Tensor, first: int = 0, levels: int = 100) -> Curve:
-    """The curve of values any number of which can be saved, the largest first: [n] -> costs `first` to `first` + n.
+    """The curve of keeping any number of weights, the largest losses first: [n] -> costs `first` to `first` + n.
 
-    losses: what each one costs when it is lost, never negative. About `levels` points, evenly spaced.
+    losses: the loss of removing each weight, never negative. About `levels` points, evenly spaced.
     """
-    ordered = torch.from_numpy(np.sort(losses.flatten().cpu().numpy())).flip(0)  # numpy's sort is several times as fast
-    saved = torch.cat([torch.zeros(1, dtype=torch.float64), ordered.cumsum(0, dtype=torch.float64)])
-    places = torch.linspace(0, len(ordered), min(levels, len(ordered)) + 1).round().long().unique()
-    return Curve((places + first).tolist(), (saved[-1] - saved[places]).clamp(min=0).tolist())
+    ordered = torch.from_numpy(np.sort(losses.flatten().cpu().numpy())).flip(0)  # numpy's sort is several times faster
+    kept = torch.cat([torch.zeros(1, dtype=torch.float64), ordered.cumsum(0, dtype=torch.float64)])
+    counts = torch.linspace(0, len(ordered), min(levels, len(ordered)) + 1).round().long().unique()
+    return Curve((counts + first).tolist(), (kept[-1] - kept[counts]).clamp(min=0).tolist())
 
 
 def divide(curves: Mapping[str, Curve], budget: float) -> dict[str, float]:
-    """What each curve may cost so that all together cost `budget`, or less if that buys all, and lose least.
+    """The cost for each curve with the least total loss, `budget` in all, or less if every last level is reached.
 
-    All begin at their first level; then the step of the hulls that gains most for its cost is taken, the last one in
-    part: the same as one threshold for the gain in all matrices. Of equal steps the earlier curve's is taken. Whole
-    costs and a whole budget give whole answers. Raises ValueError where the first levels cost too much.
+    All begin at their first level; then the step of the hulls with the highest gain per cost is taken, the last one in
+    part: the same as one threshold on the gain for all matrices. Of equal steps the earlier curve's is taken. Integer
+    costs and an integer budget give integer results. Raises ValueError where the first levels cost more than `budget`.
     """
     spent = {name: curve.cost[0] for name, curve in curves.items()}
     left = budget - sum(spent.values())

@@ -1,4 +1,4 @@
-"""Whole square blocks that are worth most: the block variant of WRP (algorithm 2)."""
+"""Square blocks with the largest scores: the block variant of WRP (algorithm 2)."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class TopBlocks:
     """In every block row the `side` x `side` blocks with the largest sum of scores; negative scores count 0.
 
     Either a fixed `count` per block row, as the paper has it, or `density`, the share of the width that the
-    blocks cover: max(1, round(density * in / side)) of them. `pad` completes ragged edges with score 0.
+    blocks cover: max(1, round(density * in / side)) of them. `pad` pads incomplete blocks with score 0.
     """
 
     side: int
@@ -32,13 +32,13 @@ class TopBlocks:
         if self.count is not None and self.count < 0:
             raise UsageError(f"the number of blocks per block row cannot be negative, got {self.count}")
         if self.density is not None and not 0 <= self.density <= 1:
-            raise UsageError(f"the density of the blocks must lie between 0 and 1, got {self.density}")
+            raise UsageError(f"the density of the blocks must be between 0 and 1, got {self.density}")
 
     def keep(self, scores: Tensor) -> Tensor:
         out, width = scores.shape
         side = self.side
-        worth = extend(scores.clamp(min=0), (0, -width % side, 0, -out % side))
-        sums = worth.unflatten(1, (-1, side)).sum(dim=2)  # [out, blocks]
+        padded = extend(scores.clamp(min=0), (0, -width % side, 0, -out % side))
+        sums = padded.unflatten(1, (-1, side)).sum(dim=2)  # [out, blocks]
         sums = sums.unflatten(0, (-1, side)).sum(dim=1)  # [block rows, blocks]
         chosen = largest(sums, self.count_for(width))
         return chosen.repeat_interleave(side, dim=0).repeat_interleave(side, dim=1)[:out, :width]

@@ -1,7 +1,7 @@
-"""Weights as int8 and a float32 scale for each row and segment of columns: symmetric, to the nearest.
+"""Weights as int8 and a float32 scale for each row and segment of columns: symmetric, round to nearest.
 
-A scale has 17 significant bits, so that its product with any int8 is exact in float32. The weight that both stand for
-is therefore rounded once, to its own dtype, and quantising that weight again gives the same.
+A scale has 17 significant bits, so that its product with any int8 is exact in float32. The dequantised weight is
+therefore rounded once, to its own dtype, and quantising it again gives the same int8 and scale.
 """
 
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SEGMENT = 256  # columns that share a scale
+SEGMENT = 256  # columns with one scale
 LARGEST = 127
-SMALLEST = torch.finfo(torch.float32).smallest_normal  # no scale is less: it can always be divided by
-LEADING = -1 << 7  # of the 24 significant bits of a float32 the first 17
+SMALLEST = torch.finfo(torch.float32).smallest_normal  # no scale is smaller, so that division by it is safe
+LEADING = -1 << 7  # mask of the first 17 of the 24 significant bits of a float32
 
 
 def quantise(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest int8 [out, in] in [-127, 127] and the scales, float32 [out, ceil(in/256)], of the masked weights.
 
     weight: [out, in]; mask: bool [out, in], positions outside it become 0. A scale is the largest magnitude of its
-    segment over 127; no masked weight is farther than half its scale from int8 * scale.
+    segment over 127; every masked weight is within half its scale of int8 * scale.
     """
     integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = []

@@ -1,7 +1,7 @@
-"""What may stay of a matrix, given scores: values that turn scores [out, in] into keep, bool [out, in].
+"""Sparsity patterns: objects that turn scores [out, in] into the mask `keep`, bool [out, in].
 
-A mask says True where a weight stays. N:M means N kept of M neighbouring inputs of one row. Scores that are
-not finite raise `NotFinite`; ties keep the lower index.
+A mask is True where a weight is kept. N:M means N kept of M neighbouring inputs of one row. Scores that are
+not finite raise `NotFinite`; of ties the lower index is kept.
 """
 
 import re
@@ -14,7 +14,7 @@ from budwood.errors import UsageError
 from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.selection import largest, portion, published_largest
 
-Scope = Literal["row", "matrix"]  # among which weights ranks are compared
+Scope = Literal["row", "matrix"]  # the weights that are ranked together
 Shape = tuple[int, int]  # [out, in]
 
 
@@ -62,7 +62,7 @@ class NM:
         return Forecast(size * self.density, recovered=self.beyond_two(size))
 
     def beyond_two(self, size: int) -> float | None:
-        """Weights beyond two of each group of four, where groups of four hold a fixed number."""
+        """Weights beyond two of each group of four; None where their number is not fixed."""
         return size * max(0.0, self.density - 0.5) if 4 % self.group == 0 else None
 
 
@@ -114,13 +114,13 @@ class Top:
         return rows * portion(self.share, width)
 
     def ranked_among(self, shape: Shape) -> int:
-        """How many weights are compared with one another."""
+        """How many weights are ranked together."""
         return _ranked_shape(shape, self.per)[1]
 
 
 @dataclass(frozen=True)
 class LowPrunes:
-    """Another pattern with the opposite tie rule, the higher index wins: bit parity with Wanda's program."""
+    """Another pattern with the opposite tie rule, the higher index is kept: bit parity with Wanda's program."""
 
     base: NM | Share
 
@@ -128,7 +128,7 @@ class LowPrunes:
         return str(self.base)
 
     def keep(self, scores: Tensor) -> Tensor:
-        return self.base.keep(scores.flip(0, 1)).flip(0, 1)  # groups are aligned from either end
+        return self.base.keep(scores.flip(0, 1)).flip(0, 1)  # groups are aligned from both ends
 
     def check(self, shape: Shape, name: str) -> None:
         self.base.check(shape, name)
@@ -138,7 +138,7 @@ class LowPrunes:
 
 
 def parse_pattern(text: str, per: Scope = "row") -> NM | Share:
-    """Read "2:4" (N kept of M) or "50%" (dropped). `str` of the result gives the text back."""
+    """Read "2:4" (N kept of M) or "50%" (dropped). `str` of the result returns the text."""
     if isinstance(text, str):
         if found := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip()):
             return NM(int(found[1]), int(found[2]))
@@ -148,7 +148,7 @@ def parse_pattern(text: str, per: Scope = "row") -> NM | Share:
 
 
 def leave_dense(name: str) -> str:
-    """Advice that names the linear in every block, as the option --skip reads it."""
+    """The advice to skip a linear in every block, as the option --skip takes it."""
     return "leave it dense with --skip '" + re.sub(r"\d+", r"\\d+", re.escape(name)) + "'"
 
 
@@ -162,4 +162,4 @@ def _ranked_shape(shape: Shape, per: Scope) -> tuple[int, int]:
 
 def _check_share(share: float, what: str) -> None:
     if not 0 <= share <= 1:
-        raise UsageError(f"{what} must lie between 0 and 1 (0% and 100%), got {share}")
+        raise UsageError(f"{what} must be between 0 and 1 (0% and 100%), got {share}")

@@ -1,4 +1,4 @@
-"""The published programs' way of counting, for parity with their masks."""
+"""The share to drop as the published programs count it, for parity with their masks."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class PublishedShare:
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
-            raise UsageError(f"the share to drop must lie between 0% and 100%, got {100 * self.drop:g}%")
+            raise UsageError(f"the share to drop must be between 0% and 100%, got {100 * self.drop:g}%")
 
     def keep(self, scores: Tensor) -> Tensor:
         refuse_not_finite(scores)

@@ -1,6 +1,6 @@
-"""N:M, and the crucial weights it had to drop taken back (Tan, Zhang, Wei, WRP, ACL 2024).
+"""N:M plus the crucial weights that it drops, recovered (Tan, Zhang, Wei, WRP, ACL 2024).
 
-The kept weights of N:M never depend on how much is recovered, and what is recovered never overlaps them.
+The weights that N:M keeps do not depend on how many are recovered, and recovered weights never overlap them.
 """
 
 from bisect import bisect_left
@@ -17,9 +17,9 @@ from budwood.sparsity.selection import portion
 
 @dataclass(frozen=True)
 class Either:
-    """What `base` keeps or `extra` calls crucial: recovery by elements (WRP, algorithm 1).
+    """What `base` keeps or `extra` marks as crucial: recovery by elements (WRP, algorithm 1).
 
-    With the common tie rule a group gets back exactly its crucial weights beyond the kept ones.
+    With the common tie rule the recovered weights of a group are exactly its crucial weights that `base` drops.
     """
 
     base: NM
@@ -43,7 +43,7 @@ class Either:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What `base` keeps, and what `extra` chooses among the rest.
+    """What `base` keeps, and what `extra` chooses among the dropped weights.
 
     With `TopBlocks` recovery by blocks (WRP, algorithm 2); with `Top` a fixed number per row or matrix.
     """
@@ -53,7 +53,7 @@ class Recovered:
 
     def keep(self, scores: Tensor) -> Tensor:
         kept = self.base.keep(scores)
-        # Kept ones are below every score, so that a dropped weight of score 0 comes first. Many ties would be slow.
+        # Kept weights rank below a dropped one of score 0, without ties, which are slow.
         lost = torch.where(kept, -1 - scores, scores)
         return kept.logical_or_(self.extra.keep(lost))
 
@@ -79,7 +79,7 @@ class Recovered:
 
 @dataclass(frozen=True)
 class EitherToDensity:
-    """`Either`, with as many crucial weights per row as bring the recovered share nearest `density`."""
+    """`Either`, with the number of crucial weights per row whose recovered share is nearest `density`."""
 
     base: NM
     density: float  # recovered weights / all weights
@@ -94,7 +94,7 @@ class EitherToDensity:
             return int((lost >= ordered[:, crucial - 1 : crucial]).sum()) if crucial else 0
 
         wanted = portion(self.density, scores.numel())
-        crucial = bisect_left(range(width), wanted, key=recovered)  # the count only grows with it
+        crucial = bisect_left(range(width), wanted, key=recovered)  # recovered grows with crucial
         if crucial and wanted - recovered(crucial - 1) <= recovered(crucial) - wanted:
             crucial -= 1
         return kept.logical_or_(Top(crucial / width).keep(scores))

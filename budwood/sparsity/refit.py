@@ -1,8 +1,8 @@
-"""Least squares on a given support: what the kept weights of each row should be once the others are gone.
+"""Least squares on a given support: the best kept weights of each row once the others are removed.
 
-For a row with support S the best weights are w_S = H_SS⁻¹ (H w₀)_S (Frantar, Alistarh, 2301.00774, section 3.1). No row
-is inverted here: conjugate gradients solve all rows at once, each with step sizes of its own (ALPS, 2406.07831, section
-3.3). Inputs are scaled so that the diagonal of H is 1, which is the same as preconditioning with it.
+For a row with support S the best weights are w_S = H_SS⁻¹ (H w₀)_S (Frantar, Alistarh, 2301.00774, section 3.1). No
+matrix is inverted: conjugate gradients solve all rows at once, each with its own step sizes (ALPS, 2406.07831, section
+3.3). Inputs are scaled so that the diagonal of H is 1, which equals preconditioning with it.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ ROWS = 1 << 23  # weights solved at once: bounds the temporaries on wide matrice
 
 @dataclass(frozen=True)
 class Refitted:
-    """New weights [out, in], zero off the support, and how much the squared output error of every row changed."""
+    """New weights [out, in], zero off the support, and the change of the squared output error of every row."""
 
     weight: Tensor
-    change: Tensor  # [out], never above 0, in units of the second moments given
+    change: Tensor  # [out], at most 0, in the units of the second moments
     steps: int  # the most that any row needed
 
 
@@ -35,11 +35,10 @@ def refit(
 ) -> Refitted:
     """Minimise ‖X w - X w₀‖² of every row w over the weights that `keep` [out, in] marks, from `start` [out, in].
 
-    dense: W₀ [out, in]. moments: XᵀX [in, in], whose type is the one all is computed in. cross: X₀ᵀX [in, in] where the
-    target is X₀ w₀ with other inputs X₀. damp: pulls towards W₀, as a share of the mean of the diagonal; it bears
-    matrices without full rank and inputs that were never heard. A row is done when its gradient has shrunk to
-    `tolerance` of what it is where the kept weights are still W₀'s, or after `iterations` steps; rows that gained
-    nothing keep their start.
+    dense: W₀ [out, in]. moments: XᵀX [in, in]; all is computed in its dtype. cross: X₀ᵀX [in, in] where the
+    target is X₀ w₀ with other inputs X₀. damp: weight of a pull towards W₀, as a share of the mean of the diagonal; it
+    allows matrices without full rank and inputs that are always 0. A row is finished when the norm of its gradient is
+    `tolerance` of that at the kept weights of W₀, or after `iterations` steps; rows without a gain keep their start.
     """
     start, dense = start.to(moments), dense.to(moments)
     diagonal = moments.diagonal()
@@ -85,7 +84,7 @@ def _solve(
     wanted = dense / scale
     aim = wanted @ system if cross is None else (dense @ cross + ridge * dense) * scale
     weight = first.clone()
-    gradient = aim - weight @ system  # half of it, downhill
+    gradient = aim - weight @ system  # half the negative gradient
     before = gradient
     residual = gradient.masked_fill(~keep, 0)
     direction = residual.clone()
@@ -96,13 +95,13 @@ def _solve(
     while steps < iterations and bool((length > enough).any()):
         image = (direction @ system).masked_fill_(~keep, 0)
         curvature = (direction * image).sum(dim=1, keepdim=True)
-        going = (length > enough) & (curvature > 0)
-        step = torch.where(going, length / curvature, 0)
+        active = (length > enough) & (curvature > 0)
+        step = torch.where(active, length / curvature, 0)
         weight.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
         shorter = residual.square().sum(dim=1, keepdim=True)
-        direction.mul_(torch.where(going, shorter / length, 0)).add_(residual)
-        length = torch.where(going, shorter, 0)
+        direction.mul_(torch.where(active, shorter / length, 0)).add_(residual)
+        length = torch.where(active, shorter, 0)
         steps += 1
     # The difference of two quadratics without cancellation: f(w) - f(s) = -(w - s) · (∇s + ∇w) / 2, here undamped.
     pull = ridge * scale.square() * (wanted.mul(2) - weight - first)

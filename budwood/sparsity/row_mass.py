@@ -1,4 +1,4 @@
-"""Wanda's variant: every row keeps its own share, all lose the same part of their score mass."""
+"""Wanda's variant: every row drops the same part of its sum of scores, so that rows keep different shares."""
 
 from dataclasses import dataclass
 
@@ -18,14 +18,14 @@ class RowMass:
     """Drop of every row the smallest scores that sum to at most a fixed part of the row's sum.
 
     The part is found by bisection so that the whole matrix loses the share `drop`, within 0.001 where the
-    bracket [0, 0.8] reaches it. Rows differ; ties with the last dropped score are dropped too.
+    bracket [0, 0.8] contains it. Ties with the last dropped score are dropped too.
     """
 
     drop: float
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
-            raise UsageError(f"the share to drop must lie between 0% and 100%, got {100 * self.drop:g}%")
+            raise UsageError(f"the share to drop must be between 0% and 100%, got {100 * self.drop:g}%")
 
     def __str__(self) -> str:
         return f"{round(100 * self.drop, 10):.12g}%"
@@ -47,7 +47,7 @@ class RowMass:
     def _keep(scores: Tensor, ordered: Tensor, mass: Tensor, part: float) -> Tensor:
         count = (mass <= part * mass[:, -1:]).sum(dim=1, keepdim=True)  # [out, 1]
         threshold = ordered.gather(1, (count - 1).clamp(min=0))
-        return (scores > threshold) | (count == 0)  # a row whose first score is already too much stays whole
+        return (scores > threshold) | (count == 0)  # a row whose smallest score exceeds the part drops nothing
 
     def check(self, shape: Shape, name: str) -> None: ...
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from budwood.sparsity.patterns import NM, Pattern
 from budwood.sparsity.selection import two_of_four
 
-STEP = 4  # columns swept one by one before their errors are passed on as one matrix product
+STEP = 4  # columns swept one by one before their errors are propagated in one matrix product
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def factorise(hessian: Tensor, damp: float) -> Factor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The library's factorisation sums in another order for another number of threads, and small models show it."""
+    """LAPACK's factorisation sums in an order that depends on the number of threads, which changes small models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -67,7 +67,7 @@ def _factorise(hessian: Tensor, damp: float) -> Factor:
 
 
 def _invert_lower(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix by halves: half the work of solving for every column."""
+    """Inverse of a lower triangular matrix by halves: half the work of a solve for every column."""
     size = lower.shape[0]
     if size <= 64:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
@@ -95,10 +95,10 @@ class Swept:
 
 
 def sparsegpt(weight: Tensor, factor: Factor, choice: Pattern | Tensor, block: int = 128) -> Swept:
-    """Prune `weight` [out, in] from left to right; columns further right make up for what is lost.
+    """Prune `weight` [out, in] from left to right; columns further right compensate the error.
 
-    `choice` is a pattern or a given mask, bool [out, in]. N:M is decided group by group with the weights as
-    they then are; any other pattern is applied to `block` columns at a time, all rows together.
+    `choice` is a pattern or a given mask, bool [out, in]. N:M is decided group by group from the
+    updated weights; any other pattern is applied to `block` columns at a time, all rows together.
     """
     upper, diagonal = factor.upper, factor.upper.diagonal()
     squares = diagonal.square()[:, None]
@@ -118,7 +118,7 @@ def sparsegpt(weight: Tensor, factor: Factor, choice: Pattern | Tensor, block: i
         if not isinstance(choice, Tensor):
             saliency = columns[first:last].square() / squares[first:last]
             keep[first:last] = two_of_four(saliency) if choice == NM(2, 4) else choice.keep(saliency.T).T
-        _in_order(first, last, STEP, sweep, pass_on)
+        _in_order(first, last, STEP, sweep, propagate)
 
     def sweep(first: int, last: int) -> None:
         loss_of = (~keep[first:last] / diagonal[first:last, None]).unbind(0)  # each [out]
@@ -127,10 +127,10 @@ def sparsegpt(weight: Tensor, factor: Factor, choice: Pattern | Tensor, block: i
             if i + 1 < last:
                 columns[i + 1 : last].addr_(upper[i, i + 1 : last], error[i], alpha=-1)
 
-    def pass_on(first: int, middle: int, last: int) -> None:
+    def propagate(first: int, middle: int, last: int) -> None:
         columns[middle:last].addmm_(upper[first:middle, middle:last].T, errors[first:middle], alpha=-1)
 
-    _in_order(0, len(columns), span, decide, pass_on)
+    _in_order(0, len(columns), span, decide, propagate)
     columns.masked_fill_(~keep, 0)
     return Swept(columns.T, keep.T, errors.T)
 
@@ -140,16 +140,16 @@ def _in_order(
     last: int,
     unit: int,
     visit: Callable[[int, int], None],
-    pass_on: Callable[[int, int, int], None],
+    propagate: Callable[[int, int, int], None],
 ) -> None:
-    """Visit spans of `unit` columns left to right, each when the errors of all earlier columns have arrived.
+    """Visit spans of `unit` columns left to right, each after the errors of all earlier columns are propagated.
 
-    Halving makes the passing on large products, so no block size has to be tuned for speed.
+    Halving propagates errors in large products, so no block size has to be tuned for speed.
     """
     if last - first <= unit:
         visit(first, last)
         return
     middle = first + (-(-(last - first) // unit) // 2) * unit
-    _in_order(first, middle, unit, visit, pass_on)
-    pass_on(first, middle, last)
-    _in_order(middle, last, unit, visit, pass_on)
+    _in_order(first, middle, unit, visit, propagate)
+    propagate(first, middle, last)
+    _in_order(middle, last, unit, visit, propagate)

@@ -1,7 +1,7 @@
-"""The k largest of many, exactly k, with one tie rule for the whole project: the lower index wins.
+"""The k largest scores, exactly k, with one tie rule for the whole project: the lower index wins.
 
-`topk` leaves the order of ties open and a stable sort is slow, so long rows are cut at the k-th value and
-short groups are ranked by comparing every pair. Both give what a stable descending sort would give.
+The order of ties in `topk` is undefined and a stable sort is slow, so long rows are compared with the k-th value and
+short groups are ranked by comparing every pair. Both equal the result of a stable descending sort.
 """
 
 import math
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 SHORT = 8  # longest group ranked by comparing pairs
-CHUNK = 1 << 18  # scores handled at once: temporaries stay in the cache and never grow with the matrix
+CHUNK = 1 << 18  # scores processed at once: temporaries fit the cache whatever the size of the matrix
 
 
 class NotFinite(ValueError):
-    """Scores hold NaN or infinite values, which have no rank."""
+    """Scores with NaN or infinite values, which cannot be ranked."""
 
 
 def refuse_not_finite(scores: Tensor) -> None:
-    if scores.numel() and not all(end.isfinite() for end in scores.aminmax()):  # NaN shows at both ends
+    if scores.numel() and not all(end.isfinite() for end in scores.aminmax()):  # both ends are NaN if any score is
         raise NotFinite("scores hold NaN or infinite values")
 
 
 def portion(share: float, count: int) -> int:
-    """How many of `count` a share is, rounded down; 0.3 of 10 is 3 although 0.3 * 10 may be 2.9999999."""
+    """floor(share * count), but 0.3 of 10 is 3 although 0.3 * 10 may be 2.9999999."""
     return math.floor(share * count * (1 + 1e-12) + 1e-9)
 
 
@@ -46,7 +46,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 def _by_pairs(scores: Tensor, count: int, keep: Tensor) -> None:
     members = scores.unbind(-1)
-    # Rank = how many members beat this one. Of a pair the lower index wins unless it is smaller.
+    # Rank: the number of members above this one. Of a pair the lower index wins unless it is smaller.
     ranks = [torch.full_like(member, len(members) - 1 - i, dtype=torch.int8) for i, member in enumerate(members)]
     for low in range(len(members)):
         for high in range(low + 1, len(members)):
@@ -58,7 +58,7 @@ def _by_pairs(scores: Tensor, count: int, keep: Tensor) -> None:
 
 
 def two_of_four(scores: Tensor) -> Tensor:
-    """`largest(scores.T, 2).T` of [4, n], in a fifth of the time where nothing ties: for sweeps."""
+    """`largest(scores.T, 2).T` of [4, n], in a fifth of the time where there are no ties: for sweeps."""
     larger, smaller = torch.maximum(scores[:2], scores[2:]), torch.minimum(scores[:2], scores[2:])
     second = torch.maximum(torch.minimum(larger[0], larger[1]), torch.maximum(smaller[0], smaller[1]))
     keep = scores >= second
@@ -69,9 +69,9 @@ def _by_threshold(scores: Tensor, count: int, keep: Tensor) -> None:
     threshold = kth_largest(scores, count)  # [..., 1]
     torch.gt(scores, threshold, out=keep)
     equal = scores == threshold
-    room = count - keep.sum(dim=-1, keepdim=True)  # places left for scores equal to the threshold
+    room = count - keep.sum(dim=-1, keepdim=True)  # positions left for scores equal to the threshold
     if not torch.equal(room, equal.sum(dim=-1, keepdim=True)):
-        equal &= equal.cumsum(dim=-1, dtype=torch.int32) <= room  # the first ones get them
+        equal &= equal.cumsum(dim=-1, dtype=torch.int32) <= room  # the first ones are kept
     keep |= equal
 
 
@@ -86,7 +86,7 @@ def kth_largest(scores: Tensor, count: int) -> Tensor:
 
 def published_largest(scores: Tensor, count: int) -> Tensor:
     """`largest` along the last axis with the ties of the published programs: they drop what torch's unstable top-k
-    names the smallest. Weights that were once quantised have many equal sizes, and which of them go decides figures.
+    returns as the smallest. Weights that were once quantised have many ties, and the rule changes results.
     """
     refuse_not_finite(scores)
     dropped = scores.topk(scores.shape[-1] - count, dim=-1, largest=False).indices

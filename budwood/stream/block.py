@@ -12,8 +12,8 @@ from torch.func import functional_call
 from budwood.checkpoints.packing import PackedTensors, pack_named
 from budwood.errors import RunError
 from budwood.formats import FORMATS, pack_as, rounds
-from budwood.kernels.native import AS_SPARSE
-from budwood.kernels.native_matrix import prepare
+from budwood.kernels.native import SPARSE
+from budwood.kernels.native_matrix import native_matrix
 from budwood.models.block_calls import BlockCalls
 from budwood.models.linears import read, resize, write
 from budwood.stream.activations import Activations
@@ -245,9 +245,9 @@ def sparse_products(linears: Iterable[Linear]) -> Iterator[None]:
         for linear in linears:
             weight = getattr(linear.module, "weight", None)
             if type(linear.module) is nn.Linear and isinstance(weight, Tensor):
-                kernel = prepare("bitmask", linear.shape, pack_as("bitmask", weight.detach()))
+                kernel = native_matrix("bitmask", linear.shape, pack_as("bitmask", weight.detach()))
                 if kernel is not None:
-                    product = partial(kernel.linear, bias=linear.module.bias, way=AS_SPARSE)
+                    product = partial(kernel.linear, bias=linear.module.bias, kernel=SPARSE)
                     linear.module.forward = product  # type: ignore[method-assign, assignment]
                     replaced.append(linear.module)
         yield

@@ -1,6 +1,6 @@
-"""One law for all formats: what is packed comes back bit for bit, in the bytes foretold, or is refused.
+"""One law for all formats: a matrix is restored bit for bit, in the predicted bytes, or refused.
 
-Formats with rounded values keep it for matrices that are rounded already.
+Formats with rounded values satisfy it for matrices that are rounded already.
 """
 
 import pytest
@@ -20,7 +20,7 @@ DENSITIES = [0.0, 0.02, 0.3, 0.5, 1.0]
 
 
 def scattered(out: int, width: int, density: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Normal weights, of which a share chosen by chance is kept."""
+    """Normal weights, of which a random share is kept."""
     generator = torch.Generator().manual_seed(1000 * out + width)
     weight = torch.randn(out, width, generator=generator)
     keep = torch.rand(out, width, generator=generator) < density
@@ -28,7 +28,7 @@ def scattered(out: int, width: int, density: float, dtype: torch.dtype = torch.f
 
 
 def skeleton(out: int, width: int, more: float = 0.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Normal weights, the two largest of every four kept and by chance a share of the others."""
+    """Normal weights, the two largest of every four kept and a random share of the others."""
     generator = torch.Generator().manual_seed(out + width)
     weight = torch.randn(out, width, generator=generator)
     keep = weight.abs().view(-1, 4).argsort(1).argsort(1).view(out, width) >= 2
@@ -43,13 +43,13 @@ def size(tensors: dict[str, torch.Tensor]) -> int:
 def check(name: str, weight: torch.Tensor) -> None:
     """The contract of a format, on one matrix."""
     format, shape = FORMATS[name], tuple(weight.shape)
-    foretold = format.nbytes(shape, count(weight), weight.element_size())
-    if foretold is None:
+    predicted = format.nbytes(shape, count(weight), weight.element_size())
+    if predicted is None:
         with pytest.raises(Refusal, match=f"{shape[0]} x {shape[1]}"):
             format.pack(weight)
         return
     nearest = format.nearest(weight)
-    assert size(nearest) == foretold
+    assert size(nearest) == predicted
     base = None
     if name not in LOSSLESS:
         base = covered(nearest["places"], shape[1]) if "places" in nearest else None
@@ -58,7 +58,7 @@ def check(name: str, weight: torch.Tensor) -> None:
     tensors = format.pack(weight, base)
     assert torch.equal(raw(weight), raw(before))
     assert tuple(tensors) == tuple(nearest) == format.suffixes
-    assert size(tensors) == foretold or name == "bitmask_int8"  # a value that became 0 is stored the first time only
+    assert size(tensors) == predicted or name == "bitmask_int8"  # a value rounded to 0 is not stored again
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     back = format.unpack(tensors, shape)
     assert back.dtype == weight.dtype
@@ -69,7 +69,7 @@ def check(name: str, weight: torch.Tensor) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
-def test_packing_loses_nothing_and_takes_the_bytes_foretold(name, dtype, width):
+def test_packing_loses_nothing_and_takes_the_predicted_bytes(name, dtype, width):
     for out in (1, 3, 32):
         for density in DENSITIES:
             check(name, scattered(out, width, density, dtype))
@@ -98,7 +98,7 @@ def test_signed_zeros_infinities_and_nans_keep_their_bits(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSLESS) - {"two_four"}))
-def test_crowded_groups_keep_signed_zeros_and_nans(name):
+def test_groups_of_more_than_two_keep_signed_zeros_and_nans(name):
     odd = torch.tensor([0, -0.0, -0.0, -0.0, float("nan"), 1, float("nan"), -0.0]).repeat(4, 2)
     check(name, odd)
     assert count(odd).recovered == 4 * 2 * (1 + 2)
@@ -112,7 +112,7 @@ def test_a_transposed_weight_packs_like_its_copy(name):
     assert all(torch.equal(tensors[suffix], copied[suffix]) for suffix in copied)
 
 
-def test_large_matrices_are_packed_piece_by_piece_alike(monkeypatch):
+def test_packing_in_pieces_gives_the_same_tensors(monkeypatch):
     weight = skeleton(40, 96, 0.2)
     whole = {name: FORMATS[name].nearest(weight) for name in set(FORMATS) - {"two_four", "two_four_int8"}}
     monkeypatch.setattr("budwood.formats.bits.SLAB", 7 * 96)

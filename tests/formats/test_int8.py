@@ -1,4 +1,4 @@
-"""Formats with int8 values: what is rounded, what is not, which is chosen, and that casts change nothing."""
+"""Formats with int8 values: which weights are rounded, which format is chosen, and that casts change nothing."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_a_weight_is_int8_times_scale_rounded_once():
     assert torch.equal(FORMATS["bitmask_int8"].unpack(tensors, (8, 300)), expected)
 
 
-def test_recovered_weights_stay_as_they_are():
+def test_recovered_weights_are_not_rounded():
     weight = skeleton(16, 512, 0.05, torch.bfloat16)
     tensors = FORMATS["two_four_compact_int8"].nearest(weight)
     back = FORMATS["two_four_compact_int8"].unpack(tensors, (16, 512))
@@ -54,7 +54,7 @@ def test_recovered_weights_stay_as_they_are():
 
 
 @pytest.mark.parametrize("name", INT8)
-def test_what_is_not_rounded_is_refused(name):
+def test_matrices_that_are_not_rounded_are_refused(name):
     weight = skeleton(4, 64)
     with pytest.raises(Refusal, match=f"{name} cannot hold this 4 x 64 matrix: .* round them first"):
         FORMATS[name].pack(weight)
@@ -66,15 +66,15 @@ def test_what_is_not_rounded_is_refused(name):
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -0.0])
 @pytest.mark.parametrize("name", INT8)
-def test_what_no_integer_stands_for_is_refused(name, odd):
+def test_values_that_no_integer_represents_are_refused(name, odd):
     weight = torch.tensor([[odd, 1.0, 0.0, 0.0]])
     with pytest.raises(Refusal, match="1 x 4"):
         FORMATS[name].pack(weight)
 
 
 @pytest.mark.parametrize("name", INT8)
-def test_casting_to_and_fro_changes_nothing(name):
-    """Scales in the dtype of the module would be rounded; and a weight keeps the rounding of its folder."""
+def test_casts_change_nothing(name):
+    """Scales in the dtype of the module would be rounded; a weight keeps the rounding of its checkpoint."""
     weight = skeleton(16, 512, dtype=torch.bfloat16)
     tensors = FORMATS[name].nearest(weight)
     layer = SparseLinear.from_packed(name, (16, 512), tensors)
@@ -100,7 +100,7 @@ def test_the_layout_of_a_format_and_of_values():
         known_layout("bitmaks", "int8")
 
 
-def test_a_two_four_part_keeps_its_recovered_weights_and_a_free_pattern_is_a_bitmask():
+def test_two_four_keeps_its_recovered_weights_and_unstructured_is_a_bitmask():
     assert store(skeleton(16, 256), "auto_int8")[0] == "two_four_int8"
     assert store(skeleton(16, 256, 0.03), "auto_int8")[0] == "two_four_compact_int8"
     for density in (0.2, 0.5, 0.75, 0.9, 1.0):
@@ -109,7 +109,7 @@ def test_a_two_four_part_keeps_its_recovered_weights_and_a_free_pattern_is_a_bit
 
 
 @pytest.mark.parametrize("layout", ["auto_int8", *INT8])
-def test_the_bytes_are_foretold(layout):
+def test_the_bytes_are_predicted(layout):
     weight = skeleton(32, 520, 0.0 if layout == "two_four_int8" else 0.02, torch.bfloat16)
     name, tensors = store(weight, layout)
     assert predict((32, 520), count(weight), 2, layout) == (name, size(tensors))

@@ -1,4 +1,4 @@
-"""The packed layer behaves as the dense one it stands for."""
+"""The packed layer behaves as the dense one."""
 
 import copy
 
@@ -13,7 +13,7 @@ from budwood.formats import FORMATS
 from budwood.kernels.linear import SparseLinear
 
 SPARSE = sorted(set(FORMATS) - {"dense"})
-PURE = ("two_four", "two_four_int8")  # these hold no third weight of a group
+PURE = ("two_four", "two_four_int8")  # cannot store recovered weights
 
 
 def layers(format: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[SparseLinear, nn.Linear]:
@@ -36,7 +36,7 @@ def test_the_output_is_bit_equal_to_the_dense_layer(format, dtype, bias, shape):
 
 
 @pytest.mark.parametrize("format", SPARSE)
-def test_it_looks_like_a_linear_and_holds_only_the_packed_tensors(format):
+def test_it_is_a_linear_and_has_only_the_packed_tensors(format):
     sparse, dense = layers(format)
     assert isinstance(sparse, nn.Linear)
     assert (sparse.in_features, sparse.out_features) == (64, 16)
@@ -73,7 +73,7 @@ def test_copies_and_state_dicts(format):
 
 
 @pytest.mark.parametrize("format", SPARSE)
-def test_casting_touches_the_values_only(format):
+def test_casts_change_only_the_values(format):
     sparse, dense = layers(format)
     places = {suffix: t.clone() for suffix, t in sparse.packed().items() if not t.is_floating_point()}
     sparse, dense = sparse.to(torch.float16), dense.to(torch.float16)
@@ -149,7 +149,7 @@ def test_writing_to_the_weight_is_an_error_and_never_a_silent_loss():
 
 
 @pytest.mark.parametrize("format", SPARSE)
-def test_dequantize_gives_the_dense_layer_back(format):
+def test_dequantize_returns_the_dense_layer(format):
     sparse, dense = layers(format)
     back = sparse.eval().dequantize()
     assert type(back) is nn.Linear

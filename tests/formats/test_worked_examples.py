@@ -98,7 +98,7 @@ def test_recovered_weights_in_csr_and_compact(dtype):
 
 def test_compact_counts_per_256_columns_and_columns_inside_them():
     weight = torch.zeros(2, 520)
-    weight[0, 252:260] = torch.tensor([4.0, 3, 2, 1, 5, 6, 8, 7])  # both sides of a border
+    weight[0, 252:260] = torch.tensor([4.0, 3, 2, 1, 5, 6, 8, 7])  # both sides of a segment boundary
     weight[1, 516:520] = torch.tensor([1.0, 1, 1, 1])  # a tie: the lower columns are not recovered
     compact = FORMATS["two_four_compact"].pack(weight)
     assert compact["rec_counts"].tolist() == [[2, 2, 0], [0, 0, 2]]
@@ -112,7 +112,7 @@ def test_the_split_is_not_unique_but_its_size_is():
     with_base, without = split(weight, BASE)[1], split(weight)[1]
     assert with_base.sum() == without.sum() == 3
     assert torch.equal(with_base, RECOVERED)
-    assert not torch.equal(with_base, without)  # magnitude alone leaves another weight over
+    assert not torch.equal(with_base, without)  # by magnitude another weight is recovered
 
 
 def test_forward_of_both_parts():
@@ -213,7 +213,7 @@ def test_no_recovered_weight_takes_no_block():
         ((2, 16), 3, 66),
     ],
 )
-def test_bytes_of_the_published_form(shape, recovered, total):
+def test_bytes_of_the_published_format(shape, recovered, total):
     forecast = Forecast(nonzeros=shape[0] * shape[1] / 2 + recovered, recovered=recovered)
     assert FORMATS["two_four_csr"].nbytes(shape, forecast, 2) == total
     skeleton = FORMATS["two_four"].nbytes(shape, Forecast(shape[0] * shape[1] / 2, 0), 2)
@@ -236,7 +236,7 @@ def test_bytes_of_blocks(shape, block, values, index):
     assert FORMATS["two_four_ell"].nbytes(shape, forecast, 2) == skeleton + values + index
 
 
-def test_compact_takes_nine_bits_and_a_little():
+def test_bits_per_weight_of_compact():
     shape, recovered = (4096, 4096), 258048
     density = recovered / (4096 * 4096)
     nbytes = FORMATS["two_four_compact"].nbytes(shape, Forecast(0, recovered), 2)

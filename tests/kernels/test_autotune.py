@@ -1,4 +1,4 @@
-"""The fastest right one wins, and the others say why they did not."""
+"""The fastest accurate runner wins; the others are dropped with a reason."""
 
 import pytest
 import torch
@@ -11,30 +11,30 @@ RIGHT = F.linear(X, W)
 
 
 def clock_of(seconds):
-    """A clock that runs the runner and gives the next of its times."""
+    """A clock that runs the runner and returns the next of its times."""
     return lambda runner: (runner(), next(seconds[runner]))[1]
 
 
-def test_the_median_decides_and_turns_are_taken():
+def test_the_median_decides_and_runners_take_turns():
     order = []
     first = lambda: order.append("first") or RIGHT
     second = lambda: order.append("second") or RIGHT
     clock = clock_of({first: iter([3.0, 3.0, 3.0]), second: iter([9.0, 2.0, 2.0])})
-    outcome = autotune({"first": first, "second": second}, RIGHT, clock, rounds=3)
-    assert outcome.winner == "second"
-    assert outcome.seconds == {"first": 3.0, "second": 2.0}
+    result = autotune({"first": first, "second": second}, RIGHT, clock, rounds=3)
+    assert result.winner == "second"
+    assert result.seconds == {"first": 3.0, "second": 2.0}
     assert order == ["first", "second"] * 4  # once to be checked, three times to be timed
 
 
-def test_real_products_on_the_processor():
+def test_real_products_on_the_cpu():
     slow = lambda: torch.stack([W.double() @ x.double() for x in X.repeat(50, 1)])[:4].float()
-    outcome = autotune({"slow": slow, "plain": lambda: X @ W.T}, RIGHT, wall_clock)
-    assert outcome.dropped == {}
-    assert set(outcome.seconds) >= {"slow", "plain"}
-    assert outcome.seconds[outcome.winner] == min(outcome.seconds[name] for name in ("slow", "plain"))
+    result = autotune({"slow": slow, "plain": lambda: X @ W.T}, RIGHT, wall_clock)
+    assert result.dropped == {}
+    assert set(result.seconds) >= {"slow", "plain"}
+    assert result.seconds[result.winner] == min(result.seconds[name] for name in ("slow", "plain"))
 
 
-def test_who_raises_or_errs_is_dropped_with_the_reason():
+def test_a_runner_that_raises_or_is_inaccurate_is_dropped_with_the_reason():
     def broken():
         raise RuntimeError("no compiler\nand a long traceback")
 
@@ -45,17 +45,17 @@ def test_who_raises_or_errs_is_dropped_with_the_reason():
         "short": lambda: RIGHT[:2],
         "right": lambda: RIGHT,
     }
-    outcome = autotune(runners, RIGHT, wall_clock)
-    assert outcome.winner == "right"
-    assert outcome.dropped["broken"] == "no compiler"
-    assert set(outcome.dropped) == {"broken", "wrong", "nan", "short"}
+    result = autotune(runners, RIGHT, wall_clock)
+    assert result.winner == "right"
+    assert result.dropped["broken"] == "no compiler"
+    assert set(result.dropped) == {"broken", "wrong", "nan", "short"}
     with pytest.raises(ValueError, match="no compiler"):
         autotune({"broken": broken}, RIGHT, wall_clock)
 
 
-def test_a_spectator_is_timed_and_never_wins():
+def test_a_baseline_is_timed_and_never_wins():
     packed, dense = (lambda: RIGHT), (lambda: RIGHT)
     clock = clock_of({packed: iter([5.0] * 7), dense: iter([1.0] * 7)})
-    outcome = autotune({"packed": packed}, RIGHT, clock, spectators={"dense": dense})
-    assert outcome.winner == "packed"
-    assert outcome.seconds["dense"] == 1.0
+    result = autotune({"packed": packed}, RIGHT, clock, baselines={"dense": dense})
+    assert result.winner == "packed"
+    assert result.seconds["dense"] == 1.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed; `make gpu-check` brings it")
+pytest.importorskip("triton", reason="triton is not installed; `make gpu-check` installs it")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET", allow_module_level=True)
 
@@ -47,11 +47,11 @@ def compiled(kernel, capability, constants, half=False):
 
 
 def stack(kernel, folder):
-    """Bytes of stack that a thread needs: registers that did not suffice."""
+    """Bytes of stack per thread: spilled registers."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    told = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-    return int(re.search(r"STACK:(\d+)", told.stdout)[1])
+    usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
 
 
 @DEVICES

@@ -1,4 +1,4 @@
-"""What is packed for a GPU comes back bit for bit, and takes the bytes its docstring says."""
+"""The GPU layout is lossless, and takes the bytes of its docstring."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 @TYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_layout_gives_the_matrix_back(shape, dtype):
+def test_unpacking_restores_the_matrix(shape, dtype):
     weight, base = pruned(*shape, dtype)
     assert torch.equal(pack_two_four(weight, base).unpack().view(torch.int16), weight.view(torch.int16))
     assert torch.equal(pack_two_four(weight).unpack().view(torch.int16), weight.view(torch.int16))
     assert torch.equal(pack_two_four(weight, base).skeleton(), weight.masked_fill(~base, 0.0))
 
 
-def test_negative_zeros_and_nothing_at_all_survive():
+def test_negative_zeros_and_all_zeros_survive():
     weight, base = pruned(8, 32, 0.1, torch.bfloat16)
     weight[~base & (weight != 0)] = -0.0
     assert torch.equal(pack_two_four(weight, base).unpack().view(torch.int16), weight.view(torch.int16))
@@ -37,7 +37,7 @@ def test_the_widest_column_fits_its_sixteen_bits():
     assert torch.equal(pack_two_four(weight, base).unpack(), weight)
 
 
-def test_the_codes_of_a_word_lie_a_stride_apart():
+def test_the_codes_of_a_word_are_a_stride_apart():
     weight, base = pruned(3, 512, 0.0, torch.bfloat16)
     layout = pack_two_four(weight, base)
     assert layout.stride == 8
@@ -48,7 +48,7 @@ def test_the_codes_of_a_word_lie_a_stride_apart():
         assert [codes >> 4 * step & 3, codes >> 4 * step + 2 & 3] == kept
 
 
-def test_recovered_weights_lie_row_by_row():
+def test_recovered_weights_are_stored_row_by_row():
     weight, base = pruned(70, 128, 0.05, torch.bfloat16)
     layout = pack_two_four(weight, base)
     recovered = (weight != 0) & ~base
@@ -56,13 +56,13 @@ def test_recovered_weights_lie_row_by_row():
     assert torch.equal(layout.entries[:-1] & 0xFFFF, recovered.nonzero()[:, 1].int())
 
 
-def test_two_of_every_four_are_found_in_any_mask():
+def test_two_of_every_four_are_chosen_in_any_mask():
     keep = torch.tensor([[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
     found = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]]).bool()
     assert torch.equal(two_of_four(keep), found)
 
 
-def test_the_bytes_are_those_the_docstrings_say():
+def test_the_bytes_are_those_of_the_docstring():
     weight, base = pruned(1024, 1024, 0.0, torch.bfloat16)
     size = weight.numel()
     assert pack_two_four(weight, base).nbytes / size == pytest.approx(1.125, rel=0.01)
@@ -70,7 +70,7 @@ def test_the_bytes_are_those_the_docstrings_say():
     assert pack_two_four(free).nbytes / size == pytest.approx(1.5, rel=0.01)
 
 
-def test_what_a_layout_cannot_hold_is_refused():
+def test_matrices_that_the_layout_cannot_store_are_refused():
     weight, base = pruned(8, 32, 0.1, torch.bfloat16)
     with pytest.raises(UsageError, match="float32"):
         pack_two_four(weight.float(), base)

@@ -67,7 +67,7 @@ def test_a_matrix_of_zeros_and_a_row_of_everything(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_rows_that_do_not_lie_one_after_another(name):
+def test_rows_that_are_not_contiguous(name):
     weight, base = pruned(32, 64, 0.1, torch.bfloat16)
     x = torch.randn(64, 3).bfloat16().T
     assert relative(*product(name, weight, base, x)) < EXACT
@@ -75,13 +75,13 @@ def test_rows_that_do_not_lie_one_after_another(name):
 
 @TYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_dense_matrix_comes_back_bit_for_bit(shape, dtype):
+def test_unpacking_is_bit_exact(shape, dtype):
     weight, base = pruned(*shape, dtype)
     for layout in (pack_two_four(weight, base), pack_two_four(weight)):
         assert torch.equal(gpu_products.two_four_unpacked(layout).view(torch.int16), weight.view(torch.int16))
 
 
-def test_x_that_begins_between_two_words_is_moved():
+def test_an_unaligned_x_is_copied():
     weight, base = pruned(32, 64, 0.1, torch.bfloat16)
     x = torch.randn(2 * 64 + 1).bfloat16()[1:].view(2, 64)
     for name in KERNELS:
@@ -89,7 +89,7 @@ def test_x_that_begins_between_two_words_is_moved():
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_result_has_the_type_of_x(name):
+def test_the_result_has_the_dtype_of_x(name):
     weight, base = pruned(32, 64, 0.1, torch.float16)
     result, expected = product(name, weight, base, torch.randn(2, 64).half(), dtype=None)
     assert result.dtype == torch.float16
@@ -115,16 +115,16 @@ def test_x_that_does_not_fit_is_refused(name):
         (64, True, {"unpack", "triton dot", "semi-structured"}),
     ],
 )
-def test_the_dispatch_tries_all_that_fit(rows, free, names, monkeypatch):
-    monkeypatch.setattr(gpu, "outcomes", {})
+def test_the_candidates_are_all_kernels_that_fit(rows, free, names, monkeypatch):
+    monkeypatch.setattr(gpu, "results", {})
     monkeypatch.setattr(gpu, "usable", lambda tensor: True)
     weight, base = pruned(64, 128, 0.05, torch.float16)
-    layer = gpu.prepare(weight, None if free else base)
+    layer = gpu.gpu_matrix(weight, None if free else base)
     assert set(layer.candidates(rows)) == names
     x = torch.randn(rows, 128).half()
-    for name, way in layer.candidates(rows).items():
-        if name != "semi-structured":  # torch has it on devices only
-            assert relative(way(x, None), x.double() @ weight.double().T) < 1e-3  # rounded to fp16
+    for name, kernel in layer.candidates(rows).items():
+        if name != "semi-structured":  # torch has it on GPUs only
+            assert relative(kernel(x, None), x.double() @ weight.double().T) < 1e-3  # rounded to fp16
     assert relative(layer.linear(x), x.double() @ weight.double().T) < 1e-3
-    for outcome in gpu.outcomes.values():
-        assert set(outcome.dropped) <= {"semi-structured"}
+    for result in gpu.results.values():
+        assert set(result.dropped) <= {"semi-structured"}

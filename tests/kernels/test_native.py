@@ -1,4 +1,4 @@
-"""Every native path computes what the reference computes, for all shapes, types, ways and numbers of threads."""
+"""Every native path computes what the reference computes, for all shapes, dtypes, kernels and numbers of threads."""
 
 import copy
 import os
@@ -15,9 +15,8 @@ from budwood.formats import FORMATS, LOSSLESS, pack_as
 from budwood.kernels import dispatch, native, ops
 from budwood.kernels.head import DenseLinear, accelerate_head
 from budwood.kernels.linear import SparseLinear
-from budwood.kernels.native import AS_FEW, AS_PANELS, AS_SPARSE
-from budwood.kernels.native_matrix import Packed, linears, prepare
-from budwood.kernels.optimize import ready
+from budwood.kernels.native import FEW_ROWS, PANELS, SPARSE
+from budwood.kernels.native_matrix import MatrixGroup, NativeMatrix, native_matrix
 
 SHAPES = [(8, 32), (7, 64), (130, 36), (33, 100), (1, 4), (257, 130), (64, 1000), (5, 7), (300, 576)]
 ROWS = [1, 2, 3, 5, 8, 9, 16, 17, 33, 65]
@@ -37,16 +36,16 @@ def weights(out: int, width: int, extra: float, dtype: torch.dtype) -> Tensor:
     return torch.where(keep, weight, 0)
 
 
-def packed(weight: Tensor, format: str = "bitmask") -> Packed:
-    matrix = prepare(format, (weight.shape[0], weight.shape[1]), pack_as(format, weight))
+def packed(weight: Tensor, format: str = "bitmask") -> NativeMatrix:
+    matrix = native_matrix(format, (weight.shape[0], weight.shape[1]), pack_as(format, weight))
     assert matrix is not None
     return matrix
 
 
-def ways(dtype: torch.dtype) -> list[int]:
-    """What the path can do with activations of this type."""
-    panels = [AS_PANELS] if dtype == torch.bfloat16 else []
-    return [way for way in [AS_FEW, AS_SPARSE, *panels] if native.has(way)]
+def kernels(dtype: torch.dtype) -> list[int]:
+    """The kernels of the path for activations of this dtype."""
+    panels = [PANELS] if dtype == torch.bfloat16 else []
+    return [kernel for kernel in [FEW_ROWS, SPARSE, *panels] if native.has(kernel)]
 
 
 def error(product: Tensor, x: Tensor, weight: Tensor) -> float:
@@ -66,10 +65,10 @@ def test_products_equal_the_reference(path, shape, dtype):
         for matrix in (packed(weight, format) for format in formats):
             for rows in ROWS:
                 x = torch.randn(rows, shape[1], dtype=dtype)
-                for way in ways(dtype):
-                    product = matrix.linear(x, None, way)
+                for kernel in kernels(dtype):
+                    product = matrix.linear(x, None, kernel)
                     assert product is not None
-                    # float32 sums, rounded once to the type of the activations
+                    # float32 sums, rounded once to the dtype of the activations
                     rounded = torch.finfo(dtype).eps if dtype != torch.float32 else 0
                     assert error(product, x, weight) < 1e-5 + rounded
 
@@ -77,48 +76,48 @@ def test_products_equal_the_reference(path, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("format", ["bitmask", "bitmask_int8", "two_four_compact_int8"])
 @pytest.mark.parametrize("shape", [(70, 5000), (700, 1100)], ids=str)
-def test_what_no_longer_fits_into_caches_is_done_in_parts(path, shape, format, dtype):
-    """Wide ones in blocks of columns, high ones in chunks of rows and several panels."""
+def test_matrices_larger_than_the_caches_are_multiplied_in_parts(path, shape, format, dtype):
+    """Wide ones in blocks of columns, tall ones in chunks of rows and several panels."""
     torch.manual_seed(5)
     tensors = FORMATS[format].nearest(weights(*shape, 0.015, dtype))
-    weight, matrix = FORMATS[format].unpack(tensors, shape), prepare(format, shape, tensors)
+    weight, matrix = FORMATS[format].unpack(tensors, shape), native_matrix(format, shape, tensors)
     assert matrix is not None
     for rows in (1, 6, 8, 21, 70):
         x = torch.randn(rows, shape[1]).to(dtype)
-        for way in ways(dtype):
-            product = matrix.linear(x, None, way)
+        for kernel in kernels(dtype):
+            product = matrix.linear(x, None, kernel)
             if product is None:
-                assert way == AS_PANELS  # which want 16-bit values or int8 ones
+                assert kernel == PANELS  # which need 16-bit or int8 values
                 continue
             rounded = torch.finfo(dtype).eps if dtype != torch.float32 else 0
             assert error(product, x, weight) < (5e-5 if "int8" in format else 1e-5) + rounded
 
 
-@pytest.mark.parametrize("way", [AS_FEW, AS_SPARSE, AS_PANELS])
+@pytest.mark.parametrize("kernel", [FEW_ROWS, SPARSE, PANELS])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-def test_threads_change_no_bit(path, threads, way):
-    if not native.has(way):
-        pytest.skip("the path has no such way")
+def test_threads_change_no_bit(path, threads, kernel):
+    if not native.has(kernel):
+        pytest.skip("the path has no such kernel")
     torch.manual_seed(1)
     weight = weights(11, 96, 0.1, torch.bfloat16)
     matrix, x = packed(weight), torch.randn(20, 96, dtype=torch.bfloat16)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = matrix.linear(x, None, way)
+        alone = matrix.linear(x, None, kernel)
         torch.set_num_threads(threads)
-        assert torch.equal(matrix.linear(x, None, way), alone)
+        assert torch.equal(matrix.linear(x, None, kernel), alone)
     finally:
         torch.set_num_threads(before)
 
 
 def test_panels_are_for_bfloat16(path):
     matrix = packed(weights(40, 64, 0.05, torch.float32))
-    assert matrix.linear(torch.randn(9, 64), None, AS_PANELS) is None
-    if native.has(AS_PANELS):
+    assert matrix.linear(torch.randn(9, 64), None, PANELS) is None
+    if native.has(PANELS):
         halves = packed(weights(40, 64, 0.05, torch.float16))
-        assert halves.linear(torch.randn(9, 64).half(), None, AS_PANELS) is None
-        assert halves.linear(torch.randn(9, 64).bfloat16(), None, AS_PANELS) is None
+        assert halves.linear(torch.randn(9, 64).half(), None, PANELS) is None
+        assert halves.linear(torch.randn(9, 64).bfloat16(), None, PANELS) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,23 +140,24 @@ def test_several_matrices_in_one_call_equal_each_alone(path):
     matrices = [packed(weights(out, 64, 0.02, torch.bfloat16)) for out in (48, 16, 5)]
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     biases = [torch.randn(48, dtype=torch.bfloat16), None, None]
-    together = linears(matrices, x, biases)
+    together = MatrixGroup(matrices).linear(x, biases)
+    assert together is not None
     for matrix, bias, product in zip(matrices, biases, together, strict=True):
         assert torch.equal(product, matrix.linear(x, bias))
 
 
-def test_not_finite_inputs_come_out_as_they_should(path):
+def test_nan_inputs_give_nan(path):
     layer = SparseLinear.from_dense(weights(8, 64, 0.0, torch.float32), format="two_four")
     with torch.no_grad():
         assert layer(torch.full((1, 64), float("nan"))).isnan().all()
 
 
 @pytest.mark.parametrize("format", sorted(set(LOSSLESS) - {"dense"}))
-def test_every_format_is_settled_into_one_the_library_reads(fastest, format):
+def test_every_format_is_converted_to_one_the_library_reads(fastest, format):
     weight = weights(32, 256, 0.0 if format == "two_four" else 0.03, torch.bfloat16)
     layer = SparseLinear.from_dense(weight, format=format)
-    layer.settle()
-    assert layer.kernel() is not None
+    layer.to_native_format()
+    assert layer.native_matrix() is not None
     assert torch.equal(layer.unpack(), weight)
     x = torch.randn(2, 256, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -172,12 +172,12 @@ def test_gradients_are_those_of_the_reference(fastest, monkeypatch):
     found, layer.bias.grad = (x.grad, layer.bias.grad), None
     x.grad = None
     monkeypatch.setenv(native.VARIABLE, "reference")
-    layer = copy.deepcopy(layer)  # prepares itself anew
+    layer = copy.deepcopy(layer)  # makes its own native matrix
     layer(x).square().sum().backward()
     torch.testing.assert_close(found, (x.grad, layer.bias.grad), rtol=1e-4, atol=1e-3)
 
 
-def test_a_copy_and_a_cast_prepare_themselves(fastest):
+def test_a_copy_and_a_cast_make_their_own_native_matrix(fastest):
     layer = SparseLinear.from_dense(weights(32, 64, 0.05, torch.bfloat16), format="bitmask")
     x = torch.randn(1, 64, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -195,34 +195,7 @@ def test_changed_in_place_weights_are_seen(fastest):
         torch.testing.assert_close(layer(x), 2 * before)
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        for name, out in (("q_proj", 64), ("k_proj", 16), ("v_proj", 16)):
-            setattr(self, name, SparseLinear.from_dense(weights(out, 64, 0.02, torch.float32), format="bitmask"))
-
-    def forward(self, x):
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-
-
-def test_siblings_share_a_call_and_no_result_is_stale(fastest):
-    model = Attention()
-    alone = copy.deepcopy(model)
-    ready(model)
-    assert model.q_proj.siblings is model.v_proj.siblings is not None
-    assert alone.q_proj.siblings is None
-    with torch.no_grad():
-        x = torch.randn(1, 64)
-        assert torch.equal(model(x), alone(x))
-        first = model.q_proj(x)
-        x.mul_(2)  # what waits for k_proj was computed from something else
-        assert torch.equal(model.k_proj(x), alone.k_proj(x))
-        assert not torch.equal(first, alone.q_proj(x))
-        other = torch.randn(1, 64)
-        assert torch.equal(model.v_proj(other), alone.v_proj(other))
-
-
-def test_the_ways_are_measured_once(fastest, monkeypatch):
+def test_the_kernels_are_measured_once(fastest, monkeypatch):
     monkeypatch.setattr(dispatch, "measured", {})
     matrix = packed(weights(64, 64, 0.02, torch.float32))
     calls = []
@@ -233,17 +206,17 @@ def test_the_ways_are_measured_once(fastest, monkeypatch):
     dispatch.measure(matrix, lambda x: calls.append(len(x)), torch.float32)
     assert len(calls) == seen
     for rows, choice in found.items():
-        assert choice.seconds[dispatch.NAMES[choice.way]] == min(choice.seconds.values())
-        assert dispatch.way(matrix, rows, torch.float32) == choice.way
+        assert choice.seconds[dispatch.NAMES[choice.kernel]] == min(choice.seconds.values())
+        assert dispatch.kernel_for(matrix, rows, torch.float32) == choice.kernel
 
 
-def test_a_wrong_choice_of_path_is_one_sentence(monkeypatch):
+def test_an_unknown_path_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.setenv(native.VARIABLE, "quick")
     with pytest.raises(UsageError, match="BUDWOOD_KERNELS is 'quick'; set it to one of auto"):
         native.library()
 
 
-def test_without_the_library_the_reference_runs_and_says_so(monkeypatch):
+def test_without_the_library_the_reference_runs_and_why_gives_the_reason(monkeypatch):
     monkeypatch.setattr(native, "file", lambda: None)
     native.opened.cache_clear()
     monkeypatch.setenv(native.VARIABLE, "auto")
@@ -273,25 +246,25 @@ def test_opcheck(fastest, format):
     torch.library.opcheck(torch.ops.budwood.linear.default, arguments)
 
 
-def test_an_operator_prepares_a_weight_once_and_forgets_it_with_its_memory(fastest, monkeypatch):
+def test_an_operator_caches_a_native_matrix_as_long_as_its_memory_exists(fastest, monkeypatch):
     made = []
-    monkeypatch.setattr(ops, "prepare", lambda *given: made.append(given[1]) or prepare(*given))
-    monkeypatch.setattr(ops, "_prepared", {})
+    monkeypatch.setattr(ops, "native_matrix", lambda *given: made.append(given[1]) or native_matrix(*given))
+    monkeypatch.setattr(ops, "_cache", {})
     x = torch.randn(2, 640)
-    for seed in range(4):  # memory that was given back is likely to be given out again
+    for seed in range(4):  # freed memory is likely to be allocated again
         torch.manual_seed(seed)
         weight = weights(96, 640, 0.05, torch.float32)
         tensors = list(pack_as("bitmask", weight).values())
         for _ in range(3):
             assert error(ops.linear(x, None, tensors, "bitmask", 96, 640), x, weight) < 1e-5
         assert len(made) == seed + 1
-        storages, kept = next(reversed(ops._prepared.values()))
+        storages, kept = next(reversed(ops._cache.values()))
         assert kept is not None
         assert not any(storage.expired() for storage in storages)
         del tensors
         made[-1] = None
         assert all(storage.expired() for storage in storages)
-    assert len(ops._prepared) == 1  # the others went with their memory
+    assert len(ops._cache) == 1  # the others expired with their memory
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -305,14 +278,14 @@ def test_a_compiled_head_multiplies_as_an_eager_one_does(fastest, bias):
     assert type(model.head) is DenseLinear
     compiled = torch.compile(model.head, backend="eager", fullgraph=True)
     with torch.no_grad():
-        for rows in (1, 3, 20):  # the last are too many for the kernel
+        for rows in (1, 3, 20):  # 20 are too many for the kernel
             x = torch.randn(rows, 96).bfloat16()
             assert torch.equal(compiled(x), model.head(x))
         torch.library.opcheck(torch.ops.budwood.dense.default, (x[:2], model.head.weight, model.head.bias))
 
 
-def test_one_openmp_runtime_is_in_the_process(fastest):
-    """A second one would bring a pool of threads of its own."""
+def test_the_process_has_one_openmp_runtime(fastest):
+    """A second one would have a thread pool of its own."""
     code = (
         "import torch; from budwood.kernels import native; native.library(); "
         "names = {line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'libomp' in line}; "
@@ -326,26 +299,26 @@ def test_one_openmp_runtime_is_in_the_process(fastest):
 
 @pytest.mark.parametrize("format", ["bitmask_int8", "two_four_int8", "two_four_compact_int8"])
 @pytest.mark.parametrize("shape", [(9, 64), (40, 300), (33, 576)], ids=str)
-def test_int8_values_and_what_is_recovered_beside_them(path, format, shape):
+def test_int8_values_and_recovered_weights(path, format, shape):
     torch.manual_seed(4)
     weight = weights(*shape, 0.0 if format == "two_four_int8" else 0.03, torch.float32)
     if format == "two_four_compact_int8":
-        weight[2] = 0  # at most two of a group are recovered there as elsewhere, but none in this row
+        weight[2] = 0  # a group has at most two recovered weights, and this row has none
     tensors = FORMATS[format].nearest(weight)
     rounded = FORMATS[format].unpack(tensors, shape)  # float32: what the kernel computes with
-    matrix = prepare(format, shape, tensors)
+    matrix = native_matrix(format, shape, tensors)
     assert matrix is not None
     for rows in (1, 2, 7, 20, 70):
         for dtype in (torch.float32, torch.bfloat16):
-            for way in ways(dtype):
+            for kernel in kernels(dtype):
                 x = torch.randn(rows, shape[1]).to(dtype)
-                product = matrix.linear(x, None, way)
+                product = matrix.linear(x, None, kernel)
                 assert product is not None
                 # few rows may be rounded to 16-bit integers, 256 of them with one scale
                 assert error(product, x, rounded) < 5e-5 + (torch.finfo(dtype).eps if dtype != torch.float32 else 0)
 
 
-def test_inside_exact_the_products_are_those_of_torch(fastest):
+def test_inside_exact_products_equal_those_of_torch(fastest):
     weight = weights(300, 576, 0.02, torch.float32)
     layer = SparseLinear.from_dense(weight, format="bitmask")
     x = torch.randn(33, 576)

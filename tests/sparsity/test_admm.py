@@ -1,4 +1,4 @@
-"""The mask by alternating directions: allowed, better than by score, and exact where exact is known."""
+"""The mask by ADMM: allowed, better than by score, and near the optimum where that is known."""
 
 import pytest
 import torch
@@ -25,14 +25,14 @@ def left(weight, moments, keep):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_as_many_stay_as_by_score_and_the_error_is_smaller(pattern):
+def test_it_keeps_as_many_weights_as_by_score_with_a_smaller_error(pattern):
     ours = theirs = 0.0
     for seed in range(4):
         weight, moments = problem(seed)
         by_score = pattern.keep(weight.abs() * moments.diagonal().sqrt())
         keep, near = admm(weight, Spectrum.of(moments), pattern)
         assert keep.sum() == by_score.sum()
-        assert torch.equal(pattern.keep(keep.float()), keep)  # it is allowed: its own largest
+        assert torch.equal(pattern.keep(keep.float()), keep)  # the pattern allows it
         assert not near[~keep].any()
         ours += left(weight, moments, keep)
         theirs += left(weight, moments, by_score)
@@ -40,7 +40,7 @@ def test_as_many_stay_as_by_score_and_the_error_is_smaller(pattern):
 
 
 def test_it_ends_near_the_best_values():
-    """Nearer than the dense weights on the same mask, by far: a fit that begins there has little left to do."""
+    """Far nearer than the dense weights on the same mask: a refit from there needs few steps."""
     weight, moments = problem(0)
     keep, near = admm(weight, Spectrum.of(moments), NM(2, 4))
     error = lambda found: float(((found - weight).double() @ moments.double() * (found - weight)).sum())
@@ -49,7 +49,7 @@ def test_it_ends_near_the_best_values():
 
 
 def test_independent_inputs_lose_little_over_the_best_mask():
-    """Without correlation the largest scores are best; the search wanders, but ends near."""
+    """Without correlation the largest scores are optimal; the search ends near them."""
     weight, _ = problem(0)
     scale = torch.linspace(0.5, 2, weight.shape[1])
     lost = lambda keep: float((weight * ~keep * scale).square().sum())
@@ -65,7 +65,7 @@ def test_dead_inputs_and_missing_rank(dead):
     assert keep.sum() == weight.numel() / 2
 
 
-def test_the_same_twice():
+def test_it_is_deterministic():
     weight, moments = problem(2)
     for one, other in zip(*(admm(weight, Spectrum.of(moments), Share(0.5)) for _ in range(2)), strict=True):
         assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""One budget over many curves: the worked example, and what is best by trying everything."""
+"""One budget over many curves: the worked example, and the optimum by brute force."""
 
 import itertools
 
@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from budwood.sparsity.allocation import Curve, curve_of, divide
 
 
-def test_the_hull_leaves_out_what_lies_above_it():
+def test_the_hull_leaves_out_points_above_it():
     curve = Curve([0, 1, 2, 3, 4, 6], [10, 9, 5, 5, 4, 3.9])
     assert curve.hull() == [0, 2, 4, 5]  # 1 is above the line from 0 to 2; 3 saves nothing over 2
 
 
-def test_a_hull_of_one():
+def test_a_hull_of_one_level():
     assert Curve([5], [1]).hull() == [0]
     assert Curve([0, 1, 2], [1, 1, 3]).hull() == [0]
 
 
-def test_where_the_next_unit_saves_most():
+def test_the_next_unit_goes_where_it_saves_most():
     curves = {"steep": Curve([0, 2, 4], [10, 2, 1]), "flat": Curve([0, 4], [6, 0])}
     assert divide(curves, 0) == {"steep": 0, "flat": 0}
     assert divide(curves, 2) == {"steep": 2, "flat": 0}  # 4 a unit against 1.5
@@ -34,21 +34,21 @@ def test_of_equal_steps_the_earlier_is_taken():
     assert divide(curves, 1) == {"b": 1, "a": 0}
 
 
-def test_too_little_for_the_first_levels():
+def test_a_budget_below_the_first_levels_is_refused():
     with pytest.raises(ValueError, match="first levels cost 3"):
         divide({"a": Curve([1, 2], [1, 0]), "b": Curve([2, 3], [1, 0])}, 2.5)
 
 
 @pytest.mark.parametrize(("cost", "loss"), [([1, 1], [2, 1]), ([2, 1], [2, 1]), ([], []), ([1], [1, 2])])
-def test_curves_that_are_none(cost, loss):
+def test_invalid_curves_are_refused(cost, loss):
     with pytest.raises(ValueError, match="curve"):
         Curve(cost, loss)
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), budget=st.integers(0, 24))
-def test_nothing_is_better_on_convex_curves(seed, budget):
-    """Values of which any number can be saved, largest first: the best division is one threshold over all."""
+def test_it_is_optimal_on_convex_curves(seed, budget):
+    """Any number of weights can be kept, largest first: the optimum is one threshold over all."""
     random = torch.Generator().manual_seed(seed)
     losses = {name: torch.rand(8, generator=random, dtype=torch.float64) for name in "abc"}
     curves = {name: curve_of(values, levels=8) for name, values in losses.items()}

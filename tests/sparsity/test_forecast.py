@@ -46,12 +46,12 @@ def test_large_widths_reach_the_closed_form(kept, group, density):
     ("alpha", "percent"),
     [(0.5, [6.241, 25.0, 37.518, 25.0, 6.241]), (0.25, [31.63, 42.21, 21.10, 4.68, 0.39])],
 )
-def test_how_groups_crowd(alpha, percent):
+def test_kept_weights_per_group(alpha, percent):
     assert [100 * p for p in group_law(alpha, 4096, 4)] == pytest.approx(percent, abs=0.0051)
 
 
 @pytest.mark.parametrize(("alpha", "tolerance"), [(0.25, 0.04), (0.1, 0.15)])  # 5 standard deviations of the mean
-def test_the_law_holds_on_random_metrics(alpha, tolerance):
+def test_the_law_holds_on_random_scores(alpha, tolerance):
     metric = torch.randn(256, 4096, generator=torch.Generator().manual_seed(1)).exp()
     recovered = int(Either(NM(2, 4), Top(alpha)).keep(metric).sum()) - metric.numel() // 2
     assert recovered / metric.numel() == pytest.approx(expected_density(alpha, 4096), rel=tolerance)
@@ -60,7 +60,7 @@ def test_the_law_holds_on_random_metrics(alpha, tolerance):
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
 @pytest.mark.parametrize("scope", ["row", "matrix"])
-def test_outlook_counts_what_lies_beyond_two_of_four(kept, scope):
+def test_the_forecast_counts_weights_beyond_two_of_four(kept, scope):
     pattern, metric = (
         Either(NM(kept, 4), Top(0.4, scope)),
         torch.rand(512, 512, generator=torch.Generator().manual_seed(2)),
@@ -78,5 +78,5 @@ def test_histogram_counts_groups():
     metric = torch.rand(64, 4096, generator=torch.Generator().manual_seed(3))
     share = x4_histogram(Share(0.5).keep(metric)) / (64 * 1024)
     assert share.tolist() == pytest.approx([0.0624, 0.25, 0.3752, 0.25, 0.0624], abs=0.006)  # 3 sd of 65536 draws
-    with pytest.raises(ValueError, match="do not fill"):
+    with pytest.raises(ValueError, match="do not divide a width of 6"):
         x4_histogram(mask[:, :6])

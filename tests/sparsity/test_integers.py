@@ -1,4 +1,4 @@
-"""Quantising is to the nearest within half a scale, exact in float32, and doing it again changes nothing."""
+"""Quantisation rounds to the nearest within half a scale, exact in float32, and is idempotent."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_worked_example():
     assert dequantise(integers, scales, torch.bfloat16).tolist() == [[127.0, -64.0, 2.0, 0.0, -1.0, 0.0]]
 
 
-def test_every_row_and_every_256_columns_have_a_scale_of_their_own():
+def test_every_row_and_every_256_columns_have_their_own_scale():
     weight = torch.zeros(2, 600)
     weight[0, 255], weight[0, 256], weight[1, 599] = 127.0, 254.0, -12.7
     integers, scales = quantise(weight, weight != 0)
@@ -59,7 +59,7 @@ def test_the_error_is_at_most_half_a_scale_and_rounding_is_done_once(out, width,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", ["largest", "smallest_normal", "smallest_subnormal"])
-def test_the_ends_of_a_type_survive(dtype, value):
+def test_the_extremes_of_a_dtype_survive(dtype, value):
     numbers = {
         "largest": torch.finfo(dtype).max,
         "smallest_normal": torch.finfo(dtype).smallest_normal,
@@ -71,7 +71,7 @@ def test_the_ends_of_a_type_survive(dtype, value):
     assert torch.equal(dequantise(*quantise(there, weight != 0), dtype), there)
 
 
-def test_nothing_is_quantised_to_nothing():
+def test_zeros_are_quantised_to_zeros():
     integers, scales = quantise(torch.randn(3, 5), torch.zeros(3, 5, dtype=torch.bool))
     assert not integers.any()
     assert bool((scales == SMALLEST).all())

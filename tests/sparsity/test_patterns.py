@@ -74,18 +74,18 @@ def test_every_group_keeps_exactly_n(rows, groups, group, data):
     keep = pattern.keep(metric)
     assert (keep.unflatten(1, (groups, group)).sum(dim=-1) == pattern.kept).all()
     assert pattern.forecast(tuple(metric.shape)).nonzeros == pytest.approx(int(keep.sum()))
-    assert torch.equal(pattern.keep(metric * keep), keep) or not metric.all()  # again changes nothing
+    assert torch.equal(pattern.keep(metric * keep), keep) or not metric.all()  # idempotent
 
 
 @pytest.mark.parametrize(
     ("pattern", "beyond_two"),
     [("2:4", 0), ("1:4", 0), ("1:2", 0), ("3:4", 8), ("4:4", 16), ("4:8", None), ("50%", None)],
 )
-def test_outlook_knows_which_patterns_hold_a_two_four_skeleton(pattern, beyond_two):
+def test_the_forecast_knows_which_patterns_contain_two_four(pattern, beyond_two):
     assert parse_pattern(pattern).forecast((4, 8)).recovered == beyond_two
 
 
-def test_low_prunes_turns_ties_and_nothing_else():
+def test_low_prunes_reverses_only_ties():
     flat = torch.ones(2, 8)
     assert columns(NM(2, 4).keep(flat)) == [[0, 1, 4, 5]] * 2
     assert columns(LowPrunes(NM(2, 4)).keep(flat)) == [[2, 3, 6, 7]] * 2
@@ -103,13 +103,13 @@ def test_permuted_columns_permute_an_unstructured_mask():
     assert torch.equal(Share(0.5).keep(scores.wanda(WEIGHT[:, order], NORMS[order])), Share(0.5).keep(WANDA)[:, order])
 
 
-def test_a_dead_channel_goes_first_in_every_row():
+def test_a_dead_channel_is_pruned_first_in_every_row():
     norms = NORMS.clone()
     norms[4] = 0
     assert not Share(0.125).keep(scores.wanda(WEIGHT, norms))[:, 4].any()
 
 
-def test_the_official_count_is_one_more_and_all_ties():
+def test_the_published_count_is_one_more_and_all_ties():
     metric = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
     assert PublishedShare(0.5).keep(metric).sum() == 3
     assert PublishedShare(0.0).keep(metric).sum() == 7
@@ -119,7 +119,7 @@ def test_the_official_count_is_one_more_and_all_ties():
 
 
 @pytest.mark.parametrize("text", ["2:4", "4:8", "1:4", "16:32", "50%", "62.5%", "0%", "100%", "33.3333%"])
-def test_text_is_given_back(text):
+def test_parsing_and_str_are_inverse(text):
     assert str(parse_pattern(text)) == text
     assert parse_pattern(str(parse_pattern(text))) == parse_pattern(text)
 
@@ -127,25 +127,25 @@ def test_text_is_given_back(text):
 @pytest.mark.parametrize(
     "text", ["", "2:", "4:2", "0:4", "-1:4", "2:4:8", "101%", "-5%", "50", "0.5", "nan%", "half", None, 0.5]
 )
-def test_what_is_no_pattern_is_refused(text):
+def test_invalid_patterns_are_refused(text):
     with pytest.raises(UsageError):
         parse_pattern(text)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_shares_lie_between_nothing_and_everything(share):
+def test_shares_outside_0_and_1_are_refused(share):
     for make in (Share, Top, PublishedShare):
         with pytest.raises(UsageError):
             make(share)
 
 
-def test_a_width_that_groups_do_not_fill_is_named_with_a_way_out():
+def test_a_width_that_does_not_divide_is_refused_with_advice():
     NM(2, 4).check((3, 8), "fine")
     with pytest.raises(
         UsageError, match="down_proj: 2:4 needs the inputs to divide by 4, got 10; leave it dense"
-    ) as told:
+    ) as error:
         NM(2, 4).check((3, 10), "model.layers.7.mlp.down_proj")
-    assert r"--skip 'model\.layers\.\d+\.mlp\.down_proj'" in str(told.value)
+    assert r"--skip 'model\.layers\.\d+\.mlp\.down_proj'" in str(error.value)
     with pytest.raises(ValueError, match="divide by 4, got 10"):
         NM(2, 4).keep(torch.rand(3, 10))
 

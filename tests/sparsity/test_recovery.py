@@ -135,7 +135,7 @@ def test_padded_blocks_recover_only_what_exists():
     assert few.sum() > NM(2, 4).keep(metric).sum()
 
 
-def test_ragged_blocks_are_refused_with_the_side_that_would_do():
+def test_incomplete_blocks_are_refused_with_a_side_that_fits():
     with pytest.raises(UsageError, match=r"q_proj: blocks of 64 .* got 288 x 288; use block=32, pad=True, or leave"):
         Recovered(NM(2, 4), TopBlocks(64, count=1)).check((288, 288), "q_proj")
     with pytest.raises(UsageError, match="5 blocks per block row were asked for, but 16 inputs hold only 4"):
@@ -167,7 +167,7 @@ def test_the_laws_of_recovery(metric, pick, smaller):
     keep = Either(NM(2, 4), Top(alpha)).keep(metric)
     back = keep & ~base
     per_group = back.unflatten(1, (-1, 4)).sum(dim=-1)
-    # P1: a group gets back its crucial weights beyond two, and they are its third and fourth
+    # P1: the recovered weights of a group are its crucial weights beyond two, its third and fourth
     assert torch.equal(per_group, (crucial.unflatten(1, (-1, 4)).sum(dim=-1) - 2).clamp(min=0))
     ranked = [largest(metric.unflatten(1, (-1, 4)), n).flatten(1) for n in (3, 4)]
     assert not (back & ~torch.where((per_group == 1).repeat_interleave(4, 1), ranked[0], ranked[1])).any()
@@ -186,7 +186,7 @@ def test_the_laws_of_recovery(metric, pick, smaller):
     # P6
     if alpha == 0.5:
         assert torch.equal(back, Share(0.5).keep(metric) & ~base)
-    # P8: dropped and at least the T-th largest; without ties that is the whole rule
+    # P8: dropped and at least the T-th largest; without ties exactly these
     if count and all(len(row.unique()) == width for row in metric):
         threshold = metric.sort(dim=1, descending=True).values[:, count - 1 : count]
         assert torch.equal(back, ~base & (metric >= threshold))
@@ -204,7 +204,7 @@ def test_scaling_changes_no_mask(scope):
         assert torch.equal(pattern.keep(scores.wanda(weight * rows, norms)), keep)
 
 
-def test_the_number_recovered_can_be_read_from_the_zeros_alone():
+def test_the_number_recovered_follows_from_the_zeros_alone():
     metric = torch.rand(40, 64, generator=torch.Generator().manual_seed(6)) + 0.1
     keep = Either(NM(2, 4), Top(0.5)).keep(metric)
     largest_two = NM(2, 4).keep(metric * keep)
@@ -228,7 +228,7 @@ def test_a_fixed_number_per_row_prefers_dropped_weights_of_score_zero_to_kept_on
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix"])
-def test_an_exact_number_is_foretold_exactly(scope):
+def test_an_exact_number_is_forecast_exactly(scope):
     metric = torch.rand(7, 24, generator=torch.Generator().manual_seed(8))
     pattern = Recovered(NM(2, 4), Top(0.1, scope))
     assert pattern.forecast((7, 24)).nonzeros == int(pattern.keep(metric).sum())

@@ -1,4 +1,4 @@
-"""The fit on a given support: against the direct solution, and the laws that hold for any second moments."""
+"""Refit on a given support: against the direct solution, and properties for any second moments."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_equals_the_direct_solution_for_other_inputs():
     double=st.booleans(),
 )
 def test_no_row_gets_worse_and_zeros_stay(seed, tokens, density, steps, damp, double):
-    """With fewer tokens than inputs the moments lack rank; some features and some rows are dead."""
+    """With fewer tokens than inputs the moments do not have full rank; some features and some rows are dead."""
     dense, keep, inputs = problem(seed, tokens=tokens, density=density)
     inputs[:, :3] = 0
     keep[2] = False
@@ -95,7 +95,7 @@ def test_dead_inputs_keep_their_weights_and_empty_rows_stay_empty():
     assert torch.equal(refit(dense * keep, keep, dense, nothing).weight, dense * keep)
 
 
-def test_the_same_twice_and_whatever_the_pieces(monkeypatch):
+def test_it_is_deterministic_whatever_the_pieces(monkeypatch):
     dense, keep, inputs = problem(2)
     moments = (inputs.T @ inputs).float()
     whole = refit(dense * keep, keep, dense, moments, iterations=200, tolerance=1e-6)
@@ -107,7 +107,7 @@ def test_the_same_twice_and_whatever_the_pieces(monkeypatch):
 
 
 def test_a_start_that_is_already_better_is_kept():
-    """From the solution there is nothing to gain, and rounding must not cost anything."""
+    """From the solution there is no gain, and rounding must not increase the error."""
     dense, keep, inputs = problem(6)
     moments = inputs.T @ inputs
     best = directly(dense, keep, moments, 0.0)

@@ -17,12 +17,12 @@ def test_the_whole_matrix_loses_the_share_and_rows_differ(drop):
         assert row[kept].min() >= row[~kept].max()
 
 
-def test_a_row_whose_smallest_score_is_too_much_stays_whole():
-    metric = torch.cat([torch.ones(1, 1), torch.full((1, 1), 5.0)])  # one weight is the whole mass of its row
+def test_a_row_whose_smallest_score_exceeds_the_part_is_kept_whole():
+    metric = torch.cat([torch.ones(1, 1), torch.full((1, 1), 5.0)])  # one weight is the whole sum of its row
     assert RowMass(0.5).keep(metric).all()
 
 
-def test_what_has_no_rank_is_refused():
+def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(NotFinite):
         RowMass(0.5).keep(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(UsageError):

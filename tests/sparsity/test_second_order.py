@@ -124,7 +124,7 @@ def test_result_errors_and_loss_agree(pattern):
 
 
 def column_by_column(weight, upper, kept, group):
-    """The published loop, one rank-one update a column, for N:M."""
+    """The published loop, one rank-one update per column, for N:M."""
     weight = weight.double().clone()
     for i in range(weight.shape[1]):
         if i % group == 0:
@@ -137,7 +137,7 @@ def column_by_column(weight, upper, kept, group):
 
 
 @pytest.mark.parametrize(("kept", "group", "width"), [(2, 4, 64), (4, 8, 40), (2, 6, 42), (1, 1, 7), (2, 4, 292)])
-def test_it_is_the_published_loop_whatever_the_block(kept, group, width):
+def test_it_equals_the_published_loop_for_any_block(kept, group, width):
     _, gram, weight = correlated(600, width)
     factor = gram.factor(0.01)
     plain = column_by_column(weight, factor.upper, kept, group)
@@ -153,13 +153,13 @@ def test_shares_are_exact_in_every_block_and_the_last_may_be_short(drop):
         assert int((~part).sum()) == int(part.numel() * drop)
 
 
-def test_nothing_dropped_nothing_changed():
+def test_without_pruning_nothing_changes():
     _, gram, weight = correlated(300, 24)
     for choice in (Share(0.0, "matrix"), torch.ones_like(weight, dtype=torch.bool), NM(4, 4)):
         assert torch.equal(sparsegpt(weight, gram.factor(0.01), choice).weight, weight.double())
 
 
-def test_a_given_mask_is_only_repaired():
+def test_a_given_mask_is_kept_and_errors_are_compensated():
     x, gram, weight = correlated(500, 48)
     own = sparsegpt(weight, gram.factor(0.01), NM(2, 4))
     again = sparsegpt(weight, gram.factor(0.01), own.keep)
@@ -177,7 +177,7 @@ def test_the_scale_of_the_second_moments_does_not_matter(scale):
     close(scaled.weight, sparsegpt(weight, gram.factor(0.01), NM(2, 4)).weight, atol=1e-9)
 
 
-def test_much_damping_is_magnitude_without_repair():
+def test_large_damping_is_magnitude_without_compensation():
     _, gram, weight = correlated(300, 32)
     swept = sparsegpt(weight, gram.factor(1e12), NM(2, 4))
     assert torch.equal(swept.keep, NM(2, 4).keep(scores.magnitude(weight)))
@@ -203,7 +203,7 @@ def test_the_output_error_is_below_wanda_and_magnitude():
     assert error(swept) < error(by_magnitude)
 
 
-def test_damping_climbs_and_then_interactions_are_ignored():
+def test_damping_is_raised_and_then_interactions_are_ignored():
     indefinite = torch.tensor([[1.0, 1.05], [1.05, 1.0]], dtype=torch.float64)
     factor = factorise(indefinite, 0.01)
     assert factor.damp == 0.1
@@ -214,7 +214,7 @@ def test_damping_climbs_and_then_interactions_are_ignored():
     assert singular.damp == 0.1
 
 
-def test_the_weight_given_is_left_alone():
+def test_the_input_weight_is_not_modified():
     for weight in (WEIGHT.double()[:1].clone(), WEIGHT.clone()):
         before = weight.clone()
         sparsegpt(weight, example_factor(), NM(2, 4))

@@ -15,7 +15,7 @@ def by_stable_sort(scores, count):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @settings(deadline=None, max_examples=60)
 @given(rows=st.integers(1, 9), width=st.integers(1, 40), levels=st.integers(1, 50), data=st.data())
-def test_it_is_the_stable_descending_sort(dtype, rows, width, levels, data):
+def test_it_equals_a_stable_descending_sort(dtype, rows, width, levels, data):
     count = data.draw(st.integers(0, width))
     generator = torch.Generator().manual_seed(rows * 1000 + width)
     scores = torch.randint(0, levels, (rows, width), generator=generator).to(dtype)  # few levels, many ties
@@ -36,14 +36,14 @@ def test_the_size_of_the_pieces_changes_nothing(monkeypatch, width):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("width", [4, 40])
 @pytest.mark.parametrize("count", [0, 2, 4])
-def test_what_has_no_rank_is_refused(value, width, count):
+def test_scores_that_are_not_finite_are_refused(value, width, count):
     scores = torch.rand(3, width)
     scores[1, 2] = value
     with pytest.raises(NotFinite):
         largest(scores, count)
 
 
-def test_an_empty_matrix_has_nothing_to_keep():
+def test_an_empty_matrix():
     assert largest(torch.empty(0, 4), 2).shape == (0, 4)
 
 
@@ -64,7 +64,7 @@ def test_portions_round_down_but_not_because_of_binary_fractions(share, count, e
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1_000_000])
-def test_two_of_four_is_the_same_choice_down_the_columns(levels):
+def test_two_of_four_equals_largest_along_columns(levels):
     scores = torch.randint(levels, (4, 500), generator=torch.Generator().manual_seed(levels)).double()
     assert torch.equal(two_of_four(scores), largest(scores.T, 2).T)
     with pytest.raises(NotFinite):

@@ -1,4 +1,4 @@
-// AMX: panels of the matrix are multiplied in tiles of the unit, which does zeros faster than anything else finds the rest.
+// AMX: panels of the matrix are multiplied in AMX tiles, which is faster than skipping zeros.
 #include "avx512_panels.h"
 
 #ifdef __linux__
@@ -14,8 +14,8 @@ namespace {
 
 using namespace with_avx512;
 
-constexpr int64_t PIECES = SEGMENT / DEPTH;  // spread at a time where x has few rows
-constexpr int64_t NARROW = 2;                // tiles of x that are few, whose sums stay in the unit
+constexpr int64_t PIECES = SEGMENT / DEPTH;  // expanded at a time for few rows of x
+constexpr int64_t NARROW = 2;                // for up to so many tiles of x sums stay in AMX registers
 
 struct alignas(64) Shapes {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -26,7 +26,7 @@ struct alignas(64) Shapes {
     }
 };
 
-// Sums [BLOCK][BLOCK] of BLOCK rows and two tiles of x (or one): begun anew or gone on with, and stored at the end.
+// Sums [BLOCK][BLOCK] of BLOCK rows and two tiles of x (or one): started or continued, and stored at the end.
 template <bool TWO>
 INLINE void multiply(const uint16_t* upper, const uint16_t* lower, const uint16_t* x, const uint16_t* y, int64_t pieces,
                      float* sums, bool begin, bool end, Ahead& ahead) {
@@ -71,7 +71,7 @@ INLINE void write_block(const Output& out, const float* sums, int64_t row, int r
     }
 }
 
-// Few rows of x: what is spread of a BLOCK never leaves the first cache.
+// Few rows of x: the expanded BLOCK stays in the L1 cache.
 void narrow(const Matrix& a, const Input& in, const uint16_t* x, const Output& out, int64_t first, int64_t last) {
     const int64_t depth = depth_of(in), tiles = tiles_of(in), value_bytes = a.type == INT8 ? 1 : 2;
     const int64_t mask_bytes = (a.stride + 127) / 64 * 64;
@@ -114,7 +114,7 @@ void narrow(const Matrix& a, const Input& in, const uint16_t* x, const Output& o
     }
 }
 
-// Many rows of x: a panel meets two tiles of them at a time.
+// Many rows of x: a panel is multiplied with two tiles of them at a time.
 struct Unit {
     static constexpr int TILES = 2;
     static constexpr int64_t PANEL = 512 << 10;
@@ -147,7 +147,7 @@ void many(const Matrix& a, const Input& in, const char* table, const Output& out
 }  // namespace
 }  // namespace with_amx
 
-// Whether processor and system let this process use the unit; asks the system for it.
+// Whether CPU and system let this process use AMX; requests it from the system.
 bool amx_allowed() {
 #if defined(__linux__) && defined(__x86_64__)
     unsigned a, b, c, d;

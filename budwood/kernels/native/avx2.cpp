@@ -4,7 +4,7 @@
 namespace budwood {
 
 const with_avx2::Tables& with_avx2::tables_of_bytes() {
-    static const Tables tables;  // made when first needed: never before the processor is known to have AVX2
+    static const Tables tables;  // made on first use: never before the CPU is known to have AVX2
     return tables;
 }
 

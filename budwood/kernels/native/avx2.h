@@ -1,4 +1,4 @@
-// What the AVX2 files share: values spread to their columns by a shuffle that a byte of places selects.
+// What the AVX2 files share: values expanded to their columns by a shuffle that a byte of places selects.
 #pragma once
 
 #include "kernels.h"
@@ -9,8 +9,8 @@
 
 namespace budwood::with_avx2 {
 
-// For every byte of places, how the next values come to the eight columns it speaks of, and zeros to the others. The first
-// three are what vpshufb takes, where a negative index gives a zero.
+// For every byte of places, the shuffle of the next values to its eight columns, with zeros in the others. The first
+// three are operands of vpshufb, where a negative index gives a zero.
 struct Spread {
     alignas(32) int8_t wide[256][32];     // 16 bits -> the upper half of 32
     alignas(16) int8_t halves[256][16];   // 16 bits -> 16 bits
@@ -21,7 +21,7 @@ struct Spread {
 struct Tables {
     static constexpr int8_t NONE = INT8_MIN;
     Spread by[2];  // Coding
-    alignas(16) int8_t behind[9][16];    // in front of the upper eight come so many
+    alignas(16) int8_t behind[9][16];    // number of values before the upper eight
     alignas(8) uint8_t columns[256][8];  // that are set, in order
     uint8_t unfolded[256];               // nibbles of places -> set bits
     Tables() {
@@ -59,7 +59,7 @@ namespace {
 INLINE __m128i sixteen_bytes(const void* at) { return _mm_loadu_si128(static_cast<const __m128i*>(at)); }
 INLINE __m128i eight_bytes(const void* at) { return _mm_loadl_epi64(static_cast<const __m128i*>(at)); }
 
-// Eight values in a row as float32, and the next values spread to the eight columns of a byte.
+// Eight values in a row as float32, and the next values expanded to the eight columns of a byte.
 template <int TYPE>
 struct Values;
 
@@ -122,9 +122,9 @@ INLINE float sum_of(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-constexpr int AHEAD = 1024;  // bytes to fetch before they are needed
+constexpr int AHEAD = 1024;  // bytes: prefetch distance
 
-// How many values the first `bytes` of a word of places stand for.
+// The number of values of the first `bytes` of a word of places.
 template <int CODING>
 INLINE int64_t count_of(uint32_t word, int bytes) {
     if (CODING == NIBBLES) return 4 * bytes;

@@ -47,7 +47,7 @@ INLINE void rows_of(const Matrix& a, const int64_t* rows, bool safe, const Input
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) at[r] += count_of<CODING>(here[r], LANE / 8);
     }
-    // What is left of the rows; all of them near the end of the values, where no whole vector may be read.
+    // The remainder of the rows; all of them near the end of the values, where no whole vector may be read.
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         for (int64_t byte = 4 * words; byte < a.stride; ++byte) {
@@ -72,7 +72,7 @@ INLINE void rows_of(const Matrix& a, const int64_t* rows, bool safe, const Input
 
 template <int TYPE, int CODING, int M>
 void few_rows(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last) {
-    constexpr int R = M == 1 ? 4 : M <= 6 ? 2 : 1;  // streams of memory, as many as the sums leave registers for
+    constexpr int R = M == 1 ? 4 : M <= 6 ? 2 : 1;  // memory streams, as many as the registers allow
     const Tables& tables = tables_of_bytes();
     by_parts<M, R>(a, out, first, last, 8, [&](const int64_t* rows, bool safe, float (*sums)[M]) {
         rows_of<TYPE, CODING, M, R>(a, rows, safe, in, sums, tables);
@@ -87,7 +87,7 @@ void few_of(const Matrix& a, const Input& in, const Output& out, int64_t first, 
     });
 }
 
-// A matrix that was never pruned.
+// A dense matrix.
 template <int M>
 void dense_rows(const uint16_t* weight, int64_t in, const Input& x, const Output& out, int64_t first, int64_t last) {
     constexpr int R = M <= 3 ? 4 : 1;

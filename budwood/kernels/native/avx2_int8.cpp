@@ -61,7 +61,7 @@ INLINE void int8_rows(const Matrix& a, const int64_t* rows, bool safe, const Inp
         }
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) {
-            // What is left of the row; all of it near the end of the values.
+            // The remainder of the row; all of it near the end of the values.
             for (int64_t byte = 4 * word; byte < a.stride && byte < 4 * end; ++byte) {
                 const int64_t column = 8 * byte, columns = a.in - column, left = values + a.count - at[r];
                 uint32_t bits = places[r][byte];
@@ -115,7 +115,7 @@ void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first
     });
 }
 
-// x -> 16-bit integers, 32767 for the largest of a SEGMENT. A segment that holds something infinite gives NaN.
+// x -> 16-bit integers, 32767 for the largest of a SEGMENT. A segment with an infinite value gives NaN.
 void integers(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last) {
     int16_t* all = static_cast<int16_t*>(const_cast<void*>(to.data));
     float* scales = const_cast<float*>(to.scales);
@@ -124,7 +124,7 @@ void integers(const void* x, int32_t type, int64_t in, const Input& to, int64_t 
         const int64_t column = segment * SEGMENT, end = in - column < SEGMENT ? in : column + SEGMENT;
         for (int64_t row = 0; row < to.rows; ++row) {
             __m256 values[SEGMENT / 8];
-            __m256i largest = _mm256_setzero_si256();  // of the bits: NaN above infinity above everything else
+            __m256i largest = _mm256_setzero_si256();  // of the bits: NaN > infinity > finite
             for (int i = 0; i < SEGMENT / 8; ++i) {
                 values[i] = widened(x, type, row * in + column + 8 * i, row * in + end);
                 largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(values[i]), magnitude));

@@ -1,21 +1,21 @@
-// AVX2, many rows of x: for each row of the matrix a list of its weights and their columns, multiplied with x turned around;
+// AVX2, many rows of x: for each row of the matrix a list of its weights and their columns, multiplied with transposed x;
 // everything in float32.
 #include "avx2.h"
 
 namespace budwood::with_avx2 {
 namespace {
 
-constexpr int COLUMNS = 64, TOKENS = 64, LANES = TOKENS / 8;  // of x in one part of the table: 16 KB, in the first cache
+constexpr int COLUMNS = 64, TOKENS = 64, LANES = TOKENS / 8;  // of x in one part of the table: 16 KB, in the L1 cache
 constexpr int PASS = 512, ROWS = 128;                          // rows of x, of the matrix, whose sums are kept at a time
 constexpr size_t PART = size_t(COLUMNS) * TOKENS * sizeof(float);
-constexpr int NEARBY = 192;  // bytes to fetch before they are needed
+constexpr int NEARBY = 192;  // bytes: prefetch distance
 
 int64_t blocks_of(const Matrix& a) { return (a.in + COLUMNS - 1) / COLUMNS; }
 int64_t tiles_of(const Input& in) { return (in.rows + TOKENS - 1) / TOKENS; }
 int64_t tables(const Matrix& a, const Input& in) { return blocks_of(a) * tiles_of(in); }
 size_t table_bytes(const Matrix& a, const Input& in) { return size_t(tables(a, in)) * PART; }
 
-// A row's mask, one byte for eight columns, with room to read on; what lies beyond the row is unset.
+// A row's mask, one byte for eight columns, padded for whole reads; bits beyond the row are unset.
 INLINE const uint8_t* mask_bytes(const Matrix& a, int64_t row, uint8_t* room, const Tables& tables) {
     const uint8_t* places = a.places + row * a.stride;
     if (a.coding == NIBBLES) {
@@ -52,7 +52,7 @@ INLINE void transpose(__m256 r[8]) {
     for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
-// Parts lie block by block, in them tile by tile: [column][token].
+// Parts are ordered by block, then by tile: [column][token].
 void tabulate(const Input& in, char* table, int64_t first, int64_t last) {
     const int64_t tiles = tiles_of(in);
     const float* x = static_cast<const float*>(in.data);
@@ -76,7 +76,7 @@ void tabulate(const Input& in, char* table, int64_t first, int64_t last) {
     }
 }
 
-// What one row does in one block: its weights, and the bytes from the table's beginning to their columns.
+// One row in one block: its weights, and the byte offsets of their columns in the table.
 struct List {
     float weights[COLUMNS + 40];
     uint16_t entries[COLUMNS + 40];
@@ -152,7 +152,7 @@ void many(const Matrix& a, const Input& in, const char* table, const Output& out
                 const int64_t each = (int64_t(PART / 64) + rows - 1) / rows;
                 for (int64_t tile = 0; tile < here; ++tile, part += PART) {
                     for (int r = 0; r < rows; ++r) {
-                        if (tile + 1 < here) {  // the next part comes nearer while this one is worked with
+                        if (tile + 1 < here) {  // prefetch the next part while this one is used
                             for (int64_t line = 0; line < each; ++line) {
                                 _mm_prefetch(part + PART + (r * each + line) * 64, _MM_HINT_T1);
                             }

@@ -18,8 +18,8 @@ INLINE __m512i read32(const uint16_t* at, const uint16_t* end) {
     return _mm512_maskz_loadu_epi16(some, at);
 }
 
-// Spreads the first values to the lanes of `where`, zeros between. vpexpand waits for whatever its destination held before,
-// although nothing of that stays; a zero there breaks the chain: 3.5 cycles for a word of 32 columns, not 6.4 (Zen 4).
+// Expands the first values to the lanes of `where`, zeros between. vpexpand waits for the former contents of its destination,
+// although none remain; a zero there breaks the dependency: 3.5 cycles for a word of 32 columns, not 6.4 (Zen 4).
 // From a register: straight from memory it is many times slower.
 #define EXPAND(instruction, vector)                              \
     vector spread;                                               \
@@ -60,7 +60,7 @@ INLINE void unfold(const uint8_t* places, int64_t bytes, uint8_t* to) {
     }
 }
 
-// A row's mask as bytes that may be read as words: where it lies, unless it has to be unfolded first.
+// A row's mask as bytes that may be read as words: in place, unless it must be converted first.
 INLINE const uint8_t* mask_bytes(const Matrix& a, int64_t row, uint8_t* room) {
     const uint8_t* places = a.places + row * a.stride;
     if (a.coding == BITMASK) return places;

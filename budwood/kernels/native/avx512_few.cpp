@@ -1,4 +1,4 @@
-// AVX-512, few rows of x, where memory is the limit: values are spread to their columns in a register (vpexpand) and
+// AVX-512, few rows of x, limited by memory: values are expanded to their columns in a register (vpexpand) and
 // multiplied there. Two rows of the matrix from the two halves of a thread's range are read together, so that each
 // thread keeps two distant streams going.
 #include "avx512_few.h"
@@ -14,7 +14,7 @@ INLINE __m512 read16(const float* at, const float* end) {
     return _mm512_maskz_loadu_ps(some, at);
 }
 
-// A step spreads the next values of a row to the 32 columns that `word` names, and moves on behind them; then it multiplies
+// A step expands the next values of a row to the 32 columns of `word`, and advances past them; then it multiplies
 // those of two rows with the same columns of M rows of x.
 
 // bfloat16 values, bfloat16 activations: exact products, float32 sums.
@@ -103,7 +103,7 @@ INLINE uint32_t last_word(const Matrix& a, const uint8_t* mask) {
 }
 constexpr int64_t FURTHER[2] = {AHEAD, AHEAD};
 
-// Words [from, to) of two rows with M rows of x. ahead: how many bytes further the values lie that are fetched meanwhile.
+// Words [from, to) of two rows with M rows of x. ahead: prefetch distance in bytes.
 template <class Step, bool SAFE, int M>
 INLINE void pair(const Matrix& a, const uint8_t* const mask[2], const typename Step::Value* at[2], const Input& in,
                  int64_t from, int64_t to, const int64_t ahead[2], __m512* sums0, __m512* sums1) {
@@ -130,7 +130,7 @@ INLINE void pair(const Matrix& a, const uint8_t* const mask[2], const typename S
     at[1] = at1;
 }
 
-// One row of x, two words at a time: two chains of sums a row.
+// One row of x, two words at a time: two chains of sums per row.
 template <class Step>
 INLINE void pair_of_one(const Matrix& a, const uint8_t* const mask[2], const typename Step::Value* at[2], const Input& in,
                         __m512* sums0, __m512* sums1) {
@@ -162,20 +162,20 @@ void few_rows(const Matrix& a, const Input& in, const Output& out, int64_t first
     using Value = typename Step::Value;
     const Value* values = static_cast<const Value*>(a.values);
     const int64_t words = (a.in + 31) / 32, half = (last - first + 1) / 2, room = (a.stride + 127) / 64 * 64;
-    // Activations of as many columns as stay near the first cache; sums are put aside between such blocks.
+    // Activations of as many columns as stay near the L1 cache; sums are saved between such blocks.
     int64_t block = words;
     constexpr int64_t cache = 40 << 10, line = LANE * sizeof(typename Step::X);
     if (M > 1) {
         const int64_t blocks = (words * line * M + cache - 1) / cache;
         block = (words + blocks - 1) / blocks;
     }
-    constexpr int CHUNK = 32;  // pairs of rows between two looks at the same activations
+    constexpr int CHUNK = 32;  // pairs of rows between two uses of the same activations
     uint8_t* folded = a.coding == NIBBLES ? static_cast<uint8_t*>(scratch(0, size_t(2 * CHUNK * room))) : nullptr;
     alignas(64) float aside[CHUNK][2][M][16];
     const uint8_t* mask[CHUNK][2];
     const Value* at[CHUNK][2];
     const int64_t chunk = block < words ? CHUNK : 1;
-    const auto partner = [&](int64_t row) { return row + half < last ? row + half : row; };  // an odd one out meets itself
+    const auto partner = [&](int64_t row) { return row + half < last ? row + half : row; };  // an odd row is its own partner
     for (int64_t start = 0; start < half; start += chunk) {
         const int64_t pairs = half - start < chunk ? half - start : chunk;
         for (int64_t p = 0; p < pairs; ++p) {
@@ -191,7 +191,7 @@ void few_rows(const Matrix& a, const Input& in, const Output& out, int64_t first
                 const int64_t row0 = first + start + p;
                 const int64_t row1 = partner(row0);
                 __m512 sums0[M], sums1[M];
-                // In a block, what comes next is another row's.
+                // In a block the next values belong to another row.
                 int64_t ahead[2] = {AHEAD, AHEAD};
                 for (int r = 0; r < 2 && block < words; ++r) ahead[r] = (at[(p + 1) % pairs][r] - at[p][r]) * int64_t(sizeof(Value));
                 if (from == 0) {
@@ -206,7 +206,7 @@ void few_rows(const Matrix& a, const Input& in, const Output& out, int64_t first
                         sums1[m] = _mm512_load_ps(aside[p][1][m]);
                     }
                 }
-                // Reading whole vectors must not leave the values behind the last row.
+                // Whole vectors must not be read beyond the values of the last row.
                 const bool safe = a.starts[row1 + 1] + 32 > a.count || a.starts[row0 + 1] + 32 > a.count;
                 if (safe) {
                     pair<Step, true, M>(a, mask[p], at[p], in, from, to, ahead, sums0, sums1);
@@ -234,7 +234,7 @@ void few_of(const Matrix& a, const Input& in, const Output& out, int64_t first, 
     by_rows(in.rows, [&](auto rows) { few_rows<Step, rows()>(a, in, out, first, last); });
 }
 
-// A matrix that was never pruned.
+// A dense matrix.
 template <int M>
 void dense_rows(const uint16_t* weight, int64_t in, const Input& x, const Output& out, int64_t first, int64_t last) {
     constexpr int STREAMS = M <= 4 ? 4 : 2;

@@ -1,4 +1,4 @@
-// What the kernels for few rows of x share: fetching ahead, and the sums at the end of a row.
+// What the kernels for few rows of x share: prefetching, and the sums at the end of a row.
 #pragma once
 
 #include "avx512.h"
@@ -6,9 +6,9 @@
 namespace budwood::with_avx512 {
 namespace {
 
-constexpr int AHEAD = 2048;  // bytes to fetch before they are needed
+constexpr int AHEAD = 2048;  // bytes: prefetch distance
 
-// Places are a stream beside the values, a short piece of each row: it is fetched some rows ahead.
+// Places are a second stream, a short piece of each row: prefetched some rows ahead.
 INLINE void prefetch_places(const Matrix& a, int64_t row) {
     const int64_t ahead = 4096 / a.stride < 2 ? 2 : 4096 / a.stride;
     const char* at = reinterpret_cast<const char*>(a.places + (row + ahead) * a.stride);
@@ -38,7 +38,7 @@ INLINE __m512 sums_of(const __m512* vectors) {
     return halved(halved(w[0], w[1]), N <= 8 ? _mm512_setzero_ps() : halved(w[2], w[3]));
 }
 
-// What two rows give with M rows of x.
+// The products of two rows with M rows of x.
 template <int M>
 INLINE void store_pair(const Output& out, int64_t row0, int64_t row1, const __m512* sums0, const __m512* sums1) {
     __m512 all[2 * M];

@@ -1,12 +1,12 @@
 // AVX-512, int8 values and few rows of x: the activations are 16-bit integers with a scale for every SEGMENT of columns, as
-// the values have one. Their products are summed exactly; each segment's sum is multiplied by both scales. What a 16-bit
-// integer loses of an activation is less than a thousandth of what bfloat16 did.
+// the values have one. Their products are summed exactly; each segment's sum is multiplied by both scales. The 16-bit
+// rounding of an activation is less than a thousandth of that of bfloat16.
 #include "avx512_few.h"
 
 namespace budwood::with_avx512 {
 namespace {
 
-// A row's mask, with unset bits behind the row up to a multiple of 64.
+// A row's mask, padded with unset bits up to a multiple of 64.
 INLINE const uint8_t* padded_mask(const Matrix& a, int64_t row, uint8_t* room) {
     const uint8_t* mask = mask_bytes(a, row, room);
     if (a.in % 64 == 0) return mask;
@@ -46,7 +46,7 @@ INLINE void int8_segment(const uint8_t* const mask[2], const int8_t*& at0, const
     }
 }
 
-// Recovered weights of a pair of rows: where each row's are, segment by segment.
+// Recovered weights of a pair of rows: their range per row and segment.
 struct Recovered {
     const uint8_t* counts[2];
     int64_t next[2];
@@ -57,7 +57,7 @@ struct Recovered {
     }
 };
 
-// What the recovered weights of both rows in one segment give, sixteen of each at a time: their activations are picked from
+// The products of the recovered weights of both rows in one segment, sixteen of each at a time: activations are gathered from
 // the 256 of the segment by four lookups.
 template <int M>
 INLINE void add_recovered(const Matrix& a, Recovered& recovered, int64_t segment, const int16_t* x, const float* scales,
@@ -95,7 +95,7 @@ INLINE void add_recovered(const Matrix& a, Recovered& recovered, int64_t segment
     }
 }
 
-// Fetches what `add_recovered` will need of a later row: three short pieces, too short for the processor to see them coming.
+// Prefetches what `add_recovered` needs of a later row: three pieces, too short for the hardware prefetcher.
 INLINE void prefetch_recovered(const Matrix& a, int64_t row) {
     const int64_t later = row + 8;
     if (!a.more_starts || later >= a.out) return;
@@ -118,7 +118,7 @@ void int8_rows(const Matrix& a, const Input& in, const Output& out, int64_t firs
     uint8_t* folded = static_cast<uint8_t*>(scratch(0, size_t(2 * room)));
     for (int64_t p = 0; p < half; ++p) {
         const int64_t row0 = first + p, row1 = row0 + half < last ? row0 + half : row0;
-        // Read as words, so unset bits are needed behind a row that does not end with one.
+        // Read as words, so a row that does not end with one is padded with unset bits.
         const uint8_t* const masks[2] = {padded_mask(a, row0, folded), padded_mask(a, row1, folded + room)};
         const int8_t *at0 = values + a.starts[row0], *at1 = values + a.starts[row1];
         prefetch_places(a, row0);
@@ -163,7 +163,7 @@ void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first
     by_rows(in.rows, [&](auto rows) { int8_rows<rows()>(a, in, out, first, last); });
 }
 
-// x -> 16-bit integers, 32767 for the largest of a SEGMENT. A segment that holds something infinite gives NaN.
+// x -> 16-bit integers, 32767 for the largest of a SEGMENT. A segment with an infinite value gives NaN.
 void integers(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last) {
     int16_t* all = static_cast<int16_t*>(const_cast<void*>(to.data));
     float* scales = const_cast<float*>(to.scales);
@@ -176,7 +176,7 @@ void integers(const void* x, int32_t type, int64_t in, const Input& to, int64_t 
                 const int64_t left = count - 16 * i;
                 const __mmask16 some = left >= 16 ? 0xffff : left <= 0 ? 0 : __mmask16((1u << left) - 1);
                 values[i] = read_values(x, type, row * in + column + 16 * i, some);
-                // As integers, so that NaN is larger than infinity and that than everything else.
+                // As integers, so that NaN > infinity > finite.
                 largest = _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(largest),
                                                                _mm512_castps_si512(_mm512_andnot_ps(sign, values[i]))));
             }

@@ -1,10 +1,10 @@
-// AVX-512, bfloat16: panels of the matrix are multiplied by dot products of pairs of columns, zeros and all.
+// AVX-512, bfloat16: panels of the matrix are multiplied by dot products of pairs of columns, zeros included.
 #include "avx512_panels.h"
 
 namespace budwood::with_avx512 {
 namespace {
 
-constexpr int64_t PIECES = 8;  // of columns at a time: of 32 rows of x they stay in the first cache
+constexpr int64_t PIECES = 8;  // of columns at a time: of 32 rows of x they stay in the L1 cache
 constexpr int TOKENS = 2 * SIDE;
 
 // R rows of a tile with V tiles of x: pieces of DEPTH columns each.

@@ -1,5 +1,5 @@
-// Products of many rows of x as if nothing were pruned: rows of the matrix are spread to their columns a panel at a time,
-// which stays in the second cache, and multiplied there by whatever unit multiplies. What is saved is what memory brings.
+// Products of many rows of x with an expanded matrix: rows are expanded to dense a panel at a time,
+// which stays in the L2 cache, and multiplied by AVX-512 or AMX. This saves memory bandwidth.
 #pragma once
 
 #include "avx512_turned.h"
@@ -10,9 +10,9 @@ namespace {
 constexpr int SIDE = 16;                // rows of a tile: of the matrix, or of x
 constexpr int DEPTH = 32;               // columns of a tile
 constexpr int64_t TILE = SIDE * DEPTH;  // elements, 1 KB
-constexpr int BLOCK = 2 * SIDE;         // rows of a panel are so many, or a multiple,
-constexpr int BLOCKS = 8;               // at most this one
-constexpr int LINES = 5;                // what SEGMENT columns of half the weights take
+constexpr int BLOCK = 2 * SIDE;         // rows of a panel: a multiple of this,
+constexpr int BLOCKS = 8;               // at most this multiple
+constexpr int LINES = 5;                // of SEGMENT columns with half the weights kept
 
 int64_t depth_of(const Input& in) { return in.stride / DEPTH; }
 int64_t tiles_of(const Input& in) { return (in.rows + SIDE - 1) / SIDE; }
@@ -60,14 +60,14 @@ struct Spread8 {
     }
 };
 
-// Where SIDE rows go on, and what of them to fetch.
+// The next values of SIDE rows, and what of them to prefetch.
 struct Rows {
     int64_t row;
     int count;  // fewer than SIDE at the end of a matrix
     bool safe;  // near the end of the values no whole vector may be read
     const uint8_t* masks[SIDE];
     int64_t at[SIDE];
-    const char* soon[SIDE];  // what to fetch meanwhile, LINES of it
+    const char* soon[SIDE];  // to prefetch, LINES of it
 
     void begin(const Matrix& a, int64_t first, int64_t rows, uint8_t* room) {
         row = first, count = int(rows < 0 ? 0 : rows < SIDE ? rows : SIDE);
@@ -80,7 +80,7 @@ struct Rows {
     }
 };
 
-// SIDE rows -> tiles [piece][row][DEPTH], tile by tile: written row by row, their lines would push each other out.
+// SIDE rows -> tiles [piece][row][DEPTH], tile by tile: written row by row, their lines would evict each other.
 template <class Use, bool WHOLE, bool FETCH>
 INLINE void spread_tiles(const Matrix& a, Rows& rows, int64_t first, int64_t last, uint16_t* to) {
     const Use use(a);
@@ -103,7 +103,7 @@ INLINE void spread_tiles(const Matrix& a, Rows& rows, int64_t first, int64_t las
     }
 }
 
-// Pieces [first, last) of up to SIDE rows; what is not there is zero. What lies beside int8 values follows separately.
+// Pieces [first, last) of up to SIDE rows; what is not there is zero. Weights recovered besides int8 values are added separately.
 template <bool FETCH>
 void spread(const Matrix& a, Rows& rows, int64_t first, int64_t last, uint16_t* to) {
     if (a.type == INT8) {
@@ -131,7 +131,7 @@ void spread_panel(const Matrix& a, int64_t row, int rows, int64_t depth, uint8_t
     }
 }
 
-// Bytes of the matrix that lie ahead, fetched while a panel is worked with.
+// Bytes of the matrix ahead, prefetched while a panel is used.
 struct Ahead {
     const char* at;
     const char* end;
@@ -159,14 +159,14 @@ void panel_tabulate(const Input& in, char* table, int64_t first, int64_t last) {
     }
 }
 
-// A panel, its rows of the matrix, and what of y comes of it.
+// A panel, its rows of the matrix, and their part of y.
 struct Panel {
     const uint16_t* tiles;
     int64_t row;
     int rows;
 };
 
-// Panels of Unit::PANEL bytes; each meets every Unit::TILES tiles of x.
+// Panels of Unit::PANEL bytes; each is multiplied with Unit::TILES tiles of x at a time.
 template <class Unit>
 void panels(const Matrix& a, const Input& in, const uint16_t* x, const Output& out, int64_t first, int64_t last) {
     const int64_t depth = depth_of(in), tiles = tiles_of(in), blocks = Unit::PANEL / (2 * BLOCK * depth * DEPTH);

@@ -1,18 +1,18 @@
-// AVX-512, many rows of x, where arithmetic is the limit. A table holds for every group of four columns the six pairs of
-// activations that two kept weights can meet; a pair of weights is one dot-product instruction with the entry its places
-// select, so half the multiplications of a dense product are never done. In float32 an entry is one column.
+// AVX-512, many rows of x, limited by arithmetic. A table holds for every group of four columns the six pairs of
+// activations for two kept weights; a pair of weights is one dot-product instruction with the entry its places
+// select, so half the multiplications of a dense product are skipped. In float32 an entry is one column.
 #include "avx512_turned.h"
 
 namespace budwood::with_avx512 {
 namespace {
 
-constexpr int COLUMNS = 64;    // of x in one part of the table, which then stays in the first cache
+constexpr int COLUMNS = 64;    // of x in one part of the table, so that it stays in the L1 cache
 constexpr int GROUPS = COLUMNS / 4;
 constexpr int PASS = 512;      // rows of x whose sums are kept at a time
-constexpr int LINES = 2;       // to fetch before they are needed
+constexpr int LINES = 2;       // prefetch distance
 constexpr int ROWS = 256;      // of the matrix whose sums are kept at a time
 
-// Rows of x go in tiles of one, two or four vectors of sixteen.
+// Rows of x are processed in tiles of one, two or four vectors of sixteen.
 int vectors_for(int64_t rows) { return rows <= 16 ? 1 : rows <= 32 ? 2 : 4; }
 size_t part_bytes(const Input& in) { return size_t(in.bfloat16 ? 6 * GROUPS : COLUMNS) * vectors_for(in.rows) * 64; }
 int64_t blocks_of(const Matrix& a) { return (a.in + COLUMNS - 1) / COLUMNS; }
@@ -21,8 +21,8 @@ int64_t tiles_of(const Input& in) { return (in.rows + 16 * vectors_for(in.rows) 
 template <int V>
 constexpr int SHIFT = V == 1 ? 6 : V == 2 ? 7 : 8;  // bytes of an entry of the table, as a power of two
 
-// What R rows do in one block: for each of `count` weights (or pairs of weights) of a row its place in the table. The
-// first BASE come sixteen to a vector, from which they are broadcast; whatever a row has beyond, one by one.
+// R rows in one block: for each of `count` weights (or pairs of weights) of a row its index in the table. The
+// first BASE come sixteen to a vector, from which they are broadcast; the others of a row one by one.
 template <int R>
 struct List {
     uint32_t weights[16 * R];  // [row][16]
@@ -106,12 +106,12 @@ INLINE void place_columns(const uint8_t* const* rows, uint16_t* entries) {
     }
 }
 
-// The weights of the chosen columns, two by two; sixteen pairs, and one vector more is written over.
+// The weights of the chosen columns, two by two; sixteen pairs, and one more vector is overwritten.
 template <bool SAFE>
 INLINE void list_pairs(const Matrix& a, uint64_t mask, uint64_t chosen, int64_t at, uint32_t* weights) {
     const uint16_t* values = static_cast<const uint16_t*>(a.values);
     if (!(chosen & ~mask)) {  // as in every row of 2:4 with recovered weights
-        const uint64_t stay = _pext_u64(chosen, mask);  // of the values as they lie
+        const uint64_t stay = _pext_u64(chosen, mask);  // of the values in memory
         const __m512i first = _mm512_maskz_compress_epi16(uint32_t(stay), read32<SAFE>(values + at, values + a.count));
         const __m512i second = _mm512_maskz_compress_epi16(uint32_t(stay >> 32), read32<SAFE>(values + at + 32, values + a.count));
         _mm512_storeu_si512(weights, first);
@@ -200,7 +200,7 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
     const int64_t tiles = tiles_of(in), blocks = blocks_of(a), room = (a.stride + 127) / 64 * 64;
     const size_t bytes = part_bytes(in);
     const int64_t lines = int64_t(bytes / 64), value_bytes = a.type == FLOAT32 ? 4 : a.type == INT8 ? 1 : 2;
-    // One row more than there are: where what fills up the last R goes.
+    // One row more than there are: for the padding of the last R.
     constexpr int64_t tile_sums = int64_t(ROWS + 1) * TOKENS;
     float* sums = static_cast<float*>(scratch(1, size_t(PASS / TOKENS * tile_sums) * sizeof(float)));
     List<R>* lists = static_cast<List<R>*>(scratch(2, sizeof(List<R>) * (ROWS / R + 1) * (LONGEST / 16)));
@@ -233,7 +233,7 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                         bits[r] &= (1ull << left) - 1;
                     }
                 }
-                // Rows are read a line at a time, too seldom for the processor to see it coming: what the next blocks need,
+                // Rows are read a line at a time, too seldom for the hardware prefetcher: prefetch what the next blocks need,
                 // and near the end what the rows need that come in place of these.
                 const int64_t line = LINES + 1 + block - blocks;
                 const char* values = static_cast<const char*>(a.values);
@@ -243,7 +243,7 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                     soon[r][1] = line >= 0 && next < last ? values + a.starts[next] * value_bytes + 64 * line
                                                           : reinterpret_cast<const char*>(mask[r]) + 8 * block + 64;
                 }
-                // Rows of like length side by side: a count that seldom changes is a branch foreseen.
+                // Rows of similar length together: a count that seldom changes is predicted well.
                 if (PAIRS) {
                     for (int r = 0; r < rows; r += 8) choose_pairs(bits + r, chosen + r, numbers + 16 * r);
                     for (int r = 0; r < rows; ++r) counts[r] = uint8_t(__builtin_popcountll(bits[r] & ~chosen[r]));
@@ -285,7 +285,7 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                             at[r] += __builtin_popcountll(bits[r]);
                             continue;
                         }
-                        // Weights and columns of this row, zeros up to the longest of its companions.
+                        // Weights and columns of this row, zeros up to the longest row of the R.
                         int n = __builtin_popcountll(bits[r]);
                         list_singles(a, row + r, block, n, at[r], weights);
                         at[r] += n;
@@ -300,7 +300,7 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                         }
                     }
                     if (PAIRS) {
-                        place_pairs<V, R>(numbers, order + i, list->entries);  // over what the weights left there
+                        place_pairs<V, R>(numbers, order + i, list->entries);  // overwrites the weights
                     } else {
                         for (int c = 0; c < longest; c += 16) {
                             const uint8_t* sixteen[R];
@@ -319,7 +319,7 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                 const char* part = table + size_t(block * tiles + pass) * bytes;
                 const int64_t each = (lines * R + rows - 1) / rows;
                 for (int64_t tile = 0; tile < here; ++tile, part += bytes) {
-                    // The next part comes nearer while this one is worked with.
+                    // Prefetch the next part while this one is used.
                     const char* next = tile + 1 < here ? part + bytes : table + size_t((block + 1) % blocks * tiles + pass) * bytes;
                     const List<R>* its = lists;
                     const Rest<R>* own = rests;
@@ -355,7 +355,7 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
     }
 }
 
-// Parts lie block by block, in them tile by tile: what one visit of a block reads is one piece.
+// Parts are ordered by block, then by tile: a block is read contiguously.
 size_t table_bytes(const Matrix& a, const Input& in) {
     return size_t(blocks_of(a) * tiles_of(in)) * part_bytes(in);
 }

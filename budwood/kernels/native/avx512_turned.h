@@ -1,4 +1,4 @@
-// What products with many rows of x share: sixteen rows of it turned into columns, and sums turned back into rows of y.
+// What products with many rows of x share: sixteen rows of it transposed, and sums transposed back into rows of y.
 #pragma once
 
 #include "avx512.h"
@@ -6,7 +6,7 @@
 namespace budwood::with_avx512 {
 namespace {
 
-// Sixteen rows of sixteen 32-bit elements, turned.
+// Sixteen rows of sixteen 32-bit elements, transposed.
 INLINE void transpose(__m512i r[16]) {
     __m512i t[16];
 #pragma GCC unroll 16

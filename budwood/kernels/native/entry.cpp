@@ -1,4 +1,4 @@
-// The C interface: chooses the path by what the processor has, brings the activations into its type, splits the rows of
+// The C interface: chooses the path for the CPU, converts the activations to its dtype, splits the rows of
 // the matrices among threads.
 #include "kernels.h"
 
@@ -14,7 +14,7 @@
 namespace budwood {
 namespace {
 
-// Ways to multiply, as the caller names them.
+// Kernels, as the caller numbers them.
 enum Way : int32_t { BY_ROWS = 0, AS_FEW = 1, AS_SPARSE = 2, AS_PANELS = 3 };
 
 constexpr size_t HUGE_PAGE = 2 << 20;
@@ -43,7 +43,7 @@ const Path* best() {
 
 const Path* path = best();
 
-// The first row from which a share `part / parts` of the values lies behind: threads get the same number of bytes.
+// The first row after a share `part / parts` of the values: threads get the same number of bytes.
 int64_t border(const Matrix& a, int part, int parts) {
     if (part == 0) return 0;
     if (part == parts) return a.out;
@@ -51,7 +51,7 @@ int64_t border(const Matrix& a, int part, int parts) {
     int64_t low = 0, high = a.out;
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        int64_t bytes = int64_t(a.starts[middle]) + middle;  // + middle: rows without values cost something too
+        int64_t bytes = int64_t(a.starts[middle]) + middle;  // + middle: rows without values take time too
         bytes < wanted ? low = middle + 1 : high = middle;
     }
     return low;
@@ -90,7 +90,7 @@ void widen(const void* x, int32_t type, int64_t in, const Input& to, int64_t fir
     }
 }
 
-// Columns [first, last) LANEs of x [rows, in], as few rows lie.
+// Columns [first, last) LANEs of x [rows, in], in the layout for few rows.
 void interleave(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last) {
     for (int64_t lane = first; lane < last; ++lane) {
         const int64_t column = lane * LANE, left = in - column, count = left < 0 ? 0 : left < LANE ? left : LANE;
@@ -102,10 +102,10 @@ void interleave(const void* x, int32_t type, int64_t in, const Input& to, int64_
 
 int64_t width(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
 
-constexpr int64_t NEAR = 256 << 10;  // bytes of a matrix that stay in the second cache
-constexpr int64_t FEWEST = 64;       // rows of it that are worth a visit
+constexpr int64_t NEAR = 256 << 10;  // bytes of a matrix that stay in the L2 cache
+constexpr int64_t FEWEST = 64;       // rows: smaller chunks are not worth the overhead
 
-// How many rows of the matrix stay near.
+// How many rows of the matrix stay in the L2 cache.
 int64_t rows_near(const Matrix& a) {
     const int64_t rows = NEAR / (a.count * width(a.type) / a.out + a.stride);
     return rows < FEWEST ? FEWEST : rows;
@@ -125,7 +125,7 @@ Team team() {  // which thread this is, of how many
 
 int64_t share(int64_t whole, int part, int parts) { return whole * part / parts; }
 
-// Where x goes; nowhere if it may stay as it is.
+// Where x is copied to; null if it is used in place.
 Input input_for(const void* x, int32_t type, int64_t rows, int64_t in, bool bfloat16, bool in_order) {
     Input input = {x, rows, (in + 63) / 64 * 64, bfloat16, nullptr};
     const bool as_it_is = input.stride == in && type == (bfloat16 ? BFLOAT16 : FLOAT32) && (in_order || rows == 1);
@@ -139,7 +139,7 @@ Input integers_for(int64_t rows, int64_t in) {
     return {scratch(4, size_t(rows * segments * SEGMENT) * sizeof(int16_t)), rows, segments * SEGMENT, false, scales};
 }
 
-// Rows [row, row + count) of an input whose rows lie `at_once` together.
+// Rows [row, row + count) of an input with `at_once` rows per group.
 Input some_of(const Input& input, int64_t row, int64_t count) {
     Input some = input;
     some.rows = count;
@@ -160,7 +160,7 @@ void* scratch(int slot, size_t bytes) {
         room.data = std::aligned_alloc(page, room.bytes);
         if (!room.data) std::abort();
 #ifdef MADV_HUGEPAGE
-        if (page == HUGE_PAGE) madvise(room.data, room.bytes, MADV_HUGEPAGE);  // a table is read all over the place
+        if (page == HUGE_PAGE) madvise(room.data, room.bytes, MADV_HUGEPAGE);  // a table is read at random
 #endif
     }
     return room.data;
@@ -174,12 +174,12 @@ using namespace budwood;
 
 extern "C" {
 
-// Changes with every change of what follows or of `Matrix`.
+// Changes with every change of the functions below or of `Matrix`.
 EXPORT int32_t budwood_interface() { return 3; }
 
 EXPORT const char* budwood_path() { return path->name; }
 
-// Takes the named path, or the best for "auto"; 0 where this processor cannot run it.
+// Sets the named path, or the best for "auto"; 0 where this CPU cannot run it.
 EXPORT int32_t budwood_choose(const char* name) {
     const Path* widest = best();
     if (!std::strcmp(name, "auto")) return path = widest, 1;
@@ -192,7 +192,7 @@ EXPORT int32_t budwood_choose(const char* name) {
     return 0;
 }
 
-// Whether the path has such a way.
+// Whether the path has this kernel.
 EXPORT int32_t budwood_has(int32_t way) { return way == AS_FEW || (way == AS_SPARSE ? path->sparse : path->panels) != nullptr; }
 EXPORT int32_t budwood_has_dense() { return path->dense != nullptr; }
 
@@ -220,7 +220,7 @@ EXPORT int32_t budwood_starts(const uint8_t* places, int64_t out, int64_t in, in
     return 1;
 }
 
-// y = x W^T + bias for several matrices that share x [rows, in] of `type`. Returns 0 where the path has no such way.
+// y = x W^T + bias for several matrices that share x [rows, in] of `type`. Returns 0 where the path has no such kernel.
 EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows,
                        const Output* outputs, int32_t threads, int32_t way) {
     const int64_t in = matrices[0].in;
@@ -236,7 +236,7 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     if (way == AS_SPARSE && !path->sparse) return 0;
     const Many* many = way == AS_PANELS ? path->panels : way == AS_SPARSE ? path->sparse : nullptr;
     const bool integers = path->integers && !many && int8;
-    if (integers && int8 < count) return 0;  // they want the activations in different types
+    if (integers && int8 < count) return 0;  // they need the activations in different dtypes
     const Input input = integers ? integers_for(rows, in) : input_for(x, type, rows, in, bfloat16 || way == AS_PANELS, many != nullptr);
     const bool copy = input.data != x;
     char* table = many ? static_cast<char*>(scratch(5, many->bytes(matrices[0], input))) : nullptr;
@@ -275,7 +275,7 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
                 many->multiply(a, input, table, outputs[i], first, last);
                 continue;
             }
-            // As much of the matrix at a time as stays in the second cache until all rows of x have met it.
+            // As much of the matrix at a time as stays in the L2 cache until it is multiplied with all rows of x.
             const int64_t chunk = rows <= at_once ? last - first : rows_near(a);
             for (int64_t begin = first; begin < last; begin += chunk) {
                 const int64_t end = begin + chunk < last ? begin + chunk : last;
@@ -290,7 +290,7 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     return 1;
 }
 
-// Reads `bytes` and adds them up: what memory gives, to measure the others by.
+// Reads `bytes` and adds them up: the memory bandwidth, as a baseline.
 EXPORT int64_t budwood_read(const void* data, int64_t bytes, int32_t threads) {
     const uint64_t* words = static_cast<const uint64_t*>(data);
     const int64_t count = bytes / 64 * 8;
@@ -311,7 +311,7 @@ EXPORT int64_t budwood_read(const void* data, int64_t bytes, int32_t threads) {
     return int64_t(total);
 }
 
-// y = x W^T for a bfloat16 matrix [out, in] that was not pruned and at most FEW rows of bfloat16 x.
+// y = x W^T for a dense bfloat16 matrix [out, in] and at most FEW rows of bfloat16 x.
 EXPORT int32_t budwood_dense(const uint16_t* weight, int64_t out, int64_t in, const void* x, int64_t rows, const Output* output,
                       int32_t threads) {
     if (!path->dense || rows > FEW) return 0;

@@ -1,7 +1,7 @@
 // What the translation units share. One of them exists per instruction set; `entry.cpp` chooses among them.
 //
-// Everything works on the union bitmask: the values that stay, row by row, and a bit (or for 2:4 a nibble per group of
-// four) that says where they belong. It is what lies in the file, so nothing is packed again on loading.
+// Everything works on the union bitmask: the kept values, row by row, and a bit (or for 2:4 a nibble per group of
+// four) for their positions. It is the layout of the file, so nothing is repacked on loading.
 #pragma once
 
 #include <cstddef>
@@ -15,8 +15,8 @@ enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 enum Coding : int32_t { BITMASK = 0, NIBBLES = 1 };
 
 constexpr int SEGMENT = 256;  // columns that share a scale of int8 values
-constexpr int FEW = 8;        // rows of x that are multiplied as they are; more of them go through a table
-constexpr int LANE = 32;      // columns of few activations that lie side by side
+constexpr int FEW = 8;        // rows of x of the kernel for few rows; more of them use a table
+constexpr int LANE = 32;      // columns of activations that are contiguous, for few rows
 
 // One packed matrix [out, in]. Filled by the caller (Python, ctypes): the order of the fields is the interface.
 struct Matrix {
@@ -24,7 +24,7 @@ struct Matrix {
     const uint8_t* places;       // [out, stride]: BITMASK one bit a column, NIBBLES two 2-bit places a group of four
     const int32_t* starts;       // [out + 1]: where each row's values begin
     const float* scales;         // INT8: [out, ceil(in / SEGMENT)]
-    const uint8_t* more_counts;  // beside int8 values, recovered weights: how many in each segment of a row,
+    const uint8_t* more_counts;  // with int8 values, recovered weights: the number in each segment of a row,
     const uint8_t* more_columns;  // their columns inside it,
     const void* more_values;      // and values of `more_type`, row-major
     const int32_t* more_starts;  // [out + 1], or null
@@ -32,8 +32,8 @@ struct Matrix {
     int32_t type, coding, more_type;
 };
 
-// Activations, brought into the type that the path multiplies in: [rows, stride], padded with zeros. Few of them lie
-// [stride / LANE][rows][LANE]: what is multiplied at a time is side by side, and no two rows want the same place in a cache.
+// Activations, in the dtype that the path multiplies in: [rows, stride], padded with zeros. Few rows are
+// [stride / LANE][rows][LANE]: what is multiplied together is contiguous, which avoids cache conflicts.
 struct Input {
     const void* data;
     int64_t rows, stride;
@@ -41,7 +41,7 @@ struct Input {
     const float* scales;  // where not null, 16-bit integers: one scale for each row and SEGMENT of columns
 };
 
-// Where the products go: y[row of x][row of the matrix], plus bias.
+// Where products are written: y[row of x][row of the matrix], plus bias.
 struct Output {
     void* y;
     const void* bias;  // [out] of `type`, or null
@@ -49,8 +49,8 @@ struct Output {
     int32_t type;
 };
 
-// Everything with a body has a copy of its own in every file: were there one for all, it could be one that was compiled
-// for instructions which the processor at hand lacks.
+// Every function has its own copy in every file: a single one could be the copy that was compiled
+// for instructions that this CPU lacks.
 namespace {
 
 inline float from_bfloat16(uint16_t bits) {
@@ -102,7 +102,7 @@ inline uint16_t to_float16(float value) {
     return uint16_t(sign | ((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13));
 }
 
-// Where a column of a row of few activations lies.
+// The index of a column of a row, in the layout for few rows.
 inline int64_t place(int64_t rows, int64_t row, int64_t column) {
     return (column / LANE * rows + row) * LANE + column % LANE;
 }
@@ -161,7 +161,7 @@ inline void by_rows(int64_t rows, Use use) {
 
 inline int64_t segments_of(const Matrix& a) { return (a.in + SEGMENT - 1) / SEGMENT; }
 
-// Calls use(column, value) for every weight that a row has beside its int8 values.
+// Calls use(column, value) for every recovered weight of a row with int8 values.
 template <class Use>
 inline void each_more(const Matrix& a, int64_t row, Use use) {
     if (!a.more_starts) return;
@@ -193,7 +193,7 @@ struct More {
 
 }  // namespace
 
-// A way to multiply many rows of x: `tabulate` makes a table of `bytes` from x, its parts [first, last) of `parts`, and
+// A kernel for many rows of x: `tabulate` makes a table of `bytes` from x, its parts [first, last) of `parts`, and
 // `multiply` computes rows [first, last) of the matrix from it.
 struct Many {
     size_t (*bytes)(const Matrix&, const Input&);
@@ -202,17 +202,17 @@ struct Many {
     void (*multiply)(const Matrix&, const Input&, const char* table, const Output&, int64_t first, int64_t last);
 };
 
-// What one instruction set offers; null where it lacks something.
+// The kernels of one instruction set; null where there is none.
 struct Path {
     const char* name;
-    bool multiplies_bfloat16;  // takes bfloat16 activations as they are, where the values are bfloat16 too
+    bool multiplies_bfloat16;  // takes bfloat16 activations unconverted, where the values are bfloat16 too
     // Rows [first, last) of the matrix for up to FEW rows of x.
     void (*few)(const Matrix&, const Input&, const Output&, int64_t first, int64_t last);
     // Few rows of x as 16-bit integers, which `few` then takes where the values are int8; segments [first, last).
     void (*integers)(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last);
-    const Many* sparse;  // what is zero is never multiplied
+    const Many* sparse;  // skips zeros
     const Many* panels;  // bfloat16 activations with bfloat16 values, or int8 ones that are rounded as unpacking rounds
-    // A matrix [out, in] of bfloat16 that was never pruned.
+    // A dense bfloat16 matrix [out, in].
     void (*dense)(const uint16_t* weight, int64_t in, const Input&, const Output&, int64_t first, int64_t last);
 };
 
@@ -226,7 +226,7 @@ extern const Path amx;
 bool amx_allowed();
 #endif
 
-// Memory that a thread keeps from call to call; 64-byte aligned.
+// Memory that a thread keeps between calls; 64-byte aligned.
 void* scratch(int slot, size_t bytes);
 
 }  // namespace budwood

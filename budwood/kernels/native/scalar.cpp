@@ -1,4 +1,4 @@
-// Plain C++: the oracle of the other paths, and what runs (vectorised by the compiler) on any other processor.
+// Plain C++: the reference of the other paths, and the path (vectorised by the compiler) of all other CPUs.
 #include "kernels.h"
 
 namespace budwood {
