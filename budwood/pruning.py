@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from budwood.bookkeeping import account
@@ -28,7 +27,7 @@ from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
 from budwood.models.linears import unmatched
 from budwood.progress import Progress, Silent
-from budwood.stream.arithmetic import Arithmetic, dtype_named, faster_dtype, fastest, known_device, name_of
+from budwood.stream.arithmetic import Arithmetic, choose_arithmetic, dtype_named, known_device, name_of
 from budwood.stream.block import Block
 from budwood.stream.model import DEFAULT_LIMIT, Model
 
@@ -106,14 +105,12 @@ def prune(
     if found:
         arithmetic = Arithmetic.recorded(found)  # a resumed run goes on as it began
     else:
-        compute = torch.float32
-        if compute_dtype != "auto":
-            compute = dtype_named(compute_dtype)
-        elif windows:
-            widest = max(columns for _, columns in structure.shapes.values())
-            compute, sentence = faster_dtype(place, min(2048, widest))
+        widest = max(columns for _, columns in structure.shapes.values())
+        wanted = compute_dtype if windows or compute_dtype != "auto" else "float32"
+        ways = ("auto", "auto") if windows else ("off", "fused")
+        arithmetic, sentences = choose_arithmetic(wanted, *ways, place, widest, method.published)
+        for sentence in sentences:
             notes.say(sentence)
-        arithmetic = fastest(compute, place, method.published) if windows else Arithmetic(compute)
     limit = parse_bytes(activation_memory)
     model = Model(
         opened,
