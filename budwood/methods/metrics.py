@@ -20,7 +20,7 @@ def magnitude(block: Block) -> Iterator[tuple[Linear, Tensor]]:
 
 
 def wanda(block: Block, published: bool = False) -> Iterator[tuple[Linear, Tensor]]:
-    norms = block.collect(PublishedNorm if published else SquaredNorm)
+    norms = block.collect(PublishedNorm) if published else block.collect(SquaredNorm)
     for name, linear in block.linears.items():
         if heard(linear, norms[name]):
             yield linear, scores.wanda(linear.weight, norms[name].norms())
@@ -37,7 +37,7 @@ def obs(block: Block) -> Iterator[tuple[Linear, Tensor]]:
             yield linear, scores.magnitude(linear.weight)
 
 
-def heard(linear: Linear, statistic: SquaredNorm | Gram) -> bool:
+def heard(linear: Linear, statistic: SquaredNorm | PublishedNorm | Gram) -> bool:
     """Whether any token reached the linear; warns that an expert without any is pruned by magnitude.
 
     Raises RunError where the tokens held NaN or infinite values.
