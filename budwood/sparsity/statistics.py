@@ -15,7 +15,7 @@ PANEL = 384  # columns of the second moments per product: about 0.55 of a full p
 
 
 class SquaredNorm:
-    """Sum of squares of every input feature; Wanda and WRP score with the root of its mean over sequences.
+    """Sum of squares of every input feature over all tokens; Wanda and WRP score with its root.
 
     Equal inputs give equal norms, bit for bit, on every processor and with any number of threads and any batch size:
     a sequence is squared and summed in float32 by elementwise operations in a fixed order. Sequences are added in
@@ -25,45 +25,36 @@ class SquaredNorm:
 
     def __init__(self, width: int) -> None:
         self.count = 0  # tokens
-        self.sequences = 0
         self.total = torch.zeros(width, dtype=torch.float64)  # [in]
 
     def add(self, x: Tensor) -> None:
         """x: [..., tokens, in]; two dimensions are one sequence."""
         x = x[None] if x.dim() == 2 else x.flatten(0, -3)
         self.count += x.shape[0] * x.shape[1]
-        self.sequences += x.shape[0]
         self.total = self.total.to(x.device)
         for sums in _sums_of_squares(x).double():
             self.total += sums
 
     def merge(self, other: Self) -> None:
-        """Adds what `other` has summed over other sequences."""
+        """Adds what `other` has summed over other tokens."""
         self.count += other.count
-        self.sequences += other.sequences
         self.total = self.total.to(other.total.device) + other.total
 
     def state(self) -> dict[str, Tensor]:
         """Everything summed so far, as tensors; see `load_state`."""
-        return {"count": torch.tensor(self.count), "sequences": torch.tensor(self.sequences), "total": self.total}
+        return {"count": torch.tensor(self.count), "total": self.total}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the sums by those that `state` returned."""
-        self.count, self.sequences = int(state["count"]), int(state["sequences"])
-        self.total = state["total"].clone()
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean over sequences of the sum of squares, float64 [in]."""
-        return self.total / max(1, self.sequences)
+        self.count, self.total = int(state["count"]), state["total"].clone()
 
     def norms(self) -> Tensor:
-        """Root of the mean over sequences, rounded to bfloat16's 8 bits, float32 [in]. A common factor changes no mask.
+        """Root of the sum, rounded to bfloat16's 8 bits, float32 [in].
 
-        The last bits of the inputs differ between processors. Averaged over tokens they move a norm by some 1e-8, which
-        seldom changes its first 8 bits; those are as good for ranking as 24.
+        The last bits of the inputs differ between processors. Over many tokens they move a norm by about 1e-8, which
+        seldom changes its first 8 bits. Scores of bfloat16 weights are then exact in float32.
         """
-        return self.mean.sqrt().bfloat16().float()
+        return self.total.sqrt().bfloat16().float()
 
     def check(self, name: str) -> None:
         """Raise RunError when calibration gave the linear `name` a value that is not finite."""
