@@ -26,7 +26,14 @@ from budwood.progress import Progress
 from budwood.reports.record import Report
 from budwood.runs.recipe import Recipe
 from budwood.runs.run import Run
-from budwood.stream.arithmetic import Arithmetic, choose_arithmetic, dtype_named, known_device, name_of
+from budwood.stream.arithmetic import (
+    Arithmetic,
+    check_arithmetic,
+    choose_arithmetic,
+    dtype_named,
+    known_device,
+    name_of,
+)
 from budwood.stream.model import DEFAULT_LIMIT, Model
 
 
@@ -129,7 +136,7 @@ class Job:
             raise UsageError(f"{target} is the model to prune itself; give another folder")
         structure = opened.structure(skip=skip)
         method.check(structure.shapes)
-        choose_arithmetic_words(asked)
+        check_arithmetic(**asked)
         storage = storage_dtype(opened.shards) if dtype in (None, "auto") else dtype_named(str(dtype))
         return cls(opened, method, layout, storage, asked, device, skip, activation_limit, structure)
 
@@ -202,19 +209,6 @@ class Job:
             run.note(check_dense_loss(model, self.windows.ids, self.tokenizer))
         run.start(model, {**arithmetic.record(), "device": self.device.type})
         return model
-
-
-def choose_arithmetic_words(asked: dict[str, str]) -> None:
-    """UsageError for a word that no arithmetic option takes."""
-    words = {
-        "compute_dtype": ("auto", "float32", "bfloat16", "float16"),
-        "sparse_products": ("auto", "on", "off"),
-        "attention": ("auto", "fused", "blocked"),
-    }
-    for name, known in words.items():
-        if asked[name] not in known:
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} has no such type or way {asked[name]!r}; choose one of {', '.join(known)}")
 
 
 def check_dense_loss(model: Model, ids: Tensor, tokenizer: Any) -> str | None:

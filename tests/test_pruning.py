@@ -293,7 +293,7 @@ def test_refusals_before_anything_is_written(llama, tmp_path):
     refused(UsageError, "holds no int8", llama, out, 'magnitude("2:4")', format="two_four_ell", values="int8")
     refused(UsageError, "no values 'int4'", llama, out, 'magnitude("2:4")', values="int4")
     refused(UsageError, "no amount of memory", llama, out, 'magnitude("2:4")', activation_memory="much")
-    refused(UsageError, "no such type", llama, out, 'magnitude("2:4")', dtype="float31")
+    refused(UsageError, "no such dtype", llama, out, 'magnitude("2:4")', dtype="float31")
     refused(UsageError, "device", llama, out, 'magnitude("2:4")', device="nonsense")
     refused(UsageError, "regular expression", llama, out, 'magnitude("2:4")', skip=["("])
     with pytest.raises(UsageError, match="itself"):

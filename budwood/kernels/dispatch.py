@@ -36,11 +36,6 @@ class Choice:
     kernel: int
     seconds: dict[str, float]
 
-    @property
-    def way(self) -> int:
-        """The former name of `kernel`."""
-        return self.kernel
-
 
 _exact: ContextVar[bool] = ContextVar("exact", default=False)
 
@@ -73,9 +68,6 @@ def kernel_for(matrix: NativeMatrix, rows: int, dtype: torch.dtype) -> int:
     if rows <= MAX_FEW_ROWS:
         return FEW_ROWS
     return BY_ROWS if native.has(SPARSE) else UNPACK
-
-
-way = kernel_for  # the former name
 
 
 def linear(matrix: NativeMatrix, input: Tensor, bias: Tensor | None) -> Tensor | None:

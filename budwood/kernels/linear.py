@@ -138,8 +138,6 @@ class SparseLinear(nn.Linear):
             self._dtype = self._values().dtype
         return self._native
 
-    kernel = native_matrix  # the former name
-
     def to_native_format(self, arena: Arena | None = None) -> None:
         """Convert to a format that the native library reads, if it is not in one, and copy the tensors into `arena`.
 

@@ -28,7 +28,6 @@ MAX_FEW_ROWS = 8  # rows of x that the kernel for few rows takes at a time
 
 # Kernels: chosen by the number of rows, for few rows, sparse (skips zeros), in panels (multiplies zeros; bfloat16).
 BY_ROWS, FEW_ROWS, SPARSE, PANELS = 0, 1, 2, 3
-AS_SPARSE = SPARSE  # the former name
 
 
 class Matrix(Structure):

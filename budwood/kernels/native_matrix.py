@@ -30,9 +30,7 @@ class NativeMatrix:
         self.matrix, self.shape, self.held = matrix, shape, held
         self._multiply, self._address = library.budwood_linear, addressof(matrix)
 
-    def linear(
-        self, x: Tensor, bias: Tensor | None = None, kernel: int = BY_ROWS, way: int | None = None
-    ) -> Tensor | None:
+    def linear(self, x: Tensor, bias: Tensor | None = None, kernel: int = BY_ROWS) -> Tensor | None:
         """`x [..., in] -> [..., out]` in the dtype of x; None where this processor path has no such kernel."""
         type = TYPES.get(x.dtype, INT8)
         if type == INT8 or not x.is_cpu:
@@ -47,8 +45,6 @@ class NativeMatrix:
             bias = bias.to(x.dtype).contiguous()
         output = Output(result.data_ptr(), None if bias is None else bias.data_ptr(), out, type)
         threads = torch.get_num_threads()
-        if way is not None:  # the former name of `kernel`
-            kernel = way
         done = self._multiply(self._address, 1, x.data_ptr(), type, rows, addressof(output), threads, kernel)
         return result if done else None
 
@@ -125,6 +121,3 @@ class MatrixGroup:
             addressof(self._array), count, x.data_ptr(), type, rows, addressof(outputs), threads, kernel
         )
         return results if done else None
-
-
-prepare = native_matrix  # the former name

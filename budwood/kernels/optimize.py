@@ -69,6 +69,3 @@ def fastest_kernels(width: int = 1024) -> dict[str, str]:
         )
         for (dtype, _), found in dispatch.measured.items()
     }
-
-
-ready, ways_here = optimize, fastest_kernels  # the former names

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 DAMP = 0.01  # of the mean diagonal, as in SparseGPT
 
 
-def norm_statistic(published: bool) -> type[SquaredNorm]:
+def norm_statistic(published: bool) -> type[SquaredNorm] | type[PublishedNorm]:
     """The statistic of input norms: the fast one, or that with the sums of the published programs."""
     return PublishedNorm if published else SquaredNorm
 
@@ -45,7 +45,7 @@ def obs(block: "Block") -> Iterator[tuple["Linear", Tensor]]:
             yield linear, scores.magnitude(linear.weight)
 
 
-def reached(linear: "Linear", statistic: SquaredNorm | Gram) -> bool:
+def reached(linear: "Linear", statistic: SquaredNorm | PublishedNorm | Gram) -> bool:
     """Whether any calibration token reached the linear; warns that an expert without any is pruned by magnitude.
 
     Raises RunError where its inputs held NaN or infinite values.

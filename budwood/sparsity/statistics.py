@@ -1,7 +1,8 @@
-"""Sums over calibration tokens. Merging batches, runs or ranks is adding, so only sums are kept."""
+"""Sums over calibration tokens, which batches, ranks and interrupted runs add up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -9,15 +10,63 @@ from torch import Tensor
 from budwood.errors import RunError
 from budwood.sparsity.second_order import Factor, factorise
 
-TOKENS = 256  # per product in float32: of longer ones the library splits the sum by the number of threads
+TOKENS = 256  # per product in float32: for longer ones BLAS splits the sum by the number of threads
 PANEL = 384  # columns of the second moments per product: about 0.55 of a full product at usual widths
 
 
 class SquaredNorm:
-    """Squared length of every input feature, the mean over sequences; Wanda and WRP score with its root.
+    """Sum of squares of every input feature over all tokens; Wanda and WRP score with its root.
 
-    Summed sequence by sequence in float32, so that batches make no difference. A value that is not finite makes `mean`
-    not finite.
+    Equal inputs give equal norms, bit for bit, on every processor and with any number of threads and any batch size:
+    a sequence is squared and summed in float32 by elementwise operations in a fixed order. Sequences are added in
+    float64, which is exact in any order as long as a feature's sums differ between sequences by less than 2^20.
+    Inputs that are not finite make the sum not finite.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.count = 0  # tokens
+        self.total = torch.zeros(width, dtype=torch.float64)  # [in]
+
+    def add(self, x: Tensor) -> None:
+        """x: [..., tokens, in]; two dimensions are one sequence."""
+        x = x[None] if x.dim() == 2 else x.flatten(0, -3)
+        self.count += x.shape[0] * x.shape[1]
+        self.total = self.total.to(x.device)
+        for sums in _sums_of_squares(x).double():
+            self.total += sums
+
+    def merge(self, other: Self) -> None:
+        """Adds what `other` has summed over other tokens."""
+        self.count += other.count
+        self.total = self.total.to(other.total.device) + other.total
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything summed so far, as tensors; see `load_state`."""
+        return {"count": torch.tensor(self.count), "total": self.total}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces the sums by those that `state` returned."""
+        self.count, self.total = int(state["count"]), state["total"].clone()
+
+    def norms(self) -> Tensor:
+        """Root of the sum, rounded to bfloat16's 8 bits, float32 [in].
+
+        The last bits of the inputs differ between processors. Over many tokens they move a norm by about 1e-8, which
+        seldom changes its first 8 bits. Scores of bfloat16 weights are then exact in float32.
+        """
+        return self.total.sqrt().bfloat16().float()
+
+    def check(self, name: str) -> None:
+        """Raise RunError when calibration gave the linear `name` a value that is not finite."""
+        _check(self.total, name)
+
+
+class PublishedNorm:
+    """The norm as the published programs compute it: a running mean over sequences in float32, equal to the last bit.
+
+    Weights that were once quantised have many equal magnitudes, so features of nearly equal norm give near-ties, and a
+    few of them are decided by the last bit of the norm. The blocks after them differ more and more: on a small model,
+    20 of 106 million positions changed in block 4 move the perplexity by 1.6 %. Comparing figures needs the same sums.
     """
 
     def __init__(self, width: int) -> None:
@@ -25,31 +74,34 @@ class SquaredNorm:
         self.sequences = 0
         self.mean = torch.zeros(width)  # [in] float32
 
-    def add(self, x: Tensor) -> None:  # [..., tokens, in]; two dimensions are one sequence
+    def add(self, x: Tensor) -> None:
+        """x: [..., tokens, in]; two dimensions are one sequence."""
         self.mean = self.mean.to(x.device)
         for sequence in x[None] if x.dim() == 2 else x.flatten(0, -3):
             self.count += sequence.shape[0]
             self.mean *= self.sequences / (self.sequences + 1)
             self.sequences += 1
-            self.mean += self.squares(sequence) / self.sequences
+            self.mean += torch.linalg.vector_norm(sequence.float(), dim=0) ** 2 / self.sequences
 
-    @staticmethod
-    def squares(sequence: Tensor) -> Tensor:
-        """Sum of the squares of every feature over the tokens of [tokens, in], float32 [in]."""
-        if sequence.dtype == torch.float32:
-            return torch.linalg.vecdot(sequence, sequence, dim=0)
-        return sequence.float().square_().sum(0)
+    def merge(self, other: Self) -> None:
+        """Adds the mean of `other` over other sequences; the last bits may then differ from those of one pass."""
+        self.count += other.count
+        self.sequences += other.sequences
+        share = other.sequences / max(1, self.sequences)
+        mean = self.mean.double().to(other.mean.device) * (1 - share) + other.mean.double() * share
+        self.mean = mean.float()
 
-    @property
-    def total(self) -> Tensor:
-        """Sum over all tokens, float64 [in]."""
-        return self.mean.double() * self.sequences
+    def state(self) -> dict[str, Tensor]:
+        """Everything summed so far, as tensors; see `load_state`."""
+        return {"count": torch.tensor(self.count), "sequences": torch.tensor(self.sequences), "mean": self.mean}
 
-    def sums(self) -> list[Tensor]:
-        return [self.total]
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces the sums by those that `state` returned."""
+        self.count, self.sequences = int(state["count"]), int(state["sequences"])
+        self.mean = state["mean"].clone()
 
     def norms(self) -> Tensor:
-        """Root of the mean over sequences, float32 [in]. The constant in front changes no mask."""
+        """Root of the mean over sequences, float32 [in]."""
         return self.mean.sqrt()
 
     def check(self, name: str) -> None:
@@ -57,26 +109,13 @@ class SquaredNorm:
         _check(self.mean, name)
 
 
-class PublishedNorm(SquaredNorm):
-    """The same to the last bit of the published programs' float32 sums, at several times the price.
-
-    Weights that were once quantised have many equal sizes, so features of nearly equal norm meet in near-ties, a few of
-    which fall the other way with any other rounding; the blocks after them differ more and more (on a small model, 20
-    of 106 million positions changed in block 4 move the perplexity by 1.6 %). Who compares figures wants the same sums.
-    """
-
-    @staticmethod
-    def squares(sequence: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(sequence.float(), dim=0) ** 2
-
-
 class Gram:
-    """Second moments of the inputs, sum of x xᵀ over all tokens; SparseGPT's H up to a factor it ignores.
+    """Second moments of the inputs, sum of x xᵀ over all tokens; SparseGPT's Hessian up to a factor it ignores.
 
     Only the upper triangle is summed: products of column panels in full float32, accumulated in float64. Inputs in
-    bfloat16 may be multiplied by its instructions: their products are exact and summed in float32 all the same.
+    bfloat16 may be multiplied by bfloat16 instructions: their products are exact and summed in float32 as well.
     Memory is 8 in² bytes: 128 MiB at 4096, 0.9 GiB at 11008, 6.1 GiB at 28672. Linears that share an input share one
-    object, hence one factor.
+    object, hence one factor. The number of threads changes no bit; another BLAS or processor may change the last ones.
     """
 
     def __init__(self, width: int) -> None:
@@ -84,7 +123,8 @@ class Gram:
         self.total = torch.zeros(width, width, dtype=torch.float64)  # [in, in], valid on and above the diagonal
         self._factors: dict[float, Factor] = {}
 
-    def add(self, x: Tensor) -> None:  # [..., tokens, in]
+    def add(self, x: Tensor) -> None:
+        """x: [..., tokens, in]."""
         self.total = self.total.to(x.device)
         exact = x.dtype == torch.bfloat16
         x = x.reshape(-1, x.shape[-1]).float()
@@ -98,9 +138,20 @@ class Gram:
                     products.addmm_(rows[:, :stop].T, rows[:, start:stop])
                 self.total[:stop, start:stop] += products
 
-    def sums(self) -> list[Tensor]:
-        self._factors.clear()  # whoever asks may add other ranks' sums in place
-        return [self.total]
+    def merge(self, other: Self) -> None:
+        """Adds what `other` has summed over other tokens."""
+        self._factors.clear()
+        self.count += other.count
+        self.total = self.total.to(other.total.device) + other.total
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything summed so far, as tensors; see `load_state`."""
+        return {"count": torch.tensor(self.count), "total": self.total}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces the sums by those that `state` returned."""
+        self._factors.clear()
+        self.count, self.total = int(state["count"]), state["total"].clone()
 
     def matrix(self) -> Tensor:
         """The whole symmetric matrix, float64 [in, in]."""
@@ -111,14 +162,31 @@ class Gram:
         return (self.total.diagonal() / max(1, self.count)).sqrt().float()
 
     def factor(self, damp: float) -> Factor:
-        """The damped inverse factor, computed once per damping, on the CPU as are the sweeps that use it."""
+        """The damped inverse factor, computed once per damping, on the CPU like the sweeps that use it."""
         if damp not in self._factors:
             self._factors[damp] = factorise(self.total.cpu(), damp)
         return self._factors[damp]
 
     def check(self, name: str) -> None:
         """Raise RunError when calibration gave the linear `name` a value that is not finite."""
-        _check(self.total.diagonal(), name)  # no product exceeds the larger of its two squares
+        _check(self.total.diagonal(), name)  # |x y| never exceeds the larger of x² and y²
+
+
+def _sums_of_squares(x: Tensor) -> Tensor:
+    """[sequences, tokens, in] -> sum over tokens, float32 [sequences, in].
+
+    The later half of the rows is added to the earlier one until one row is left. Elementwise additions round alike on
+    every processor; a library's reduction chooses its order by vector width and number of threads.
+    """
+    rows = x.float().square()
+    left = rows.shape[1]
+    if left == 0:
+        return rows.new_zeros(rows.shape[0], rows.shape[2])
+    while left > 1:
+        half = left // 2
+        rows[:, :half] += rows[:, left - half : left]
+        left -= half
+    return rows[:, 0]
 
 
 def _check(total: Tensor, name: str) -> None:
@@ -132,7 +200,7 @@ def _check(total: Tensor, name: str) -> None:
 
 @contextmanager
 def _products_in(precision: str) -> Iterator[None]:
-    """How float32 products round their factors: "highest" not at all, "medium" to bfloat16 where that is faster."""
+    """Inside, float32 products round their factors: "highest" not at all, "medium" to bfloat16 where that is faster."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

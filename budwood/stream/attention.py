@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "budwood_blocked"
 HARMLESS = {"position_ids", "cache_position", "use_cache", "sliding_window"}  # a window that matters comes as a mask
+DTYPES = (torch.bfloat16, torch.float32)  # that are computed in blocks
 QUERIES = 128  # at a time in bfloat16
 FEWER = 64  # at a time in float32
 SCORES = 1 << 21  # at a time, so that they stay in the cache
@@ -46,7 +47,7 @@ def attention(
     """What transformers calls: `[batch, heads, tokens, width]` each -> `[batch, tokens, heads, width]`."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     plain = causal and attention_mask is None and not dropout and set(kwargs) <= HARMLESS
-    if not plain or query.dtype not in (torch.bfloat16, torch.float32) or query.shape[2] != key.shape[2]:
+    if not plain or query.dtype not in DTYPES or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )

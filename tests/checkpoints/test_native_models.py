@@ -43,7 +43,7 @@ def test_logits_are_close_and_every_layer_is_native(written):
     close(logits(packed), logits(written[1]), written[2])
     layers = [module for module in packed.modules() if isinstance(module, SparseLinear)]
     assert layers
-    assert all(layer.kernel() is not None for layer in layers)
+    assert all(layer.native_matrix() is not None for layer in layers)
     assert type(packed.get_output_embeddings()) is DenseLinear
 
 
@@ -51,7 +51,9 @@ def test_resident_weights_are_those_of_the_file_and_where_rows_begin(written):
     packed = opened(written[0], dtype="auto")
     layers = [module for module in packed.modules() if isinstance(module, SparseLinear)]
     for layer in layers:
-        pieces = {tensor.data_ptr(): tensor.nbytes for tensor in (*layer.packed().values(), *layer.kernel().held)}
+        pieces = {
+            tensor.data_ptr(): tensor.nbytes for tensor in (*layer.packed().values(), *layer.native_matrix().held)
+        }
         beside = 8 * (layer.out_features + 1)  # beginnings of rows, for values and for what is recovered beside int8
         assert sum(pieces.values()) <= sum(tensor.nbytes for tensor in layer.packed().values()) + beside
 
