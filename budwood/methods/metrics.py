@@ -1,7 +1,7 @@
 """The scores of every linear of a block, by one metric each."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 DAMP = 0.01  # of the mean diagonal, as in SparseGPT
 
 
-def norm_statistic(published: bool) -> type[SquaredNorm] | type[PublishedNorm]:
+def norm_statistic(published: bool) -> Callable[[int], SquaredNorm | PublishedNorm]:
     """The statistic of input norms: the fast one, or that with the sums of the published programs."""
     return PublishedNorm if published else SquaredNorm
 
@@ -28,7 +28,7 @@ def magnitude(block: "Block") -> Iterator[tuple["Linear", Tensor]]:
 
 
 def wanda(block: "Block", published: bool = False) -> Iterator[tuple["Linear", Tensor]]:
-    norms = block.collect(norm_statistic(published))
+    norms: Mapping[str, SquaredNorm | PublishedNorm] = block.collect(norm_statistic(published))
     for name, linear in block.linears.items():
         if reached(linear, norms[name]):
             yield linear, scores.wanda(linear.weight, norms[name].norms())

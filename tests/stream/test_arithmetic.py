@@ -77,7 +77,7 @@ def test_sparse_products_need_a_kernel(monkeypatch, path, dtype):
     if path == "scalar" and native.file() is None:
         pytest.skip("the native library is not built")
     monkeypatch.setenv(native.VARIABLE, path)
-    if native.has(native.AS_SPARSE):
+    if native.has(native.SPARSE):
         assert choose_arithmetic(dtype, "on", "fused", CPU, 64, published=False)[0].sparse_products
     else:
         with pytest.raises(UsageError, match="needs a native sparse kernel"):
