@@ -1,4 +1,4 @@
-"""The effect of each ingredient of graft: every row pruned on several draws of the calibration text, evaluated on texts.
+"""The effect of each ingredient of graft: every row pruned on several draws of the calibration text.
 
     python benchmarks/graft_ablation.py MODEL CALIBRATION FOLDER --text wikitext2=wiki.test.raw --text c4=c4.jsonl.gz
 
