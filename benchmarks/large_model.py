@@ -1,8 +1,8 @@
-"""Peak memory of pruning a model much larger than it: a random Llama of the wanted size.
+"""Peak memory of pruning a model much larger than it: a random Llama of a given size.
 
     python benchmarks/large_model.py FOLDER [--gigabytes 8] [--method "wrp(alpha=0.25)"]
 
-Builds FOLDER/dense once (bfloat16), prunes it in a process of its own and prints the peak resident size.
+Builds FOLDER/dense once (bfloat16), prunes it in a separate process and prints the peak resident size.
 """
 
 import argparse

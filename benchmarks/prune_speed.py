@@ -1,9 +1,9 @@
-"""How long pruning takes, in plain passes: forward passes of the blocks over the same tokens through transformers.
+"""Time of pruning in plain passes: forward passes of the blocks over the same tokens through transformers.
 
     python benchmarks/prune_speed.py MODEL DATA [--rounds 3] [--compute-dtype float32 bfloat16]
 
-Plain passes and runs alternate, so that a change of the machine's mood meets both; medians and ratios are printed.
-Time is that of the whole call: opening, first look, statistics, choice, packing, writing, report.
+Plain passes and runs alternate, so that a change of the machine's speed affects both; medians and ratios are printed.
+Time is that of the whole call: opening, dense loss, statistics, choice, packing, writing, report.
 """
 
 import argparse

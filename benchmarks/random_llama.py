@@ -2,7 +2,7 @@
 
     python benchmarks/random_llama.py FOLDER [--hidden 2048] [--wide 8192] [--blocks 16] [--heads 32]
 
-For time and memory, which do not depend on what the weights are.
+For time and memory, which do not depend on the values of the weights.
 """
 
 import argparse
