@@ -7,7 +7,7 @@ from families import FAMILIES, MOE, build
 from transformers import PreTrainedModel
 
 # What has to be equal bit for bit is multiplied by torch; the tests of the kernels choose their paths themselves.
-os.environ["BUDWOOD_KERNELS"] = "reference"
+os.environ.setdefault("BUDWOOD_KERNELS", "reference")
 
 
 @pytest.fixture(params=FAMILIES)

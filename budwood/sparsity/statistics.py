@@ -11,6 +11,7 @@ from budwood.errors import RunError
 from budwood.sparsity.second_order import Factor, factorise
 
 TOKENS = 256  # per product in float32: for longer ones BLAS splits the sum by the number of threads
+BITS = 6  # significant bits of a norm: fewer agree more often between machines, see docs/results.md
 PANEL = 384  # columns of the second moments per product: about 0.55 of a full product at usual widths
 
 
@@ -49,12 +50,13 @@ class SquaredNorm:
         self.count, self.total = int(state["count"]), state["total"].clone()
 
     def norms(self) -> Tensor:
-        """Root of the sum, rounded to bfloat16's 8 bits, float32 [in].
+        """Root of the sum, rounded to BITS significant bits, float32 [in].
 
-        The last bits of the inputs differ between processors. Over many tokens they move a norm by about 1e-8, which
-        seldom changes its first 8 bits. Scores of bfloat16 weights are then exact in float32.
+        The last bits of the inputs differ between processors. Over many tokens they move a norm by about 1e-8 of its
+        size, which seldom changes its first bits. Scores of bfloat16 weights are then exact in float32.
         """
-        return self.total.sqrt().bfloat16().float()
+        mantissa, exponent = torch.frexp(self.total.sqrt())
+        return torch.ldexp((mantissa * 2**BITS).round(), exponent - BITS).float()
 
     def check(self, name: str) -> None:
         """Raise RunError when calibration gave the linear `name` a value that is not finite."""

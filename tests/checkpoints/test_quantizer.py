@@ -7,7 +7,9 @@ import pytest
 import torch
 from families import tokenizer
 from folders import change_config, change_tensor, logits, write_packed
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from budwood.checkpoints.checksums import INDEX_NAME
 from budwood.checkpoints.loading import load
@@ -21,9 +23,10 @@ from budwood.models.experts import ExpertLinears
 SPARSE = [name for name in FORMATS if name != "dense"]
 PACKED = ["llama", "qwen2", "gemma3", "phi3", "opt", "gpt2", "qwen3_moe", "mixtral", "olmoe", "gpt_oss"]
 LINEAR = "model.layers.1.mlp.up_proj"
-# Fused experts multiply in another order, and a rounded score may choose another expert: compared in float32.
-# The tests of the export compare their weights bit for bit.
-ROUNDED = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
+# Fused experts multiply in another order, and a rounded score may choose another expert; gpt2's Conv1D multiplies by
+# the weight as [in, out], which some processors sum in another order than [out, in]: compared in float32.
+# The tests of the export compare the weights of experts bit for bit.
+ROUNDED = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "gpt2")
 
 register()
 
@@ -59,6 +62,21 @@ def test_the_logits_are_those_of_the_dense_model_bit_for_bit(tmp_path, format):
     packed = opened(folder)
     assert torch.equal(logits(packed), logits(model))
     assert packed.get_submodule(LINEAR).format == format
+
+
+def test_transposed_linears_compute_bit_for_bit_what_linears_do(tmp_path):
+    """The same product in the same layout; and the weights come back transposed, bit for bit."""
+    folder, model = write_packed(tmp_path, "gpt2")
+    packed, state = opened(folder), model.state_dict()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(*module.weight.shape, device="meta")
+            linear.weight, linear.bias = nn.Parameter(module.weight.T.contiguous()), module.bias
+            model.set_submodule(name, linear)
+    assert torch.equal(logits(packed), logits(model))
+    packed.dequantize()
+    assert packed.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in packed.state_dict().items())
 
 
 @pytest.mark.parametrize("name", PACKED)
