@@ -178,17 +178,19 @@ def _sums_of_squares(x: Tensor) -> Tensor:
     """[sequences, tokens, in] -> sum over tokens, float32 [sequences, in].
 
     The later half of the rows is added to the earlier one until one row is left. Elementwise additions round alike on
-    every processor; a library's reduction chooses its order by vector width and number of threads.
+    every processor; a library's reduction chooses its order by vector width and number of threads. One sequence at a
+    time: larger temporaries are new memory at every call.
     """
-    rows = x.float().square()
-    left = rows.shape[1]
-    if left == 0:
-        return rows.new_zeros(rows.shape[0], rows.shape[2])
-    while left > 1:
-        half = left // 2
-        rows[:, :half] += rows[:, left - half : left]
-        left -= half
-    return rows[:, 0]
+    sums = x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float32)
+    for sequence, total in zip(x, sums, strict=True):
+        rows = sequence.square() if sequence.dtype == torch.float32 else sequence.float().square_()
+        left = len(rows)
+        while left > 1:
+            half = left // 2
+            rows[:half] += rows[left - half : left]
+            left -= half
+        total += rows[:1].sum(0)  # no row, or the one that is left
+    return sums
 
 
 def _check(total: Tensor, name: str) -> None:
