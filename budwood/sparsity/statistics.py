@@ -180,7 +180,7 @@ def _sums_of_squares(x: Tensor) -> Tensor:
     The later half of the rows is added to the earlier one until one row is left. Elementwise additions round alike on
     every processor; a library's reduction chooses its order by vector width and number of threads.
     """
-    rows = x.float().square()
+    rows = x.square() if x.dtype == torch.float32 else x.float().square_()
     left = rows.shape[1]
     if left == 0:
         return rows.new_zeros(rows.shape[0], rows.shape[2])
