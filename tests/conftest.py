@@ -6,7 +6,7 @@ import pytest
 from families import FAMILIES, MOE, build
 from transformers import PreTrainedModel
 
-# What has to be equal bit for bit is multiplied by torch; the tests of the kernels choose their paths themselves.
+# By default torch multiplies, for bit-equality; the tests of the kernels set the variable themselves.
 os.environ.setdefault("BUDWOOD_KERNELS", "reference")
 
 

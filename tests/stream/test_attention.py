@@ -1,4 +1,4 @@
-"""Attention by blocks of queries is the attention of the definition."""
+"""Attention in blocks of queries equals torch's causal attention."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ WAYS = pytest.mark.parametrize("way", [by_products, by_fused_kernel])
 @WAYS
 @pytest.mark.parametrize("tokens", [1, 7, 64, 128, 129, 300])
 @pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2), (3, 1)])
-def test_it_is_torchs_causal_attention(way, tokens, heads, shared):
+def test_it_equals_torchs_causal_attention(way, tokens, heads, shared):
     torch.manual_seed(tokens)
     query = torch.randn(2, heads, tokens, 8, dtype=torch.float64)
     key = torch.randn(2, shared, tokens, 8, dtype=torch.float64)
@@ -27,7 +27,7 @@ def test_it_is_torchs_causal_attention(way, tokens, heads, shared):
 
 
 @WAYS
-def test_gradients_are_torchs_too(way):
+def test_gradients_equal_torchs(way):
     torch.manual_seed(0)
     inputs = [torch.randn(2, heads, 150, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     wanted = torch.autograd.grad(
@@ -36,15 +36,15 @@ def test_gradients_are_torchs_too(way):
     torch.testing.assert_close(torch.autograd.grad(way(*inputs).sin().sum(), inputs), wanted)
 
 
-def test_both_streams_of_a_run_attend_alike(tmp_path):
+def test_both_streams_of_a_run_use_blocked_attention(tmp_path):
     save_model("llama", tmp_path, dtype=torch.bfloat16)
     model = Model(open_source(tmp_path), arithmetic=Arithmetic(torch.bfloat16, blocked_attention=True))
-    beside = DenseStream(model, token_ids())
-    assert {some.module.config._attn_implementation for some in (model, beside.model)} == {NAME}
+    dense = DenseStream(model, token_ids())
+    assert {some.module.config._attn_implementation for some in (model, dense.model)} == {NAME}
     assert Model(open_source(tmp_path)).module.config._attn_implementation == "sdpa"
 
 
-def test_parts_of_the_heads_make_the_whole(monkeypatch):
+def test_heads_in_parts_give_the_same_result(monkeypatch):
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, heads, 150, 8, dtype=torch.float64) for heads in (4, 2, 2))
     whole = by_products(query, key, value)
@@ -61,12 +61,12 @@ def test_models_compute_the_same(family, dtype, tolerance):
         attend_in_blocks(model)
         after = model(ids).logits.float()
     assert (after - before).norm() <= tolerance * before.norm()
-    if model.config._attn_implementation != NAME:  # families with attention of their own stay as they are
+    if model.config._attn_implementation != NAME:  # families with other attention are unchanged
         assert torch.equal(before, after)
     assert model.config._attn_implementation == NAME or family not in ("llama", "mistral", "qwen3", "olmo2")
 
 
-def test_only_plain_causal_attention_is_taken_over(monkeypatch):
+def test_only_plain_causal_attention_is_replaced(monkeypatch):
     taken = []
     monkeypatch.setattr(
         "budwood.stream.attention.blocked_attention",
