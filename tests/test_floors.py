@@ -147,25 +147,57 @@ def test_the_command_line_starts_without_torch(file):
 
 
 def test_no_two_files_import_one_another():
-    paths = {".".join(("budwood", *file.relative_to(ROOT).with_suffix("").parts)): file for file in FILES}
-    paths = {name.removesuffix(".__init__"): file for name, file in paths.items()}
-    edges = {
-        name: {
-            imported
-            for node in while_importing(ast.parse(file.read_text()).body)
-            for imported in names(node, file)
-            if imported in paths and imported != name
-        }
-        for name, file in paths.items()
-    }
+    """Every import statement counts, those inside functions and for type checkers too."""
+    assert circle({name: set(imports(file)) for name, file in modules().items()}) is None
+
+
+@pytest.mark.parametrize(
+    ("edges", "found"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, None),
+        ({"a": {"b", "c"}, "b": {"c"}, "c": {"os"}}, None),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, ["b", "c", "b"]),
+    ],
+)
+def test_a_circle_is_found(edges, found):
+    assert circle(edges) == found
+
+
+def test_imports_inside_functions_and_for_type_checkers_are_read():
+    lines = [
+        "from typing import TYPE_CHECKING",
+        "if TYPE_CHECKING:",
+        "    from budwood.stream.block import Block",
+        "def late():",
+        "    from budwood.runs import run",
+        "class Kept:",
+        "    import budwood.errors",
+    ]
+    file = ROOT / "methods" / "never_written.py"
+    tree = ast.parse("\n".join(lines))
+    found = {name for node in ast.walk(tree) for name in names(node, file)}
+    assert found == {"typing", "budwood.stream.block", "budwood.runs.run", "budwood.errors"}
+
+
+def modules() -> dict[str, Path]:
+    """Every file of the package by the name that imports it."""
+    dotted = {".".join(("budwood", *file.relative_to(ROOT).with_suffix("").parts)): file for file in FILES}
+    return {name.removesuffix(".__init__"): file for name, file in dotted.items()}
+
+
+def circle(edges: dict[str, set[str]]) -> list[str] | None:
+    """A chain of imports that ends where it began; None where there is none."""
     done: set[str] = set()
 
-    def visit(name: str, road: tuple[str, ...]) -> None:
-        assert name not in road, f"circular: {' -> '.join((*road, name))}"
-        if name not in done:
-            for further in sorted(edges[name]):
-                visit(further, (*road, name))
-            done.add(name)
+    def visit(name: str, road: list[str]) -> list[str] | None:
+        if name in road:
+            return [*road[road.index(name) :], name]
+        if name in done:
+            return None
+        for further in sorted(edges[name] & set(edges) - {name}):
+            if found := visit(further, [*road, name]):
+                return found
+        done.add(name)
+        return None
 
-    for name in sorted(edges):
-        visit(name, ())
+    return next((found for name in sorted(edges) if (found := visit(name, []))), None)

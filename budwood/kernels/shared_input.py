@@ -7,8 +7,8 @@ all; the others, called with the very same tensor, return theirs. One native cal
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from torch import Tensor
 
@@ -16,11 +16,24 @@ from budwood.kernels import dispatch
 from budwood.kernels.native import FEW_ROWS, MAX_FEW_ROWS
 from budwood.kernels.native_matrix import MatrixGroup, NativeMatrix
 
-if TYPE_CHECKING:
-    from budwood.kernels.linear import SparseLinear
-
 LONE_CALLS = 3  # calls with a tensor that no other layer gets, after which a layer is no longer observed
 CHANCES = 4  # groups of one observer that may turn out wrong, after which their layers are no longer observed
+
+
+class Layer(Protocol):
+    """A linear layer whose product may be computed together with others: a `SparseLinear`."""
+
+    in_features: int
+    shared_input: "InputObserver | SharedInput | None"
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    @property
+    def _parameters(self) -> Mapping[str, Tensor | None]: ...
+
+    def native_matrix(self) -> NativeMatrix | None:
+        """The weight for the native library."""
 
 
 class _Calls(threading.local):
@@ -30,13 +43,13 @@ class _Calls(threading.local):
     version = -1
 
     def __init__(self) -> None:
-        self.layers: list[SparseLinear] = []
+        self.layers: list[Layer] = []
 
     def same(self, input: Tensor) -> bool:
         """Whether `input` is the noted tensor and was not changed in place since."""
         return self.input is not None and self.input() is input and self.version == input._version
 
-    def note(self, input: Tensor, layer: "SparseLinear") -> None:
+    def note(self, input: Tensor, layer: Layer) -> None:
         self.input, self.version, self.layers = weakref.ref(input), input._version, [layer]
 
 
@@ -48,7 +61,7 @@ class _Waiting(threading.local):
 
     def __init__(self) -> None:
         # layer -> product, the matrix and the parameter versions it was computed with
-        self.products: dict[SparseLinear, tuple[Tensor, NativeMatrix, list[int]]] = {}
+        self.products: dict[Layer, tuple[Tensor, NativeMatrix, list[int]]] = {}
 
 
 class InputObserver:
@@ -57,13 +70,13 @@ class InputObserver:
     Layers that were called one after another with the very same tensor become a `SharedInput`.
     """
 
-    def __init__(self, layers: Iterable["SparseLinear"]):
+    def __init__(self, layers: Iterable[Layer]):
         self.layers = list(layers)
         self.calls, self.lock = _Calls(), threading.Lock()
         self.lone_calls = dict.fromkeys(self.layers, 0)
         self.chances = CHANCES
 
-    def product(self, layer: "SparseLinear", matrix: NativeMatrix, input: Tensor) -> Tensor | None:
+    def product(self, layer: Layer, matrix: NativeMatrix, input: Tensor) -> Tensor | None:
         """The product by a group that this call completes; else None, and the call is noted."""
         if not shareable(layer, input):
             return None
@@ -78,7 +91,7 @@ class InputObserver:
             return None
         return shared.product(layer, matrix, input)
 
-    def _conclude(self, called: list["SparseLinear"]) -> None:
+    def _conclude(self, called: list[Layer]) -> None:
         """Group the layers that were called with one tensor; a layer that is often alone is no longer observed."""
         with self.lock:
             observed = [layer for layer in called if layer.shared_input is self]
@@ -106,12 +119,12 @@ class InputObserver:
 class SharedInput:
     """Layers that share their input, in the order of their calls, and the products that wait for the later ones."""
 
-    def __init__(self, layers: list["SparseLinear"], observer: InputObserver):
+    def __init__(self, layers: list[Layer], observer: InputObserver):
         self.layers, self.observer = layers, observer
         self.waiting = _Waiting()
         self.group: MatrixGroup | None = None
 
-    def product(self, layer: "SparseLinear", matrix: NativeMatrix, input: Tensor) -> Tensor | None:
+    def product(self, layer: Layer, matrix: NativeMatrix, input: Tensor) -> Tensor | None:
         """The product of one layer, whose weight is `matrix`; None where the layer has to compute it alone.
 
         A layer that is called with another tensor than the first one dissolves the group.
@@ -154,7 +167,7 @@ class SharedInput:
         return products[0]
 
 
-def shareable(layer: "SparseLinear", input: Tensor) -> bool:
+def shareable(layer: Layer, input: Tensor) -> bool:
     """Whether a product may be computed for several layers: of few rows, by a native kernel.
 
     An inference tensor has no version, so that a change in place would not be noticed.
@@ -162,7 +175,7 @@ def shareable(layer: "SparseLinear", input: Tensor) -> bool:
     return input.numel() <= MAX_FEW_ROWS * layer.in_features and not dispatch.is_exact() and not input.is_inference()
 
 
-def parameter_versions(layer: "SparseLinear") -> list[int] | None:
+def parameter_versions(layer: Layer) -> list[int] | None:
     """Grow with every change in place; None where a parameter is an inference tensor, which has no version."""
     try:
         return [parameter._version for parameter in layer._parameters.values() if parameter is not None]
@@ -170,9 +183,9 @@ def parameter_versions(layer: "SparseLinear") -> list[int] | None:
         return None
 
 
-def observe_inputs(layers: Iterable[tuple[str, "SparseLinear"]]) -> None:
+def observe_inputs(layers: Iterable[tuple[str, Layer]]) -> None:
     """Let layers of the same parent module (by full name) and width learn from their calls which share an input."""
-    candidates: defaultdict[tuple[str, int], list[SparseLinear]] = defaultdict(list)
+    candidates: defaultdict[tuple[str, int], list[Layer]] = defaultdict(list)
     for name, layer in layers:
         candidates[name.rpartition(".")[0], layer.in_features].append(layer)
     for group in candidates.values():

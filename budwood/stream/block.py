@@ -17,7 +17,7 @@ from budwood.kernels.native_matrix import native_matrix
 from budwood.models.block_calls import BlockCalls
 from budwood.models.linears import read, resize, write
 from budwood.stream.activations import Activations
-from budwood.stream.arithmetic import Arithmetic
+from budwood.stream.arithmetic import Arithmetic, name_of
 from budwood.stream.collector import Collector, Several, StopForward
 
 S = TypeVar("S")
@@ -216,7 +216,8 @@ class Block:
                     self._dense = None
                 if not all_finite(outputs):
                     raise RunError(
-                        f"the outputs of {self.name} hold NaN or infinite values; try --compute-dtype float32"
+                        f"the outputs of {self.name} hold NaN or infinite values in {name_of(self.arithmetic.compute)}; "
+                        "compute in float32 (prune: --compute-dtype, evaluate: --dtype), or check the checkpoint"
                     )
                 self.activations.write(batch, outputs)
 
