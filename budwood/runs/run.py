@@ -90,11 +90,14 @@ class Run:
             held.fill_in_place(planned)
         elif same and not _is_complete(path):
             held.fill_in_place(planned)
-            (path / "config.json").unlink(missing_ok=True)  # shards of it are missing
+            if (path / "config.json").is_file():  # it was finished, and lacks shards since
+                held.complete()
+                (path / "config.json").unlink()
             self.recorded = found.arithmetic or None if found else None
         elif same and (not overwrite or held.swapped):  # the swap ended the run that is asked for
             self.report = read_report(path)
             if self.report is not None:
+                held.complete()  # a kill may have kept intermediate results
                 self.progress.note(f"{path} is finished already; nothing is left to do")
             else:
                 held.fill_in_place(planned)
