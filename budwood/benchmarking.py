@@ -22,7 +22,7 @@ from budwood.errors import UsageError
 from budwood.kernels import dispatch, native
 from budwood.kernels.linear import SparseLinear
 from budwood.progress import Progress, Silent
-from budwood.reports.record import add_speed
+from budwood.reports.record import add_speed, read_report
 from budwood.timing import interleaved, ratio, spread
 
 ROWS = (1, 8, 64, 512)
@@ -62,6 +62,7 @@ def bench(
 def _bench(
     model: str | Path, against: str | Path | None, rows: Sequence[int], dtype: str | torch.dtype, progress: Progress
 ) -> dict[str, Any]:
+    read_report(Path(model))  # a damaged one is refused before the minutes of timing
     start = time.perf_counter()
     pruned = load(model, dtype=dtype)
     seconds = time.perf_counter() - start

@@ -28,20 +28,21 @@ def convert(file: str | Path, target: str | Path, dtype: str = "auto", overwrite
     try:
         if held.entries() and not overwrite:
             raise UsageError(f"{held.path} is not empty; choose another folder, or pass --overwrite")
-        held.stage(PLANNED)
-        held.abandon_stage()
+        held.refuse_foreign(PLANNED)
         model, tokenizer = unpack(reader, source, TYPES.get(dtype) or own_dtype(reader))
-        model.save_pretrained(held.folder)
-        tokenizer.save_pretrained(held.folder)
-        for shard in held.folder.glob("*.safetensors"):  # written readable for their owner alone
-            shard.chmod((held.folder / "config.json").stat().st_mode)
-        names = [entry.name for entry in held.folder.iterdir()]
-        held.refuse_foreign(names)
-        held.note([MANIFEST, *names])
-        held.complete()
-    except OSError as error:
-        raise RunError(f"{held.path} could not be written: {error}") from error
+        held.stage(PLANNED)
+        try:
+            held.abandon_stage()
+            model.save_pretrained(held.folder)
+            tokenizer.save_pretrained(held.folder)
+            for shard in held.folder.glob("*.safetensors"):  # written readable for their owner alone
+                shard.chmod((held.folder / "config.json").stat().st_mode)
+            held.note([MANIFEST, *(entry.name for entry in held.folder.iterdir())])
+            held.complete()
+        except OSError as error:
+            raise RunError(f"{held.path} could not be written: {error}") from error
+        finally:
+            held.drop_stage()
     finally:
-        held.drop_stage()
         held.release()
     return held.path

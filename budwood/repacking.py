@@ -1,5 +1,6 @@
 """A pruned folder in another form: dense, in another format, or with rounded values; without calibration text."""
 
+import re
 from pathlib import Path
 
 from budwood.checkpoints.checksums import INDEX_NAME, verify
@@ -38,6 +39,8 @@ def repack(
     if Path(target).expanduser().resolve() == opened.folder.resolve():
         raise UsageError(f"{target} is the folder to export itself; give another folder")
     made = recipe_of(opened)
+    if layout == "dense" and not opened.packed:
+        raise UsageError(f"{folder} is stored dense already, so there is nothing to unpack; give a packed folder")
     if rounds(layout) and any(rounds(entry["format"]) for entry in opened.packed.values()):
         raise UsageError(f"the values of {folder} are int8 already; export the folder that they were rounded from")
     if (opened.folder / INDEX_NAME).is_file():
@@ -65,7 +68,7 @@ def repack(
 
 
 def recipe_of(source: Source) -> Recipe:
-    """How a pruned folder was made; of one that transformers saved again, what its configuration still says.
+    """How a pruned folder was made; of one that transformers saved again, only which matrices are packed.
 
     Raises UsageError where the folder holds nothing that budwood pruned.
     """
@@ -74,7 +77,8 @@ def recipe_of(source: Source) -> Recipe:
         return made
     if not source.packed:
         raise UsageError(f"{source.name} holds nothing that budwood pruned; prune it first")
-    return Recipe(method=None, source={"name": source.name}, data=None, dtype="auto", format="auto")
+    dense = [f"^{re.escape(name)}$" for name in source.structure().shapes if name not in source.packed]
+    return Recipe(method=None, source={"name": source.name}, data=None, dtype="auto", format="auto", skip=dense)
 
 
 def recovered(linear: Linear) -> int | None:

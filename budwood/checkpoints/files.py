@@ -7,19 +7,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from budwood.errors import RunError
+
 TEMPORARY = ".budwood-tmp"  # ends the name of a file that is being written; what a killed process left is written over
 
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Gives the path to write to; afterwards the content has the name `file`, or after an error is gone."""
+    """Yields the path to write to; afterwards the content has the name `file`, or after an error is gone.
+
+    Raises RunError where the file cannot be written.
+    """
     beside = file.with_name(f".{file.name}{TEMPORARY}")
     try:
         yield beside
         flush(beside)
         os.replace(beside, file)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise RunError(
+                f"{file} could not be written ({error}); make room or give another folder, and give the command again"
+            ) from error
         raise
 
 
@@ -33,8 +42,9 @@ def write_text(file: Path, text: str) -> None:
 
 
 def copy_file(source: Path, file: Path) -> None:
+    content = source.read_bytes()
     with written_whole(file) as beside:
-        beside.write_bytes(source.read_bytes())
+        beside.write_bytes(content)
 
 
 def flush(file: Path) -> None:

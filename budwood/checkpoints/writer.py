@@ -48,6 +48,7 @@ class Writer:
 
     def __init__(self, folder: Path, run: str, blocks: int, layout: str):
         self.folder, self.run, self.blocks, self.layout = folder, run, blocks, layout
+        self.accepted = {run}  # ids of shards that count as finished
         self.stem = "model" if layout == "dense" else "sparse"
 
     def shard(self, index: int) -> Path:
@@ -56,7 +57,7 @@ class Writer:
 
     def finished(self, index: int) -> bool:
         file = self.shard(index)
-        return file.is_file() and self.about(index).run == self.run
+        return file.is_file() and self.about(index).run in self.accepted
 
     def write(
         self, index: int, tensors: dict[str, Tensor], packed: PackedEntries, shapes: dict[str, list[int]], notes: Any
@@ -66,12 +67,9 @@ class Writer:
         try:
             with written_whole(self.shard(index)) as beside:
                 write_shard(beside, tensors, {"format": "pt", "budwood": json.dumps(about)})
-        except OSError as error:
+        except RunError as error:
             finished = sum(self.finished(i) for i in range(self.blocks))
-            raise RunError(
-                f"{self.folder} could not be written ({error}); {finished} of {self.blocks} blocks are finished and "
-                "kept there: make room and give the same command again"
-            ) from error
+            raise RunError(f"{error}; {finished} of {self.blocks} blocks are finished and kept") from error
 
     def read(self, index: int, model: nn.Module) -> tuple[dict[str, Tensor], ShardNotes]:
         """The dense tensors of a finished shard as the modules of `model` hold them, and what its header says."""

@@ -93,8 +93,15 @@ def add_section(folder: Path, name: str, section: Mapping[str, Any]) -> bool:
 
 
 def add_speed(folder: Path, speed: Mapping[str, Any]) -> None:
-    """Puts what `budwood bench` measured into the report and the model card of a folder, where it has them."""
+    """Puts what `budwood bench` measured into the report and the model card of a folder, where it has them.
+
+    Raises RunError where one of them cannot be read or written.
+    """
     add_section(folder, "speed", speed)
     card = folder / CARD
     if card.is_file():
-        write_text(card, with_speed(card.read_text("utf-8"), speed))
+        try:
+            text = card.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise RunError(f"{card} cannot be read ({error}); delete it, or write the folder again") from error
+        write_text(card, with_speed(text, speed))

@@ -13,8 +13,38 @@ from budwood.errors import UsageError
 FILE = "recipe.json"
 # What makes two runs the same; where a value has a digest, the digest decides (names and paths may differ).
 IDENTITY = ("budwood", "verb", "method", "source", "data", "dtype", "asked", "format", "skip")
-LABELS = {"asked": "arithmetic"}
 ARITHMETIC = ("compute_dtype", "sparse_products", "attention")  # options that say how to compute, or "auto"
+REQUIRED = ("method", "source", "data", "dtype", "format")
+NONE = type(None)
+TYPES: dict[str, tuple[type, ...]] = {
+    "method": (str, NONE),
+    "source": (dict,),
+    "data": (dict, NONE),
+    "dtype": (str,),
+    "format": (str,),
+    "skip": (list,),
+    "verb": (str,),
+    "asked": (dict,),
+    "arithmetic": (dict,),
+    "made_from": (dict, NONE),
+    "budwood": (str, NONE),
+}
+INNER_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
+    "source": {"name": (str,), "sha256": (str,)},
+    "data": {
+        "data": (str,),
+        "num_samples": (int,),
+        "seq_length": (int,),
+        "sampling": (str,),
+        "seed": (int,),
+        "bos": (str,),
+        "sha256": (str,),
+    },
+    "asked": dict.fromkeys(ARITHMETIC, (str,)),
+    "arithmetic": {"computed_in": (str,), "sparse_products": (bool,), "blocked_attention": (bool,), "device": (str,)},
+}
+# As versions wrote it that kept the arithmetic flat.
+FLAT = ("computed_in", "sparse_products", "blocked_attention")
 
 
 @dataclass(frozen=True)
@@ -46,33 +76,16 @@ class Recipe:
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: Path) -> "Recipe":
         """Raises UsageError where a field is missing or of another type."""
-        values = dict(content)
-        if "computed_in" in values:  # as versions before wrote it, flat
-            values["asked"] = {"compute_dtype": str(values.pop("compute_dtype", "auto"))}
-            values["arithmetic"] = {
-                key: values.pop(key) for key in ("computed_in", "sparse_products", "blocked_attention") if key in values
-            }
-        if "repacked" in values:
-            values["made_from"] = values.pop("repacked")
+        values = _as_written_now(content)
         known = {name.name for name in fields(cls)} - {"unknown"}
-        kinds: dict[str, tuple[type, ...]] = {
-            "method": (str, type(None)),
-            "source": (dict,),
-            "data": (dict, type(None)),
-            "dtype": (str,),
-            "format": (str,),
-            "skip": (list,),
-            "verb": (str,),
-            "asked": (dict,),
-            "arithmetic": (dict,),
-            "made_from": (dict, type(None)),
-        }
-        for name in ("method", "source", "data", "dtype", "format"):
-            if name not in values:
-                raise UsageError(f"{where} lacks {name!r}, so it is no recipe of budwood; give a recipe.json")
-        for name, kind in kinds.items():
-            if name in values and not isinstance(values[name], kind):
-                raise UsageError(f"{where}: {name!r} is {_short(values[name])}, which no recipe holds; write it again")
+        missing = [name for name in REQUIRED if name not in values]
+        if missing:
+            raise UsageError(f"{where} lacks {missing[0]!r}, so it is no recipe of budwood; give a recipe.json")
+        _check_types(values, TYPES, where, "")
+        for name, types in INNER_TYPES.items():
+            _check_types(values.get(name) or {}, types, where, f"{name}.")
+        for pattern in values.get("skip", []):
+            _check_types({"skip": pattern}, {"skip": (str,)}, where, "an entry of ")
         unknown = {name: value for name, value in values.items() if name not in known}
         return cls(**{name: value for name, value in values.items() if name in known}, unknown=unknown)
 
@@ -141,6 +154,29 @@ def recipe_options(file: str | Path) -> dict[str, Any]:
         options |= {name: recipe.data[name] for name in names if name in recipe.data}
         options["data"] = recipe.data.get("data")
     return options
+
+
+def _as_written_now(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe of an earlier version under the names that this one writes."""
+    values = dict(content)
+    if "asked" not in values and "arithmetic" not in values:
+        if "compute_dtype" in values:
+            values["asked"] = {"compute_dtype": values.pop("compute_dtype")}
+        values["arithmetic"] = {name: values.pop(name) for name in FLAT if name in values}
+    if "repacked" in values:
+        values["made_from"] = values.pop("repacked")
+        values.setdefault("verb", "export")
+    return values
+
+
+def _check_types(values: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: Path, prefix: str) -> None:
+    """Raises UsageError where a value is of a type that JSON written by budwood never has there."""
+    for name, allowed in types.items():
+        if name in values and type(values[name]) not in allowed:
+            raise UsageError(
+                f"{where}: {prefix}{name} is {_short(values[name])}, which is of the wrong type; give the recipe.json "
+                "as budwood wrote it"
+            )
 
 
 def _switch(value: bool | None, on: str, off: str) -> str:

@@ -13,7 +13,6 @@ id in every shard, and `config.json`, which is written last.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from budwood.reports.markdown import render_report
 from budwood.reports.measure import measure
 from budwood.reports.record import Report, read_report
 from budwood.runs.recipe import FILE, Recipe, read_recipe
-from budwood.runs.target import MANIFEST, STAGING, Target
+from budwood.runs.target import MANIFEST, Target
 from budwood.stream.block import Block
 from budwood.stream.model import Model
 
@@ -91,15 +90,18 @@ class Run:
             held.fill_in_place(planned)
         elif same and not _is_complete(path):
             held.fill_in_place(planned)
-            (path / "config.json").unlink(missing_ok=True)  # shards of it are missing
-            self.recorded = found.arithmetic if found else None
-        elif same and not overwrite:
+            if (path / "config.json").is_file():  # it was finished, and lacks shards since
+                held.complete()
+                (path / "config.json").unlink()
+            self.recorded = found.arithmetic or None if found else None
+        elif same and (not overwrite or held.swapped):  # the swap ended the run that is asked for
             self.report = read_report(path)
             if self.report is not None:
+                held.complete()  # a kill may have kept intermediate results
                 self.progress.note(f"{path} is finished already; nothing is left to do")
             else:
                 held.fill_in_place(planned)
-                self.recorded = found.arithmetic if found else None
+                self.recorded = found.arithmetic or None if found else None
         elif not overwrite:
             difference = found.difference(self.recipe) if found else None
             raise UsageError(
@@ -111,7 +113,7 @@ class Run:
             held.stage(planned)
             begun = _recipe_in(held.folder, tolerant=True)
             if begun is not None and begun.difference(self.recipe) is None:
-                self.recorded = begun.arithmetic
+                self.recorded = begun.arithmetic or None
             else:
                 held.abandon_stage()
 
@@ -127,16 +129,9 @@ class Run:
 
     def _clear_if_empty(self) -> None:
         """A run that failed before anything was finished leaves nothing behind."""
-        folder = self.target.folder
-        kept = list(folder.glob("*.safetensors")) + list(self.work.folder.rglob("*.*"))
-        if any(not file.name.endswith(TEMPORARY) for file in kept):
-            return
-        shutil.rmtree(self.work.folder, ignore_errors=True)
-        if folder.name == STAGING:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif self.target.created or self.target.entries() == [FILE]:
-            for name in (FILE, MANIFEST):
-                (folder / name).unlink(missing_ok=True)
+        kept = list(self.folder.glob("*.safetensors")) + list(self.work.folder.rglob("*.*"))
+        if all(file.name.endswith(TEMPORARY) for file in kept):
+            self.target.discard()
 
     @property
     def folder(self) -> Path:
@@ -154,6 +149,9 @@ class Run:
         self.model = model
         self.recipe = self.recipe.with_arithmetic(arithmetic)
         self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format)
+        # Rewritten shards have an id of their own: without the work folder that says how far the rewriting came, their
+        # blocks are done again from the start.
+        self.writer.accepted |= {self._rewrite_id(file.stem) for file in self.work.folder.glob("rewrite-*.ready")}
         shards = [self.writer.shard(index).name for index in range(-1, len(model))]
         for file in self.folder.glob(f".*{TEMPORARY}"):
             file.unlink()  # of a process that was killed: the folder is locked
@@ -202,15 +200,20 @@ class Run:
         done, ready = self.work.file(f"{name}.done"), self.work.file(f"{name}.ready")
         if done.is_file():
             return
-        second = Writer(self.work.file(name), self.recipe.id, len(self.model), self.recipe.format)
+        second = Writer(self.work.file(name), self._rewrite_id(name), len(self.model), self.recipe.format)
         if not ready.is_file():
             second.folder.mkdir(exist_ok=True)
             yield from self.model.rewrite(self.writer, second)
             write_text(ready, "")
+        self.writer.accepted.add(second.run)
         for index in range(len(self.model)):
             if second.shard(index).is_file():
                 second.shard(index).replace(self.writer.shard(index))
         write_text(done, "")
+
+    def _rewrite_id(self, name: str) -> str:
+        """The id of the shards that a rewriting makes."""
+        return f"{self.recipe.id}-{name}"
 
     def finish(self, architecture: str, source: Path, base_model: str | None, license: str | None) -> Report:
         """Writes what is outside the blocks, index, companions, documents and, last, config.json; the report.

@@ -5,6 +5,7 @@ A new folder is filled in place. Where the target already holds a model, the new
 the files that budwood wrote; no other file is ever deleted or replaced.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,14 +15,21 @@ from pathlib import Path
 
 from budwood.checkpoints.files import TEMPORARY, write_json
 from budwood.errors import RunError, UsageError
+from budwood.runs.recipe import FILE as RECIPE
+from budwood.runs.recipe import read_recipe
 
 MANIFEST = ".budwood.json"
 STAGING = ".budwood-new"
 WORK = ".budwood-work"
-SWAP = "swap.json"
+SWAP = ".budwood-swap.json"
 # Written by versions without a manifest, beside a recipe.json; and what they left of killed writes.
-FORMER = ("sparse*.safetensors*", "model*.safetensors*", "config.json", "recipe.json", "report.*", "README.md")
-FORMER_COPIES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+FORMER = (
+    *("sparse-*-of-*.safetensors", "sparse.safetensors.index.json"),
+    *("model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("config.json", "recipe.json", "report.json", "report.md", "README.md"),
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("chat_template*", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
+)
 LEFTOVERS = (f".*{TEMPORARY}", "recipe.json.tmp", "report.json.tmp", "sparse-*.tmp", "model-*.tmp")
 
 
@@ -33,8 +41,9 @@ class Target:
 
     def __init__(self, path: Path):
         self.path = path
-        self.created = not path.exists()
         self.folder = path
+        self.swapped = False  # whether `claim` completed an interrupted swap
+        self._created = [folder for folder in (path, *path.parents) if not folder.exists()]
         self._lock: int | None = None
 
     @classmethod
@@ -52,9 +61,10 @@ class Target:
             target._acquire()
             if (path / STAGING / SWAP).is_file():
                 target._swap()
+                target.swapped = True
         except OSError as error:
             target.release()
-            raise RunError(f"{path} cannot be written to: {error.strerror or error}; give another folder") from error
+            raise _cannot_be_written(path, error) from error
         except BaseException:
             target.release()
             raise
@@ -70,7 +80,7 @@ class Target:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.created = False  # it is the other process's folder
+            self._created = []  # it is the other process's folder
             raise UsageError(
                 f"another budwood process writes to {self.path}; wait until it ends, or give another folder"
             ) from error
@@ -78,9 +88,10 @@ class Target:
             return  # a file system without locks
 
     def release(self) -> None:
-        """Gives the folder up; one that was created here and is empty is removed."""
-        if self.created and self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
+        """Gives the folder up; one that was created here and is empty is removed, with its parents created here."""
+        with contextlib.suppress(OSError):  # not empty
+            for folder in self._created:
+                folder.rmdir()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -103,27 +114,38 @@ class Target:
         listed = read_manifest(self.path)
         if listed is not None:
             return listed & set(self.entries())
-        if not (self.path / "recipe.json").is_file():
+        try:
+            if read_recipe(self.path / RECIPE) is None:
+                return set()
+        except UsageError:
             return set()
-        return {name for name in self.entries() if any(fnmatch(name, old) for old in (*FORMER, *FORMER_COPIES))}
+        return {name for name in self.entries() if any(fnmatch(name, old) for old in FORMER)}
 
     def fill_in_place(self, planned: Iterable[str]) -> None:
-        """Write into the target itself; see `refuse_foreign`. A staging folder is abandoned."""
+        """Write into the target itself; see `refuse_foreign`. A staging folder is abandoned.
+
+        Intermediate results are kept only beside the recipe that they belong to.
+        """
         self.refuse_foreign(planned)
         self.folder = self.path
         shutil.rmtree(self.path / STAGING, ignore_errors=True)
+        if not (self.path / RECIPE).is_file():
+            shutil.rmtree(self.work, ignore_errors=True)
 
     def stage(self, planned: Iterable[str]) -> None:
         """Write into the staging folder; see `refuse_foreign`."""
         self.refuse_foreign(planned)
         self.folder = self.path / STAGING
-        self.folder.mkdir(exist_ok=True)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _cannot_be_written(self.path, error) from error
 
     def refuse_foreign(self, planned: Iterable[str]) -> None:
         """Raises UsageError where a file has a name that will be written (`planned`: patterns) and is not budwood's."""
         written, patterns = self.written(), list(planned)
         for name in self.entries():
-            if name not in written and any(fnmatch(name, pattern) for pattern in patterns):
+            if name not in written and any(name == pattern or fnmatch(name, pattern) for pattern in patterns):
                 raise UsageError(
                     f"{self.path / name} was not written by budwood and would be replaced; move it away, or give "
                     "another folder"
@@ -139,20 +161,43 @@ class Target:
         if not (self.path / STAGING / SWAP).is_file():
             shutil.rmtree(self.path / STAGING, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Deletes what a run wrote that finished nothing: a staging folder, or a recipe alone in the target."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        if self.folder != self.path:
+            self.drop_stage()
+        elif set(self.entries()) <= {RECIPE}:
+            for file in (self.path / RECIPE, self.path / MANIFEST, *self.path.glob(f".*{TEMPORARY}")):
+                file.unlink(missing_ok=True)
+
     def note(self, names: Iterable[str]) -> None:
-        """Adds names to the manifest of the folder that is written to."""
-        listed = (read_manifest(self.folder) or set()) | set(names)
-        write_json(self.folder / MANIFEST, {"files": sorted(listed)})
+        """Adds names to the manifest of the folder that is written to, before the files are written.
+
+        Raises UsageError where the target holds a file of such a name that is not budwood's.
+        """
+        names = set(names)
+        listed = read_manifest(self.folder)
+        if self.folder == self.path:
+            self.refuse_foreign(names)
+            listed = self.written() if listed is None else listed
+        write_json(self.folder / MANIFEST, {"files": sorted((listed or set()) | names)})
 
     def complete(self) -> None:
-        """The folder is finished: its intermediate results go, and a staged one takes the target's place."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        """The folder is finished: its intermediate results go, and a staged one takes the target's place.
+
+        Raises UsageError where a file that is not budwood's came into the way since the run began.
+        """
         if self.folder == self.path:
+            shutil.rmtree(self.work, ignore_errors=True)
             return
         new = [entry.name for entry in self.folder.iterdir() if entry.is_file() and not entry.name.endswith(TEMPORARY)]
+        self.refuse_foreign(new)
         former = sorted(self.written() - set(new))
         write_json(self.folder / SWAP, {"move": sorted(new), "remove": former})
-        self._swap()
+        try:
+            self._swap()
+        except OSError as error:
+            raise _cannot_be_written(self.path, error) from error
 
     def _swap(self) -> None:
         """Moves the staged files into the target; repeated after an interruption, it goes on where it was.
@@ -170,6 +215,7 @@ class Target:
         for name in sorted(names, key=lambda name: name == "config.json"):
             if (staging / name).is_file():
                 os.replace(staging / name, self.path / name)
+        shutil.rmtree(self.path / WORK, ignore_errors=True)  # of the former folder
         shutil.rmtree(staging)
         self.folder = self.path
 
@@ -178,8 +224,14 @@ def read_manifest(folder: Path) -> set[str] | None:
     """The files that budwood wrote into a folder; None where it kept no list."""
     try:
         files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        if not isinstance(files, list):
+            raise TypeError("files is no list")
+        return set(map(str, files))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder / MANIFEST} is damaged ({error}); give another folder") from error
-    return {str(name) for name in files}
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> RunError:
+    return RunError(f"{folder} cannot be written to ({error}); make room, or give another folder")

@@ -1,6 +1,9 @@
 """A GGUF file becomes a folder with the same model, or an error and no folder."""
 
 import logging
+import os
+import shutil
+from pathlib import Path
 
 import gguf
 import numpy
@@ -13,6 +16,8 @@ from budwood.checkpoints.gguf import open_gguf
 from budwood.checkpoints.tokenizer import load_tokenizer
 from budwood.conversion import convert
 from budwood.errors import RunError, UsageError
+from budwood.pruning import prune
+from budwood.runs.target import STAGING
 
 HIDDEN, HEADS, KEYS, MLP, CONTEXT = 64, 4, 2, 96, 128
 SPECIAL = ["<|end|>", "<|start|>"]
@@ -180,30 +185,102 @@ def test_other_files_are_refused(tmp_path):
         convert(tmp_path / "none.gguf", tmp_path / "m")
 
 
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path, model):
     file, target = write(tmp_path / "m.gguf", model), tmp_path / "m"
     convert(file, target)
-    (target / "mine.txt").touch()
+    first = contents(target)
+    (target / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="--overwrite"):
         convert(file, target)
-    assert (target / "mine.txt").exists()
-    convert(file, target, overwrite=True)
-    assert not (target / "mine.txt").exists()
-    assert (target / "config.json").exists()
+    assert contents(target) == {**first, "mine.txt": b"mine"}
+    convert(file, target, "bfloat16", overwrite=True)
+    assert (target / "mine.txt").read_text() == "mine"
+    assert AutoModelForCausalLM.from_pretrained(target).dtype == torch.bfloat16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.gguf"]
+    convert(file, target, overwrite=True)
+    assert contents(target) == {**first, "mine.txt": b"mine"}
 
 
-def test_a_folder_that_holds_no_model_is_left_alone(tmp_path, model):
-    file, target = write(tmp_path / "m.gguf", model), tmp_path / "letters"
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_files_of_others_are_never_replaced(tmp_path, model, name):
+    """The GGUF file may be in the folder itself, beside a model that budwood did not write."""
+    target = tmp_path / "m"
     target.mkdir()
-    with pytest.raises(UsageError, match="left alone"):
-        convert(file, target, overwrite=True)
-    assert target.exists()
+    file = write(target / "x.gguf", model)
+    (target / name).write_text("{}")
+    before = contents(target)
+    for overwrite in (False, True):
+        with pytest.raises(UsageError):
+            convert(file, target, overwrite=overwrite)
+        assert contents(target) == before
 
 
-def test_unknown_types_are_refused(tmp_path, model):
-    with pytest.raises(UsageError, match="float32, float16, bfloat16"):
+def test_the_file_may_be_in_the_folder_that_is_written(tmp_path, model):
+    file = write(tmp_path / "x.gguf", model)
+    content = file.read_bytes()
+    for dtype in ("auto", "bfloat16"):
+        convert(file, tmp_path, dtype, overwrite=True)
+        assert file.read_bytes() == content
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_a_pruned_folder_is_replaced_whole(tmp_path, model):
+    file, target = write(tmp_path / "m.gguf", model), tmp_path / "m"
+    prune(convert(file, tmp_path / "dense"), target, 'magnitude("2:4")')
+    before = contents(target)
+    with pytest.raises(UsageError):
+        convert(tmp_path / "none.gguf", target, overwrite=True)
+    with pytest.raises(UsageError, match="architecture 'clip'"):
+        convert(write(tmp_path / "other.gguf", model, architecture="clip"), target, overwrite=True)
+    assert contents(target) == before
+    convert(file, target, overwrite=True)
+    assert contents(target) == contents(tmp_path / "dense")
+
+
+def test_a_refusal_keeps_the_finished_blocks_of_another_verb(tmp_path, model):
+    """What an interrupted `prune --overwrite` finished is in a folder inside the target."""
+    file, target = write(tmp_path / "m.gguf", model), tmp_path / "m"
+    convert(file, target)
+    (target / STAGING).mkdir()
+    (target / STAGING / "sparse-00002-of-00003.safetensors").write_bytes(b"finished")
+    (target / "model.safetensors.index.json").write_text("mine")
+    before = contents(target)
+    for overwrite, sentence in ((False, "not empty"), (True, "was not written by budwood")):
+        with pytest.raises(UsageError, match=sentence):
+            convert(file, target, overwrite=overwrite)
+        assert contents(target) == before
+
+
+def test_a_kill_while_the_folder_is_swapped(tmp_path, model, monkeypatch):
+    """The former model loads, or the new one, or none; the same command completes it."""
+    file, target = write(tmp_path / "m.gguf", model), tmp_path / "m"
+    convert(file, target)
+    states = []
+
+    def replace(source, destination, real=os.replace):
+        if Path(destination).parent == target:
+            states.append(shutil.copytree(target, tmp_path / "states" / str(len(states))))
+        real(source, destination)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        convert(file, target, "bfloat16", overwrite=True)
+    expected = contents(target)
+    assert len(states) >= 5
+    for state in states:
+        assert not (state / "config.json").exists()
+        convert(file, state, "bfloat16", overwrite=True)
+        assert contents(state) == expected
+
+
+def test_unknown_dtypes_are_refused(tmp_path, model):
+    with pytest.raises(UsageError, match="dtype is auto, float32, bfloat16, float16, not 'int4'"):
         convert(write(tmp_path / "m.gguf", model), tmp_path / "m", "int4")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, model, monkeypatch):

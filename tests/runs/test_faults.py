@@ -1,0 +1,246 @@
+"""A run that is killed, or meets a full disk, at any moment: what is on the disk then, and that the command completes it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from disk import CALIBRATION, contents, crash_states, model_files
+from families import save_model, token_ids
+
+from budwood.checkpoints import files
+from budwood.checkpoints.loading import load
+from budwood.errors import RunError
+from budwood.pruning import prune
+from budwood.repacking import repack
+from budwood.runs.target import STAGING, SWAP
+
+METHOD = 'magnitude("2:4")'
+OTHER = 'magnitude("4:8")'
+IDS = token_ids(1, 400) % 90 + 3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A dense source, and two runs over it."""
+    folder = tmp_path_factory.mktemp("models")
+    save_model("llama", folder / "dense")
+    prune(folder / "dense", folder / "former", METHOD)
+    prune(folder / "dense", folder / "new", OTHER)
+    return folder
+
+
+def logits(folder):
+    with torch.no_grad():
+        return load(folder)(token_ids(), use_cache=False).logits
+
+
+def put(folder, target):
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder, target)
+    return target
+
+
+def test_a_kill_at_any_moment_of_an_overwrite(models, tmp_path, monkeypatch):
+    """The former model or the new one loads whole, or none; the same command completes it; other files stay."""
+    target = put(models / "former", tmp_path / "out")
+    (target / "notes.txt").write_text("mine")
+    states = crash_states(
+        monkeypatch, target, tmp_path / "states", lambda: prune(models / "dense", target, OTHER, overwrite=True)
+    )
+    assert len(states) > 25
+    swapping = [state for state in states if (state / STAGING / SWAP).is_file()]
+    assert len(swapping) > 10
+    expected, former, new = model_files(target), logits(models / "former"), logits(models / "new")
+    assert not torch.equal(former, new)
+    loaded = set()
+    for state in states:
+        assert (state / "notes.txt").read_text() == "mine"
+        if (state / "config.json").is_file():
+            found = logits(state)
+            loaded.add("former" if torch.equal(found, former) else "new")
+            assert torch.equal(found, former) or torch.equal(found, new), state
+        ready = len([file for file in (state / STAGING).glob("sparse-*.safetensors") if "00001" not in file.name])
+        report = prune(models / "dense", put(state, tmp_path / "again"), OTHER, overwrite=True)
+        assert model_files(tmp_path / "again") == expected, state
+        if state not in swapping and (state / STAGING / "recipe.json").is_file():
+            assert sum(block["seconds"] is None for block in report["blocks"]) == ready
+    assert loaded == {"former", "new"}
+    for state in swapping:  # without --overwrite too: the swap is completed, and the run is finished
+        prune(models / "dense", put(state, tmp_path / "again"), OTHER)
+        assert model_files(tmp_path / "again") == expected, state
+
+
+def test_a_kill_at_any_moment_of_a_new_run(models, tmp_path, monkeypatch):
+    states = crash_states(
+        monkeypatch, tmp_path / "out", tmp_path / "states", lambda: prune(models / "dense", tmp_path / "out", METHOD)
+    )
+    assert len(states) > 10
+    for state in states:
+        assert not (state / "config.json").is_file() or torch.equal(logits(state), logits(models / "former"))
+        prune(models / "dense", put(state, tmp_path / "again"), METHOD)
+        assert model_files(tmp_path / "again") == model_files(models / "former"), state
+
+
+def test_a_kill_at_any_moment_of_an_export(models, tmp_path, monkeypatch):
+    target = put(models / "former", tmp_path / "out")
+    states = crash_states(
+        monkeypatch, target, tmp_path / "states", lambda: repack(models / "new", target, "dense", overwrite=True)
+    )
+    expected = model_files(target)
+    for state in states[::3] + [state for state in states if (state / STAGING / SWAP).is_file()][::4]:
+        if (state / "config.json").is_file():
+            found = logits(state)
+            assert any(torch.equal(found, logits(models / name)) for name in ("former", "new")), state
+        repack(models / "new", put(state, tmp_path / "again"), "dense", overwrite=True)
+        assert model_files(tmp_path / "again") == expected, state
+
+
+def test_sigkill_of_an_overwrite(models, tmp_path):
+    """A real process: its lock goes with it, the former model is whole, and finished blocks are not done again."""
+    target = put(models / "former", tmp_path / "out")
+    script = (
+        "import sys, time\n"
+        "from budwood.pruning import prune\n"
+        "from budwood.progress import Silent\n"
+        "class Slow(Silent):\n"
+        "    def block(self, *args):\n"
+        "        if args[0] == 1:\n"
+        "            print('two', flush=True)\n"
+        "            time.sleep(600)\n"
+        f"prune({str(models / 'dense')!r}, {str(target)!r}, {OTHER!r}, overwrite=True, progress=Slow())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "two\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert torch.equal(logits(target), logits(models / "former"))
+    report = prune(models / "dense", target, OTHER, overwrite=True)
+    assert [block["seconds"] is None for block in report["blocks"]] == [True, True, False, False]
+    assert model_files(target) == model_files(models / "new")
+    assert not (target / STAGING).exists()
+
+
+@pytest.mark.parametrize("which", [0, 2, -1])
+@pytest.mark.parametrize("method", [METHOD, 'wanda("2:4")'])
+def test_a_deleted_shard_is_written_again(models, tmp_path, method, which):
+    arguments = (models / "dense", tmp_path / "out", method, IDS)
+    prune(*arguments, **CALIBRATION)
+    before = model_files(tmp_path / "out")
+    sorted((tmp_path / "out").glob("*.safetensors"))[which].unlink()
+    prune(*arguments, **CALIBRATION)
+    assert model_files(tmp_path / "out") == before
+
+
+def test_a_deleted_shard_of_an_export_is_written_again(models, tmp_path):
+    repack(models / "former", tmp_path / "out", "dense")
+    before = model_files(tmp_path / "out")
+    sorted((tmp_path / "out").glob("*.safetensors"))[1].unlink()
+    repack(models / "former", tmp_path / "out", "dense")
+    assert model_files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        ".recipe.json.budwood-tmp",
+        "recipe.json.tmp",
+        "report.json.tmp",
+        "sparse-00001-of-00005.tmp",
+        "model-00001-of-00005.tmp",
+        ".sparse-00002-of-00005.safetensors.budwood-tmp",
+        ".activationsx1.budwood-tmp",
+        f"{STAGING}/recipe.json",
+        f"{STAGING}/sparse-00001-of-00005.safetensors",
+    ],
+)
+def test_what_a_killed_write_left_blocks_no_run(models, tmp_path, left):
+    file = tmp_path / "out" / left
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    prune(models / "dense", tmp_path / "out", METHOD)
+    assert torch.equal(logits(tmp_path / "out"), logits(models / "former"))
+
+
+def full(monkeypatch, allowed, name="flush"):
+    """A disk that is full after `allowed` files."""
+    real, written = getattr(files, name), []
+
+    def flush(file):
+        written.append(file)
+        if len(written) > allowed:
+            raise OSError(28, "No space left on device", str(file))
+        real(file)
+
+    monkeypatch.setattr(files, name, flush)
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_a_disk_full_before_the_first_block_leaves_nothing(models, tmp_path, monkeypatch, allowed):
+    for target in (tmp_path / "a" / "new", tmp_path / "empty"):
+        with monkeypatch.context() as patched:
+            full(patched, allowed)
+            if target.name == "empty":
+                target.mkdir()
+            with pytest.raises(RunError, match="No space left on device"):
+                prune(models / "dense", target, METHOD)
+    assert not (tmp_path / "a").exists()
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_disk_full_at_any_later_file_is_one_sentence_and_the_run_continues(models, tmp_path, monkeypatch):
+    for overwrite in (False, True):
+        for allowed in range(3, 40, 3):
+            target = tmp_path / f"{overwrite}-{allowed}"
+            if overwrite:
+                put(models / "former", target)
+            before = contents(target)
+            with monkeypatch.context() as patched:
+                full(patched, allowed)
+                try:
+                    prune(models / "dense", target, OTHER, overwrite=overwrite)
+                    break
+                except RunError as error:
+                    assert "No space left on device" in str(error)
+            assert contents(target).items() >= before.items()
+            assert not [name for name in contents(target) if name.endswith(".budwood-tmp")]
+            prune(models / "dense", target, OTHER, overwrite=overwrite)
+            assert model_files(target) == model_files(models / "new")
+        assert allowed > 10
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(models, tmp_path, monkeypatch):
+    """A swap that fails halfway keeps the new files, and the same command completes it."""
+    target = put(models / "former", tmp_path / "out")
+    real, moved = os.replace, []
+
+    def replace(source, destination):
+        if Path(source).parent.name == STAGING and Path(destination).parent == target:
+            moved.append(destination)
+            if len(moved) == 4:
+                raise OSError(5, "Input/output error")
+        real(source, destination)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        with pytest.raises(RunError, match="Input/output error"):
+            prune(models / "dense", target, OTHER, overwrite=True)
+    assert not (target / "config.json").exists()
+    prune(models / "dense", target, OTHER)
+    assert model_files(target) == model_files(models / "new")
+
+
+def test_reports_of_finished_runs_are_read_not_trusted(models, tmp_path):
+    target = put(models / "former", tmp_path / "out")
+    (target / "report.json").write_text("{")
+    with pytest.raises(RunError, match=r"report\.json is damaged"):
+        prune(models / "dense", target, METHOD)
+    (target / "report.json").unlink()
+    prune(models / "dense", target, METHOD)
+    assert json.loads((target / "report.json").read_text())["method"] == METHOD
+    assert model_files(target) == model_files(models / "former")
