@@ -39,7 +39,7 @@ def repack(
     if Path(target).expanduser().resolve() == opened.folder.resolve():
         raise UsageError(f"{target} is the folder to export itself; give another folder")
     made = recipe_of(opened)
-    if layout == "dense" and not opened.packed:
+    if layout == "dense" and not opened.packed and not hasattr(opened.config, "quantization_config"):
         raise UsageError(f"{folder} is stored dense already, so there is nothing to unpack; give a packed folder")
     if rounds(layout) and any(rounds(entry["format"]) for entry in opened.packed.values()):
         raise UsageError(f"the values of {folder} are int8 already; export the folder that they were rounded from")
@@ -73,7 +73,7 @@ def recipe_of(source: Source) -> Recipe:
     Raises UsageError where the folder holds nothing that budwood pruned.
     """
     made = read_recipe(source.folder / FILE)
-    if made is not None and made.method is not None:
+    if made is not None:
         return made
     if not source.packed:
         raise UsageError(f"{source.name} holds nothing that budwood pruned; prune it first")

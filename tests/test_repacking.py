@@ -77,7 +77,7 @@ def test_it_is_the_same_rounding_as_while_pruning(pruned, tmp_path):
 
 
 def test_refusals(pruned, tmp_path):
-    with pytest.raises(UsageError, match="no folder that budwood pruned"):
+    with pytest.raises(UsageError, match="holds nothing that budwood pruned"):
         repack(pruned.parent / "dense", tmp_path / "out", values="int8")
     with pytest.raises(UsageError, match="give another folder"):
         repack(pruned, pruned, values="int8")

@@ -336,6 +336,77 @@ def test_a_recipe_makes_the_folder_again_and_given_options_override_it(source, t
     }
 
 
+def test_a_recipe_repeats_the_arithmetic(source, text, run_here, tmp_path):
+    given = ("--method", "wrp(alpha=0.25)", "--data", text, "--attention", "blocked", *CALIBRATION)
+    assert run_here("prune", source, tmp_path / "first", *given).status == 0
+    result = run_here("prune", source, tmp_path / "again", "--recipe", tmp_path / "first" / "recipe.json", "--quiet")
+    assert result.status == 0, result.stderr
+    first, again = (json.loads((tmp_path / name / "recipe.json").read_text()) for name in ("first", "again"))
+    assert first["arithmetic"]["blocked_attention"] is True
+    assert again["arithmetic"] == first["arithmetic"]
+    assert shards(tmp_path / "again") == shards(tmp_path / "first")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"method": 3}', '{"method": "wrp()", "source": 1}'])
+def test_a_damaged_recipe_is_one_sentence(source, run_here, tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
+    result = run_here("prune", source, tmp_path / "out", "--recipe", tmp_path / "recipe.json")
+    assert result.status == 2
+    assert "recipe.json" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [("--activation-memory", "much"), ("--method", "wnda()"), ("--data", "no-such-text.txt"), ("--format", "zip")],
+)
+def test_a_refused_overwrite_leaves_the_former_run_whole(pruned, source, text, run_here, changed):
+    before = everything(pruned)
+    given = ("--method", 'wanda("2:4")', "--data", text, *CALIBRATION, *changed, "--overwrite")
+    assert run_here("prune", source, pruned, *given).status == 2
+    assert run_here("prune", "no-such-model", pruned, *given[:-3], "--overwrite").status == 2
+    assert everything(pruned) == before
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_a_folder_of_others_is_refused_by_every_verb(source, pruned, run_here, tmp_path, options):
+    folder = tmp_path / "foreign"
+    shutil.copytree(source, folder)
+    (folder / "x.gguf").write_bytes(b"GGUF")
+    before = everything(folder)
+    for verb in (
+        ("prune", source, folder, "--method", 'magnitude("2:4")'),
+        ("export", pruned, folder),
+        ("export", pruned, folder, "--values", "int8"),
+    ):
+        result = run_here(*verb, *options)
+        assert result.status == 2, result.stderr
+        assert everything(folder) == before
+
+
+def test_two_runs_in_one_folder(source, pruned, run_here, tmp_path):
+    from budwood.runs.target import Target
+
+    shutil.copytree(pruned, tmp_path / "out")
+    before = everything(tmp_path / "out")
+    held = Target.claim(tmp_path / "out")
+    for verb in (
+        ("prune", source, tmp_path / "out", "--method", 'magnitude("2:4")'),
+        ("export", pruned, tmp_path / "out"),
+    ):
+        result = run_here(*verb, "--overwrite")
+        assert result.status == 2
+        assert "another budwood process writes to" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    held.release()
+    assert everything(tmp_path / "out") == before
+
+
+def everything(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def shards(folder):
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 

@@ -1,4 +1,4 @@
-"""A run that is killed, or meets a full disk, at any moment: what is on the disk then, and that the command completes it."""
+"""A run that is killed or meets a full disk at any moment: what is on the disk then, and how the command goes on."""
 
 import json
 import os
@@ -193,6 +193,17 @@ def test_a_disk_full_before_the_first_block_leaves_nothing(models, tmp_path, mon
     assert list((tmp_path / "empty").iterdir()) == []
 
 
+def fails_for_space(action):
+    """Whether it ends with the sentence that names the full disk."""
+    try:
+        action()
+    except RunError as error:
+        if "No space left on device" not in str(error):
+            raise
+        return True
+    return False
+
+
 def test_a_disk_full_at_any_later_file_is_one_sentence_and_the_run_continues(models, tmp_path, monkeypatch):
     for overwrite in (False, True):
         for allowed in range(3, 40, 3):
@@ -202,11 +213,8 @@ def test_a_disk_full_at_any_later_file_is_one_sentence_and_the_run_continues(mod
             before = contents(target)
             with monkeypatch.context() as patched:
                 full(patched, allowed)
-                try:
-                    prune(models / "dense", target, OTHER, overwrite=overwrite)
+                if not fails_for_space(lambda: prune(models / "dense", target, OTHER, overwrite=overwrite)):  # noqa: B023
                     break
-                except RunError as error:
-                    assert "No space left on device" in str(error)
             assert contents(target).items() >= before.items()
             assert not [name for name in contents(target) if name.endswith(".budwood-tmp")]
             prune(models / "dense", target, OTHER, overwrite=overwrite)

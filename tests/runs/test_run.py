@@ -1,4 +1,4 @@
-"""Intermediate results and rewritten blocks of a run: computed once, continued after an interruption, removed at the end."""
+"""Intermediate results and rewritten blocks of a run: computed once, continued when interrupted, removed at the end."""
 
 from dataclasses import dataclass, field
 
@@ -169,7 +169,9 @@ def test_a_failure_before_the_first_block_leaves_nothing(llama, tmp_path, create
     target = tmp_path / "a" / "out"
     if not created:
         target.mkdir(parents=True)
-    save_model("llama", tmp_path / "nan", change=lambda m: m.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan")))
+    save_model(
+        "llama", tmp_path / "nan", change=lambda m: m.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan"))
+    )
     for method in ('magnitude("2:4")', parse_method("wrp()")):
         with pytest.raises(RunError, match="NaN"):
             prune(tmp_path / "nan", target, method, IDS, **CALIBRATION)

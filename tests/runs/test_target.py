@@ -58,7 +58,11 @@ def test_a_refused_overwrite_changes_nothing(llama, finished, changed, kind):
 
 
 def test_an_overwrite_that_fails_before_its_first_block_changes_nothing(finished, tmp_path):
-    save_model("llama", tmp_path / "nan", change=lambda model: model.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan")))
+    save_model(
+        "llama",
+        tmp_path / "nan",
+        change=lambda model: model.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan")),
+    )
     before = contents(finished)
     with pytest.raises(RunError, match="NaN"):
         prune(tmp_path / "nan", finished, METHOD, overwrite=True)
