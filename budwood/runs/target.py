@@ -19,7 +19,7 @@ MANIFEST = ".budwood.json"
 STAGING = ".budwood-new"
 WORK = ".budwood-work"
 SWAP = "swap.json"
-# Written by versions without a manifest, beside a recipe.json; and what they left of killed writes.
+# Written by versions without a manifest, beside a recipe.json; and temporary files of killed writes.
 FORMER = ("sparse*.safetensors*", "model*.safetensors*", "config.json", "recipe.json", "report.*", "README.md")
 FORMER_COPIES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 LEFTOVERS = (f".*{TEMPORARY}", "recipe.json.tmp", "report.json.tmp", "sparse-*.tmp", "model-*.tmp")
@@ -28,7 +28,7 @@ LEFTOVERS = (f".*{TEMPORARY}", "recipe.json.tmp", "report.json.tmp", "sparse-*.t
 class Target:
     """A locked folder. `folder` is where to write: the target itself, or the staging folder inside it.
 
-    Made by `Target.claim`, given up by `release`.
+    Created by `Target.claim`, unlocked by `release`.
     """
 
     def __init__(self, path: Path):
@@ -78,7 +78,7 @@ class Target:
             return  # a file system without locks
 
     def release(self) -> None:
-        """Gives the folder up; one that was created here and is empty is removed."""
+        """Unlocks the folder; removes it where it was created here and is empty."""
         if self.created and self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
         if self._lock is not None:

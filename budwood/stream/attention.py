@@ -1,8 +1,8 @@
-"""Causal attention for passes over whole windows, where torch's own is slow on processors.
+"""Causal attention for forward passes over whole windows, faster on a CPU than torch's fused kernel.
 
-torch's fused kernel multiplies all keys with all queries and forgets half of it, and computes bfloat16 no faster than
-float32. A few queries at a time, each with the keys up to it only, take two thirds of the time in float32; in
-bfloat16 they take half as plain products, where the processor multiplies it faster than the fused kernel does.
+torch's fused kernel multiplies all keys with all queries and discards half of the products, and computes bfloat16 no
+faster than float32. Blocks of queries, each with the keys up to its end only, take two thirds of the time in float32.
+In bfloat16 they take half, as plain matmuls, where the processor has bfloat16 instructions.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "budwood_blocked"
-HARMLESS = {"position_ids", "cache_position", "use_cache", "sliding_window"}  # a window that matters comes as a mask
+HARMLESS = {"position_ids", "cache_position", "use_cache", "sliding_window"}  # a window that applies comes as a mask
 DTYPES = (torch.bfloat16, torch.float32)  # that are computed in blocks
 QUERIES = 128  # at a time in bfloat16
 FEWER = 64  # at a time in float32
@@ -23,9 +23,9 @@ SCORES = 1 << 21  # at a time, so that they stay in the cache
 
 
 def attend_in_blocks(model: PreTrainedModel) -> None:
-    """Let the model's attention run by blocks of queries, where it would have been torch's fused kernel.
+    """Computes the model's attention in blocks of queries, where it would call torch's fused kernel.
 
-    Calls that are no plain causal attention (masks, sliding windows, dropout, other types) still are.
+    Other calls (masks, sliding windows, dropout, other dtypes) still use the fused kernel.
     """
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         AttentionInterface.register(NAME, attention)
@@ -44,7 +44,7 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: `[batch, heads, tokens, width]` each -> `[batch, tokens, heads, width]`."""
+    """The function that transformers calls: `[batch, heads, tokens, width]` each -> `[batch, tokens, heads, width]`."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     plain = causal and attention_mask is None and not dropout and set(kwargs) <= HARMLESS
     if not plain or query.dtype not in DTYPES or query.shape[2] != key.shape[2]:
@@ -55,19 +55,19 @@ def attention(
 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
-    """Softmax of `scaling q kT`, each query seeing the keys up to its own, times v; in whichever way is the faster.
+    """Softmax of `scaling q kT`, each query seeing the keys up to its own, times v; by the faster of two methods.
 
-    query `[batch, heads, tokens, width]`; key, value `[batch, fewer heads, tokens, width]`, each shared by heads that
-    follow each other. scaling: 1 / root of the width where None.
+    query `[batch, heads, tokens, width]`; key, value `[batch, fewer heads, tokens, width]`, each shared by
+    consecutive heads. scaling: None is 1 / root of the width.
     """
     return (by_products if query.dtype == torch.bfloat16 else by_fused_kernel)(query, key, value, scaling)
 
 
 def by_fused_kernel(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
-    """Through torch's fused kernel."""
+    """By torch's fused kernel, called for each block of queries."""
     batch, heads, tokens, _ = query.shape
     outputs = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
-    # Keys before a block's own, of which there are as many zeros as it takes, and then those.
+    # The mask of every block is a slice: zeros for the keys before the block, then the causal mask of its own keys.
     later = torch.cat((query.new_zeros(FEWER, tokens), query.new_full((FEWER, FEWER), -torch.inf).triu(1)), 1)
     for start in range(0, tokens, FEWER):
         stop = min(start + FEWER, tokens)
@@ -83,7 +83,7 @@ def by_fused_kernel(query: Tensor, key: Tensor, value: Tensor, scaling: float | 
 
 
 def by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
-    """As products and a softmax."""
+    """By matmuls and a softmax."""
     batch, heads, tokens, width = query.shape
     shared = key.shape[1]
     group = heads // shared

@@ -1,4 +1,4 @@
-"""Attention by blocks of queries is the attention of the definition."""
+"""Attention in blocks of queries equals torch's."""
 
 import pytest
 import torch
@@ -11,40 +11,40 @@ from budwood.stream.attention import NAME, attend_in_blocks, blocked_attention, 
 from budwood.stream.dense_stream import DenseStream
 from budwood.stream.model import Model
 
-WAYS = pytest.mark.parametrize("way", [by_products, by_fused_kernel])
+BOTH = pytest.mark.parametrize("compute", [by_products, by_fused_kernel])
 
 
-@WAYS
+@BOTH
 @pytest.mark.parametrize("tokens", [1, 7, 64, 128, 129, 300])
 @pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2), (3, 1)])
-def test_it_is_torchs_causal_attention(way, tokens, heads, shared):
+def test_it_equals_torchs_causal_attention(compute, tokens, heads, shared):
     torch.manual_seed(tokens)
     query = torch.randn(2, heads, tokens, 8, dtype=torch.float64)
     key = torch.randn(2, shared, tokens, 8, dtype=torch.float64)
     value = torch.randn(2, shared, tokens, 5, dtype=torch.float64)
     wanted = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=0.3)
-    torch.testing.assert_close(way(query, key, value, 0.3), wanted)
+    torch.testing.assert_close(compute(query, key, value, 0.3), wanted)
 
 
-@WAYS
-def test_gradients_are_torchs_too(way):
+@BOTH
+def test_gradients_equal_torchs(compute):
     torch.manual_seed(0)
     inputs = [torch.randn(2, heads, 150, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     wanted = torch.autograd.grad(
         scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True).sin().sum(), inputs
     )
-    torch.testing.assert_close(torch.autograd.grad(way(*inputs).sin().sum(), inputs), wanted)
+    torch.testing.assert_close(torch.autograd.grad(compute(*inputs).sin().sum(), inputs), wanted)
 
 
-def test_both_streams_of_a_run_attend_alike(tmp_path):
+def test_both_streams_of_a_run_use_the_same_attention(tmp_path):
     save_model("llama", tmp_path, dtype=torch.bfloat16)
     model = Model(open_source(tmp_path), arithmetic=Arithmetic(torch.bfloat16, blocked_attention=True))
-    beside = DenseStream(model, token_ids())
-    assert {some.module.config._attn_implementation for some in (model, beside.model)} == {NAME}
+    dense = DenseStream(model, token_ids())
+    assert {some.module.config._attn_implementation for some in (model, dense.model)} == {NAME}
     assert Model(open_source(tmp_path)).module.config._attn_implementation == "sdpa"
 
 
-def test_parts_of_the_heads_make_the_whole(monkeypatch):
+def test_heads_in_parts_equal_all_at_once(monkeypatch):
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, heads, 150, 8, dtype=torch.float64) for heads in (4, 2, 2))
     whole = by_products(query, key, value)
