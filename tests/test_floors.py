@@ -1,4 +1,4 @@
-"""The house has floors: a file imports only from lower ones, or from its own folder."""
+"""The package has floors: a file imports only from lower ones, or from its own folder."""
 
 import ast
 from pathlib import Path
@@ -36,7 +36,7 @@ FLOORS = {
     "cli": 9,
     "__main__": 10,
 }
-# These run wherever budwood or torch is imported, so they may not pull in anything at their top level.
+# These run wherever budwood or torch is imported, so they import nothing heavy at module level.
 LIGHT = ("__init__", "autoload")
 HEAVY = {"torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "numpy"}
 PLACES = {
@@ -47,7 +47,7 @@ PLACES = {
 FILES = sorted(ROOT.rglob("*.py"))
 
 
-def room(file: Path) -> str:
+def top_level(file: Path) -> str:
     """The folder or top-level file of the package that `file` belongs to."""
     return file.relative_to(ROOT).parts[0].removesuffix(".py")
 
@@ -93,34 +93,34 @@ def while_importing(nodes: list[ast.stmt]) -> list[ast.stmt]:
 
 
 def own(file: Path) -> list[str]:
-    """The rooms of the package that `file` imports from, its own included."""
+    """The top-level folders and files of the package that `file` imports from, its own included."""
     return [name.split(".")[1] for name in imports(file) if name.startswith("budwood.")]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_file_imports_from_lower_floors_only(file):
-    if room(file) in LIGHT:
+    if top_level(file) in LIGHT:
         return
-    here = room(file)
-    assert here in FLOORS, f"{here} stands on no floor; give it one in this test"
+    here = top_level(file)
+    assert here in FLOORS, f"{here} has no floor; add it to FLOORS"
     for there in own(file):
         # Public names (`import budwood` inside a verb) are the package itself.
         if there == here or (here in ("cli", "__main__") and there not in FLOORS):
             continue
-        assert there in FLOORS, f"{file} imports {there}, which stands on no floor"
+        assert there in FLOORS, f"{file} imports {there}, which has no floor"
         assert FLOORS[there] < FLOORS[here], f"{file} ({here}, {FLOORS[here]}) imports {there} ({FLOORS[there]})"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_third_parties_stay_at_their_floor(file):
+def test_third_party_packages_are_imported_only_where_listed(file):
     for name in imports(file):
         party = name.split(".")[0]
-        assert room(file) in PLACES.get(party, {room(file)}), f"{file} imports {party}"
+        assert top_level(file) in PLACES.get(party, {top_level(file)}), f"{file} imports {party}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_only_the_command_line_uses_the_public_names(file):
-    if room(file) in ("cli", "__main__", *LIGHT):
+    if top_level(file) in ("cli", "__main__", *LIGHT):
         return
     for node in ast.walk(ast.parse(file.read_text())):
         taken = [alias.name for alias in node.names] if "budwood" in names(node, file) else ["__version__"]
@@ -128,14 +128,14 @@ def test_only_the_command_line_uses_the_public_names(file):
 
 
 @pytest.mark.parametrize("name", LIGHT)
-def test_the_door_imports_nothing_heavy(name):
+def test_import_budwood_imports_nothing_heavy(name):
     for node in while_importing(ast.parse((ROOT / f"{name}.py").read_text()).body):
         for imported in names(node, ROOT / f"{name}.py"):
             assert imported.split(".")[0] not in HEAVY, f"{name} imports {imported}"
             assert not imported.startswith("budwood") or imported == "budwood.autoload", f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room(file) == "cli"], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [file for file in FILES if top_level(file) == "cli"], ids=lambda file: file.stem)
 def test_the_command_line_starts_without_torch(file):
     for node in while_importing(ast.parse(file.read_text()).body):
         for imported in names(node, file):
@@ -146,9 +146,9 @@ def test_the_command_line_starts_without_torch(file):
                 )
 
 
-def test_no_two_files_import_one_another():
+def test_there_are_no_circular_imports():
     """Every import statement counts, those inside functions and for type checkers too."""
-    assert circle({name: set(imports(file)) for name, file in modules().items()}) is None
+    assert circular_import({name: set(imports(file)) for name, file in modules().items()}) is None
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_no_two_files_import_one_another():
         ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, ["b", "c", "b"]),
     ],
 )
-def test_a_circle_is_found(edges, found):
-    assert circle(edges) == found
+def test_a_circular_import_is_found(edges, found):
+    assert circular_import(edges) == found
 
 
 def test_imports_inside_functions_and_for_type_checkers_are_read():
@@ -185,17 +185,17 @@ def modules() -> dict[str, Path]:
     return {name.removesuffix(".__init__"): file for name, file in dotted.items()}
 
 
-def circle(edges: dict[str, set[str]]) -> list[str] | None:
+def circular_import(edges: dict[str, set[str]]) -> list[str] | None:
     """A chain of imports that ends where it began; None where there is none."""
     done: set[str] = set()
 
-    def visit(name: str, road: list[str]) -> list[str] | None:
-        if name in road:
-            return [*road[road.index(name) :], name]
+    def visit(name: str, chain: list[str]) -> list[str] | None:
+        if name in chain:
+            return [*chain[chain.index(name) :], name]
         if name in done:
             return None
         for further in sorted(edges[name] & set(edges) - {name}):
-            if found := visit(further, [*road, name]):
+            if found := visit(further, [*chain, name]):
                 return found
         done.add(name)
         return None

@@ -59,9 +59,9 @@ def test_every_family(name, original, tmp_path):
             assert torch.equal(value, dense[key]), key
     resident = evaluate(str(tmp_path / "out"), IDS, seq_length=24, limit=3)
     streamed = evaluate(str(tmp_path / "out"), IDS, seq_length=24, limit=3, stream=True)
-    # A weight stored [in, out] is multiplied turned in the stream and upright when packed: the last bit may differ.
-    turned = name in ("gpt2", "gpt_oss")
-    assert streamed["losses"] == (pytest.approx(resident["losses"], rel=1e-6) if turned else resident["losses"])
+    # A weight stored [in, out] is multiplied transposed in the stream and not when packed: the last bit may differ.
+    transposed = name in ("gpt2", "gpt_oss")
+    assert streamed["losses"] == (pytest.approx(resident["losses"], rel=1e-6) if transposed else resident["losses"])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral"])
@@ -86,7 +86,7 @@ def test_every_format_gives_the_logits_of_the_dense_folder(llama, tmp_path, layo
     assert torch.equal(plain(ids).logits, packed(ids).logits)
 
 
-def test_compact_takes_what_its_formula_says(llama, tmp_path):
+def test_compact_takes_the_bytes_of_its_formula(llama, tmp_path):
     """9 + 8/256 bits and 24 for every recovered weight; here rows are 32 and 64 wide, so a count byte serves fewer."""
     report = prune(
         llama,
@@ -133,7 +133,7 @@ def test_rounded_folders_are_one_model_however_they_are_read(llama, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
-def test_turned_and_fused_matrices_are_rounded_too(name, tmp_path):
+def test_transposed_and_fused_matrices_are_rounded(name, tmp_path):
     save_model(name, tmp_path / "dense")
     report = prune(tmp_path / "dense", tmp_path / "out", "wrp(alpha=0.5)", IDS, values="int8", **CALIBRATION)
     assert all(matrix["rounding_error"] > 0 for matrix in report["linears"].values())
@@ -150,7 +150,7 @@ def test_turned_and_fused_matrices_are_rounded_too(name, tmp_path):
         ("wrp(density=0.02, metric='magnitude')", "auto", "two_four_compact_int8"),
     ],
 )
-def test_plan_foretells_the_rounded_bytes(llama, tmp_path, method, format, found):
+def test_plan_forecasts_the_rounded_bytes(llama, tmp_path, method, format, found):
     planned = plan(llama, method, format=format, values="int8")
     report = prune(llama, tmp_path / "out", method, format=format, values="int8")
     assert planned["chosen"] == found
@@ -177,7 +177,7 @@ def test_skipped_linears_stay_dense(llama, tmp_path):
     assert torch.equal(weight, build("llama").model.layers[0].mlp.down_proj.weight)
 
 
-def test_an_expression_that_skips_nothing_is_said(llama, tmp_path):
+def test_an_expression_that_skips_nothing_is_noted(llama, tmp_path):
     report = prune(llama, tmp_path / "out", 'magnitude("2:4")', skip=["q_porj"])
     assert any("'q_porj' matches no linear" in note for note in report["notes"])
 
@@ -323,7 +323,7 @@ def test_pickles_and_models_that_are_no_decoders(tmp_path):
         refused(UsageError, "decoder", tmp_path / architecture, tmp_path / "out", 'magnitude("2:4")')
 
 
-def test_numbers_that_are_none_name_the_layer(tmp_path):
+def test_weights_that_are_not_finite_name_the_layer(tmp_path):
     def spoil(model):
         model.model.layers[2].self_attn.q_proj.weight.data[3, 5] = float("nan")
 
@@ -334,7 +334,7 @@ def test_numbers_that_are_none_name_the_layer(tmp_path):
     refused(RunError, r"layers\.2\.self_attn\.q_proj holds NaN", tmp_path / "m", tmp_path / "new", "wrp()", TEXT)
 
 
-def test_a_model_whose_loss_is_no_number_is_not_begun(tmp_path):
+def test_a_model_whose_loss_is_not_finite_is_not_pruned(tmp_path):
     def spoil(model):
         model.model.norm.weight.data[3] = float("inf")
 
@@ -349,7 +349,7 @@ def test_a_truncated_shard_is_refused(tmp_path):
     refused(RunError, "truncated", tmp_path / "m", tmp_path / "out", 'magnitude("2:4")')
 
 
-def test_an_altered_finished_shard_is_seen_on_resume(llama, tmp_path):
+def test_an_altered_finished_shard_is_detected_on_resume(llama, tmp_path):
     prune(llama, tmp_path / "out", 'magnitude("2:4")')
     (tmp_path / "out" / "config.json").unlink()
     shard = sorted((tmp_path / "out").glob("*.safetensors"))[2]
@@ -390,8 +390,8 @@ def test_a_disk_that_is_full_leaves_whole_shards_only(llama, tmp_path, monkeypat
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
 
 
-def test_a_missing_start_token_is_noticed(tmp_path):
-    """A model whose attention leans on the start token: with it a token repeats the one before, without it nothing."""
+def test_a_missing_bos_token_is_noted(tmp_path):
+    """The note recommends a BOS token where it lowers the loss by more than a tenth."""
     from budwood.evaluation.perplexity import bos_note, with_bos
 
     assert bos_note(3.80, 3.157).endswith("--bos every")

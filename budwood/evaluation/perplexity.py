@@ -1,4 +1,4 @@
-"""Perplexity of a model on windows of text, with the model in memory or block by block: the same number."""
+"""Perplexity of a model on windows of text, with the model in memory or streamed; both give the same number."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from budwood.stream.arithmetic import Arithmetic, dtype_named, known_device, nam
 from budwood.stream.model import Model
 
 BOS_GAIN = 0.1  # a BOS that lowers the loss by more than this share is recommended
-BOS_TOKENS = 256  # of the first window are used to measure that
+BOS_TOKENS = 256  # of the first window, to measure that
 
 
 def evaluate(
@@ -40,7 +40,7 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """exp of the mean over windows of the mean loss per token, with the settings that the number depends on.
+    """exp of the mean over windows of the mean loss per token, with the settings that it depends on.
 
     model: folder or hub name, dense or pruned. data, variant, bos: see `evaluation_windows`. dtype: of the forward
     pass; "auto" is float32 on a CPU, that of the checkpoint elsewhere. stream: one block in memory at a time. device:
@@ -88,7 +88,7 @@ def window_loss(logits: Tensor, ids: Tensor) -> float:
 
 
 def with_bos(window: Tensor, tokenizer: Any) -> Tensor | None:
-    """The start of the window without and with a BOS before it, [2, tokens]; None where the window begins with one."""
+    """The start of the window without and with a BOS, [2, tokens]; None where the window begins with one."""
     token = getattr(tokenizer, "bos_token_id", None)
     if token is None or window[0, 0] == token:
         return None

@@ -1,4 +1,4 @@
-"""allocate: a method whose matrices keep shares of their own, by what they save in the logits."""
+"""allocate: divides the kept weights of a method among the matrices by their effect on the logits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Allocate(Wrapper):
-    """Divide the weights that a method keeps over all matrices, where the logits of the model change least.
+    """Divide the weights that a method keeps over all matrices, so that the logits of the model change least.
 
     The method must keep a share that may differ from matrix to matrix: wanda("50%"), sparsegpt("50%"),
     wrp(density=0.05). All matrices together keep as many weights as without allocate.
@@ -34,7 +34,7 @@ class Allocate(Wrapper):
         super().__post_init__()
         if not isinstance(self.inner, PatternMethod):
             raise UsageError(f"allocate needs a method that keeps a share of each matrix, not {self.inner}")
-        self.inner.kept_share()  # refuses what cannot be divided
+        self.inner.kept_share()  # raises where the share is fixed
 
     def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
         return None
@@ -56,7 +56,7 @@ class Allocate(Wrapper):
 
 @dataclass(frozen=True)
 class AllocatedStep(Step):
-    """shares: what each linear keeps, by full name."""
+    """shares: the share of its weights that each linear keeps, by full name."""
 
     method: PatternMethod
     shares: Mapping[str, float]

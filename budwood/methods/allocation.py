@@ -31,13 +31,13 @@ def kept_counts(
     base: NM | None,
     total: int,
 ) -> dict[str, int]:
-    """How many weights each linear keeps, by full name: `total` in all, where the logits of the model change least.
+    """How many weights each linear keeps, by full name: `total` in all, so that the logits of the model change least.
 
-    A matrix loses Σ (|w| ‖x‖)² over what is dropped, times two measured factors: how far the outputs of its block move
-    per unit of that loss, when it alone is pruned by `pattern_for`, and how far the logits diverge from the dense ones
-    per unit of such movement, when all of its block is. base: N:M that is kept in any case. windows: token ids
-    [windows, tokens]. One pass over the blocks; the hidden states of one short window are kept for every block. The
-    counts are kept in `work` under the name of the method, so that a resumed run need not survey again.
+    Dropping weights of a matrix costs Σ (|w| ‖x‖)² over these weights, times two measured factors: how far the outputs
+    of its block move per unit of that loss, when it alone is pruned by `pattern_for`, and how far the logits diverge
+    from the dense ones per unit of such movement, when all of its block is. base: the N:M pattern that is kept in any
+    case. windows: token ids [windows, tokens]. One pass over the blocks; the hidden states of one short window are kept
+    for every block. `work` stores the counts under the name of the method, so that a resumed run reads them.
     """
     name = f"allocation-{hashlib.sha256(str(method).encode()).hexdigest()[:8]}"
     counts = work.record(name, lambda: survey(model, windows, pattern_for, base, total))
@@ -59,10 +59,10 @@ def survey(model: "Model", windows: Tensor, pattern_for: "PatternOf", base: NM |
             pruned, movement = {}, {}
             for name, linear in block.linears.items():
                 known = reached(linear, norms[name])
-                worth = scores.wanda(dense[name], norms[name].norms()) if known else scores.magnitude(dense[name])
-                keep = pattern_for(linear.shape, linear.name).keep(worth)
-                loss = worth.square()
-                always = base.keep(worth) if base else torch.zeros_like(keep)
+                score = scores.wanda(dense[name], norms[name].norms()) if known else scores.magnitude(dense[name])
+                keep = pattern_for(linear.shape, linear.name).keep(score)
+                loss = score.square()
+                always = base.keep(score) if base else torch.zeros_like(keep)
                 curves[linear.name] = curve_of(loss[~always], first=int(always.sum()))
                 pruned[name] = linear.weight = torch.where(keep, dense[name], 0)
                 lost = float(loss[~keep].sum(dtype=torch.float64))
@@ -84,7 +84,7 @@ def _divided(
     hidden: list[Tensor],
     total: int,
 ) -> dict[str, int]:
-    """The budget divided by the curves, each weighed by what its block's movement does to the logits."""
+    """The budget divided by the curves, each scaled by the effect of its block's movement on the logits."""
     assert model.activations is not None
     weighed = {}
     with model.outside(), torch.no_grad():

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Alps(PatternMethod):
-    """Choose what stays knowing that it will be fitted anew, then fit it: the error of the outputs decides both."""
+    """Choose the mask for weights that will be fitted, then fit them: the error of the outputs decides both."""
 
     pattern: str = option("2:4", 'N:M such as "2:4" (N kept of M), or a share to drop such as "50%"')
-    extra: float = option(0.0, "with N:M, the share of all weights kept beside it wherever they save most")
+    extra: float = option(
+        0.0, "with N:M, the share of all weights kept in addition, wherever they reduce the error most"
+    )
     scope: Scope = option("matrix", 'whether a share is of the whole "matrix" or of every "row"')
     rounds: int = option(300, "most rounds of the search for the mask")
     damp: float = option(0.01, "pull towards the dense weights, as a share of the mean second moment")
@@ -37,7 +39,9 @@ class Alps(PatternMethod):
         if isinstance(pattern, NM):
             number("extra", self.extra, 0, 1 - pattern.density)
         elif self.extra:
-            raise UsageError(f"extra is kept beside N:M; {self.pattern} drops less by itself, such as '45%'")
+            raise UsageError(
+                f"extra is kept in addition to N:M, not to {self.pattern}; give a smaller share such as '45%'"
+            )
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         pattern = parse_pattern(self.pattern, self.scope)

@@ -11,9 +11,9 @@ from budwood.methods.registry import METHODS
 
 
 def parse_method(text: str) -> Method:
-    """The method that `text` describes: registered names, calls, keywords, literals, methods inside methods.
+    """The method that `text` describes, in registered names, calls, keywords, literals and nested methods.
 
-    Raises UsageError for anything else, for unknown names with the list of known ones and the nearest.
+    Raises UsageError for anything else; for an unknown name with the known names and the nearest one.
     """
     try:
         tree = ast.parse(text.strip(), mode="eval")
@@ -72,7 +72,7 @@ def _make(name: str, positional: list[Any], keywords: dict[str, Any], text: str)
 
 
 def _current(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Options as earlier versions wrote them, in today's spelling; whether matrices were to get shares of their own."""
+    """Options of earlier versions in the present spelling; whether the weights were divided among the matrices."""
     given = dict(given)
     if given.get("tie") == "published":
         del given["tie"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Inputs:
-    """Second moments of a linear's inputs, and their spectrum once it is asked for."""
+    """Second moments of a linear's inputs, and their spectrum, computed on first use."""
 
     def __init__(self, gram: Gram, damp: float):
         self.gram, self.damp = gram, damp
@@ -36,7 +36,7 @@ def inputs_of(block: "Block", damp: float) -> Iterator[tuple["Linear", Inputs | 
         if not reached(linear, grams[name]):
             yield linear, None
             continue
-        if latest is None or latest.gram is not grams[name]:  # those that share follow each other
+        if latest is None or latest.gram is not grams[name]:  # linears that share an input are consecutive
             latest = Inputs(grams[name], damp)
         yield linear, latest
 
@@ -52,7 +52,7 @@ def fit(
     tolerance: float,
     cross: Tensor | None = None,
 ) -> None:
-    """Gives `linear` the weights on `keep` that come nearest to the outputs of `dense`, from `start`; all [out, in].
+    """Gives `linear` the weights on `keep` whose outputs are nearest to those of `dense`, from `start`; all [out, in].
 
     moments: XᵀX [in, in]. cross: X₀ᵀ X [in, in] where those are outputs for other inputs X₀.
     """
@@ -61,7 +61,7 @@ def fit(
 
 
 def check_fit(damp: float, iterations: int, tolerance: float) -> None:
-    """The options of a fit; UsageError for what cannot be."""
+    """Checks the options of a fit; raises UsageError."""
     number("damp", damp, 0, float("inf"))
     whole("iterations", iterations, 1)
     number("tolerance", tolerance, 0, 1)

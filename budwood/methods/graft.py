@@ -1,4 +1,4 @@
-"""graft: the best model that a number of bits per weight can buy, with 2:4 inside it or without."""
+"""graft: the smallest output error within a number of bits per weight, with 2:4 as the base or without."""
 
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -34,20 +34,22 @@ ITEMSIZE = 2  # bytes of a value: bits are counted as the 16-bit types store the
 
 @dataclass(frozen=True)
 class Graft(PatternMethod):
-    """Spend a budget of bits on 2:4 and the weights that save most beside it; fit all of them to the dense outputs."""
+    """Spend a budget of bits on 2:4 and the weights that reduce the error most; fit all to the dense outputs."""
 
     bits: float = option(9.75, "stored bits per weight of the pruned matrices, 16-bit values and index together")
-    pattern: Literal["2:4", "free"] = option("2:4", '"2:4" with recovered weights beside it, or "free": any positions')
+    pattern: Literal["2:4", "free"] = option(
+        "2:4", '"2:4" with recovered weights in addition, or "free": any positions'
+    )
     select: Literal["alps", "wanda"] = option(
         "alps", 'the mask by alternating directions as in "alps", or by the score of "wanda"'
     )
     allocate: Literal["global", "uniform"] = option(
-        "global", "divide the weights over all matrices by what they save in the logits, or give each the same share"
+        "global", "divide the weights among all matrices by their effect on the logits, or give each the same share"
     )
-    fit: bool = option(True, "let the kept weights compensate for the others")
+    fit: bool = option(True, "fit the kept weights to compensate for the dropped ones")
     rounds: int = option(12, "most rounds of the search for the mask, as in alps")
     damp: float = option(0.01, "pull towards the dense weights, as in alps")
-    iterations: int = option(8, "most steps of the fit, which starts near its end")
+    iterations: int = option(8, "most steps of the fit, which starts near the solution")
     tolerance: float = option(3e-3, "a row is fitted when its gradient has shrunk to this share")
     steps: int = option(0, "steps of gradient descent of each block as a whole towards the dense model's outputs")
     rate: float = option(0.002, "of the first of these steps, relative to the typical size of a matrix's weights")
@@ -86,10 +88,10 @@ class Graft(PatternMethod):
         return Recovered(self.base, Top(share, "matrix")) if self.base else Top(share, "matrix")
 
     def count_for(self, shape: Shape) -> int:
-        """The most weights that a matrix [out, in] may keep within its bits; -1 where even the fewest are too many."""
-        least, room = self._least(shape), self.bits * shape[0] * shape[1] / 8
+        """The most weights that a matrix [out, in] may keep within its bits; -1 where the fewest exceed them."""
+        least, budget = self._least(shape), self.bits * shape[0] * shape[1] / 8
         levels = range(least, shape[0] * shape[1] + 1)
-        found = bisect_right(levels, room, key=partial(self._bytes, shape))
+        found = bisect_right(levels, budget, key=partial(self._bytes, shape))
         return levels[found - 1] if found else -1
 
     def _least(self, shape: Shape) -> int:
@@ -128,7 +130,7 @@ class Graft(PatternMethod):
     def choose(self, weight: Tensor, known: Inputs | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The mask of a matrix, bool [out, in], and weights to start a fit from [out, in].
 
-        Where no token reached it the largest weights stay.
+        Where no token reached it, the largest weights are kept.
         """
         if known is None:
             return pattern.keep(scores.magnitude(weight)), weight
@@ -139,9 +141,9 @@ class Graft(PatternMethod):
 
 @dataclass(frozen=True)
 class GraftStep(Step):
-    """counts: weights that a linear keeps, by full name; its own share where it is not there.
+    """counts: weights that a linear keeps, by full name; for others the method's own count.
 
-    dense: the stream whose outputs the whole block is fitted to in the end, where steps are asked for.
+    dense: the stream to whose outputs the whole block is fitted at the end, where `steps` is above 0.
     """
 
     method: Graft

@@ -20,7 +20,9 @@ class Magnitude(PatternMethod):
     """Drop the smallest weights. Needs no calibration text."""
 
     pattern: str = option("50%", 'N:M such as "2:4" (N kept of M), or a share to drop such as "50%"')
-    scope: Scope = option("matrix", 'where a share ranks: a "row", or as in the published baselines the "matrix"')
+    scope: Scope = option(
+        "matrix", 'where a share ranks: in every "row", or in the "matrix", as in the published baselines'
+    )
     published: bool = option(False, "ties and counts as in the published programs")
 
     calibrated: ClassVar[bool] = False

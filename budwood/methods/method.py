@@ -32,38 +32,38 @@ class Step:
         raise NotImplementedError
 
     def finish(self, run: "Run") -> None:
-        """After the last block; the default does nothing. `Run.rewrite` gives every block again."""
+        """Called after the last block; the default does nothing. `Run.rewrite` yields every block again."""
 
 
 class Method(Step):
-    """What can be pruned with. Subclasses are frozen dataclasses whose fields are the options, checked when made.
+    """A pruning method. Subclasses are frozen dataclasses whose fields are the options, checked when made.
 
-    A method that needs no look at the model is its own step. `str` gives the expression that `parse_method` reads.
+    A method that needs no preparation is its own step. `str` gives the expression that `parse_method` reads.
     """
 
-    calibrated: ClassVar[bool] = True  # False: works on weights alone, nothing runs forward
+    calibrated: ClassVar[bool] = True  # False: uses the weights alone, without a forward pass
 
     @property
     def published(self) -> bool:
-        """Whether ties, counts and sums follow the published program, so that its figures are met.
+        """Whether ties, counts and sums follow the published program, to reproduce its figures.
 
-        Methods with a published program have a field of this name; others answer for the methods inside them.
+        Methods with a published program have a field of this name; for others the methods inside them decide.
         """
         return any(inner.published for inner in inner_methods(self))
 
     def check(self, linears: Mapping[str, Shape]) -> None:
-        """Raises UsageError where a linear (full name: [out, in]) cannot be pruned as asked."""
+        """Raises UsageError where a linear (full name: [out, in]) does not allow these options."""
 
     def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
-        """What will be left of every matrix in scope, by full name: counts, and another shape where it changes."""
+        """The expected result for every matrix in scope, by full name: counts, and another shape where it changes."""
         raise NotImplementedError
 
     def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
-        """The pattern that a matrix [out, in] keeps to afterwards; None where the method promises none."""
+        """The pattern that a matrix [out, in] satisfies afterwards; None where the method guarantees none."""
         return None
 
     def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
-        """Looks at the dense model first, where that is needed; the default does not.
+        """Examines the dense model before pruning, where a method needs it; the default does not.
 
         windows: calibration token ids [windows, tokens]. work: keeps intermediate results until the run is finished.
         """
@@ -74,15 +74,15 @@ class Method(Step):
 
 
 class PatternMethod(Method):
-    """A method that gives every matrix one pattern, and can be given others."""
+    """A method that gives every matrix a pattern, and accepts other patterns."""
 
     @property
     def base(self) -> NM | None:
-        """N:M that every matrix keeps in any case; None where there is none."""
+        """The N:M pattern that every matrix keeps in any case; None where there is none."""
         return None
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
-        """What may stay of the linear `name`, [out, in]."""
+        """The pattern of the linear `name`, [out, in]."""
         raise NotImplementedError
 
     def keeping(self, share: float) -> PatternOf:
@@ -98,11 +98,11 @@ class PatternMethod(Method):
         raise NotImplementedError
 
     def forecast_for(self, shape: Shape, pattern: Pattern) -> Forecast:
-        """What a pattern will leave of a matrix [out, in]."""
+        """The expected result of a pattern on a matrix [out, in]."""
         return pattern.forecast(shape)
 
     def forecast_matrix(self, shape: Shape, name: str = "") -> Forecast:
-        """What will be left of one matrix [out, in]."""
+        """The expected result for one matrix [out, in]."""
         return self.forecast_for(shape, self.pattern_for(shape, name))
 
     def check(self, linears: Mapping[str, Shape]) -> None:
@@ -121,7 +121,7 @@ class PatternMethod(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper(Method):
-    """A method that improves or directs another one, and answers for it in everything else."""
+    """A method that improves or directs another one, and delegates to it everything else."""
 
     inner: Method = dataclasses.field(metadata={"help": "the method, such as wrp(alpha=0.25)"})
 
@@ -146,7 +146,7 @@ def inner_methods(method: Method) -> list[Method]:
 
 
 def prune(linear: "Linear", scores: Tensor, pattern: Pattern) -> int:
-    """Sets to zero what `pattern` does not keep of scores [out, in]; returns how many positions stay."""
+    """Sets to zero what `pattern` does not keep of scores [out, in]; returns the number of kept positions."""
     with naming(linear.name):
         keep = pattern.keep(scores)  # [out, in]
     linear.weight = torch.where(keep, linear.stored, 0)  # a product would leave negative zeros
@@ -155,7 +155,7 @@ def prune(linear: "Linear", scores: Tensor, pattern: Pattern) -> int:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Scores that cannot be ranked become a failure that names the linear."""
+    """Turns scores that cannot be ranked into a RunError that names the linear."""
     try:
         yield
     except NotFinite as error:
@@ -173,9 +173,9 @@ def write_method(method: Method) -> str:
     The first is written without its name if it is text or a method.
     """
     fields = [field for field in dataclasses.fields(method) if field.init]  # type: ignore[arg-type]
-    told = [field for field in fields if getattr(method, field.name) != default_of(field)] or fields[:1]
+    shown = [field for field in fields if getattr(method, field.name) != default_of(field)] or fields[:1]
     arguments = []
-    for field in told:
+    for field in shown:
         value = getattr(method, field.name)
         bare = field is fields[0] and isinstance(value, str | Method)
         arguments.append(_write(value) if bare else f"{field.name}={_write(value)}")

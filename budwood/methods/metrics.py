@@ -18,7 +18,7 @@ DAMP = 0.01  # of the mean diagonal, as in SparseGPT
 
 
 def norm_statistic(published: bool) -> Callable[[int], SquaredNorm | PublishedNorm]:
-    """The statistic of input norms: the fast one, or that with the sums of the published programs."""
+    """The statistic of input norms: the fast one, or the one with the sums of the published programs."""
     return PublishedNorm if published else SquaredNorm
 
 

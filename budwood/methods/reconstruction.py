@@ -1,4 +1,4 @@
-"""A block fitted as a whole, by gradients, to the outputs of the dense model."""
+"""Fits a whole block by gradients to the outputs of the dense model."""
 
 from functools import partial
 from typing import TYPE_CHECKING

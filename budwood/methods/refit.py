@@ -1,4 +1,4 @@
-"""refit: after any method, the best values for the weights that it kept."""
+"""refit: least-squares values for the weights that another method kept."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Refit(Wrapper):
-    """Let another method choose, then fit all weights that it kept to the outputs of the dense matrix.
+    """Let another method choose the mask, then fit the kept weights to the outputs of the dense matrix.
 
-    The mask of the inner method stays exactly as it is.
+    The mask of the inner method does not change.
     """
 
     damp: float = option(0.01, "pull towards the dense weights, as a share of the mean second moment")
     iterations: int = option(100, "most steps of conjugate gradients")
-    tolerance: float = option(1e-3, "a row is done when its gradient has shrunk to this share")
+    tolerance: float = option(1e-3, "a row is fitted when its gradient has shrunk to this share")
     target: float = option(
         0.0,
         "0 fits to the outputs of the dense weights for the pruned model's inputs, 1 to those of the dense model, and "
@@ -54,7 +54,7 @@ class Refit(Wrapper):
 
 @dataclass(frozen=True)
 class RefitStep(Step):
-    """inner: chooses the masks. dense: the dense model's stream, where the target asks for it."""
+    """inner: chooses the masks. dense: the dense model's stream, where target is above 0."""
 
     method: Refit
     inner: Step

@@ -1,4 +1,4 @@
-"""SparseGPT: choose and repair together (Frantar, Alistarh, ICML 2023, arXiv 2301.00774)."""
+"""SparseGPT: mask and weight update in one sweep (Frantar, Alistarh, ICML 2023, arXiv 2301.00774)."""
 
 import logging
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 1 << 23  # weights swept at once where rows do not depend on one another: 64 MiB in float64
+TOGETHER = 1 << 23  # weights in one sweep where rows do not depend on one another: 64 MiB in float64
 PATTERN = "50%"
 
 
@@ -43,7 +43,7 @@ class SparseGPT(PatternMethod):
     block: int = option(128, "columns per decision of a share; N:M does not depend on it")
     published: bool = option(False, "count a share as the published program does: one more than it, and all ties")
     mask: Method | None = option(
-        None, 'a method such as wanda("2:4") that chooses the mask, so that only the repair is done'
+        None, 'a method such as wanda("2:4") that chooses the mask; only the weights are updated'
     )
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class SparseGPT(PatternMethod):
         if not isinstance(self.mask, Method):
             raise UsageError(f'mask must be a method such as wanda("2:4"), got {self.mask!r}')
         if self.pattern != PATTERN or (self.published and not self.mask.published):
-            raise UsageError("mask already says what is kept; leave pattern and published out")
+            raise UsageError("mask decides what is kept; leave pattern and published out")
         object.__setattr__(self, "published", self.mask.published)
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
@@ -124,7 +124,7 @@ class SparseGPT(PatternMethod):
                 del grams[name]  # second moments are the largest thing here
 
     def together(self, block: "Block", grams: dict[str, Gram]) -> list[list[str]]:
-        """Linears swept at once: they share an input, and the choice in one row does not depend on other rows."""
+        """Linears in one sweep: they share an input, and the choice in one row does not depend on other rows."""
         groups: list[list[str]] = []
         for name, linear in block.linears.items():
             rows = linear.shape[0]
@@ -147,7 +147,7 @@ class SparseGPT(PatternMethod):
         if factor.damp is None:
             log.warning("%s: second moments could not be factored; only their diagonal is used", names)
         elif factor.damp != self.damp:
-            log.warning("%s: damping %g was too little, %g was taken", names, self.damp, factor.damp)
+            log.warning("%s: damping %g was too small; %g was used", names, self.damp, factor.damp)
         with naming(names):
             swept = sparsegpt(torch.cat([linear.weight for linear in linears]), factor, choice, self.block)
         pieces = swept.weight.split([linear.shape[0] for linear in linears])
@@ -157,7 +157,7 @@ class SparseGPT(PatternMethod):
 
 @dataclass(frozen=True)
 class RepairStep(Step):
-    """Masks by another method, repaired by SparseGPT's sweep."""
+    """Masks by another method, weights updated by SparseGPT's sweep."""
 
     method: SparseGPT
     mask: Step
@@ -169,7 +169,7 @@ class RepairStep(Step):
 
 
 def masks_by(step: Step, block: "Block") -> dict[str, Tensor]:
-    """What `step` keeps of each linear, bool [out, in]; the weights are put back."""
+    """The mask of `step` for each linear, bool [out, in]; the weights are restored."""
     dense = {name: linear.weight.clone() for name, linear in block.linears.items()}
     step(block)
     keep = {name: linear.weight != 0 for name, linear in block.linears.items()}

@@ -1,4 +1,4 @@
-"""WRP: 2:4, and the crucial weights it had to drop taken back (Tan, Zhang, Wei, ACL 2024, pp. 6433-6443)."""
+"""WRP: 2:4 with the crucial dropped weights recovered (Tan, Zhang, Wei, ACL 2024, pp. 6433-6443)."""
 
 import re
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ ALPHA = 0.25  # the paper's choice for all its headline figures
 
 @dataclass(frozen=True)
 class Wrp(PatternMethod):
-    """Prune to 2:4 and take back the dropped weights that rank among the best `alpha` of their row.
+    """Prune to 2:4 and recover the dropped weights that rank among the best `alpha` of their row.
 
-    At alpha=0.25 about 1.4 to 1.6 % of all weights are taken back; no weight is changed.
+    At alpha=0.25 about 1.4 to 1.6 % of all weights are recovered; no weight is changed.
     """
 
     alpha: float | dict[str, float] = option(
         ALPHA,
-        "the share worth protecting, or a dict from regular expressions on linear names to shares: the first that "
+        "the share to protect, or a dict from regular expressions on linear names to shares: the first that "
         "matches counts, 0.25 where none does",
     )
     density: float | None = option(
@@ -40,7 +40,7 @@ class Wrp(PatternMethod):
         "the width that blocks cover",
     )
     block: int | None = option(None, "recover whole squares of this side, those whose dropped scores sum highest")
-    k: int | None = option(None, "so many blocks per block row, the same for every width, as in the paper")
+    k: int | None = option(None, "blocks per block row, the same for every width, as in the paper")
     pad: bool = option(False, "complete ragged edges with zeros instead of refusing sides that block does not divide")
     metric: str = option("wanda", '"wanda", "magnitude" (needs no text) or "obs" (W² / diag(H⁻¹))')
     pattern: str = option("2:4", "any N:M; recovered are the ranks beyond N of each group")

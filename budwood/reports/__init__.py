@@ -1,1 +1,1 @@
-"""What a run did: the figures, as a record for machines and as pages for people."""
+"""The figures of a run, as JSON and as markdown."""

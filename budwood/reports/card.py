@@ -120,7 +120,7 @@ def render_speed(speed: Mapping[str, Any]) -> str:
 
 
 def with_speed(card: str, speed: Mapping[str, Any]) -> str:
-    """The model card with its speed section put in, or put anew."""
+    """The model card with its speed section added or replaced."""
     before, found, after = card.partition(f"\n{SPEED}\n")
     rest = after[after.index("\n## ") :] if found and "\n## " in after else ""
     return f"{before.rstrip()}\n\n{SPEED}\n\n{render_speed(speed)}\n{rest}"

@@ -15,7 +15,7 @@ MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
 
 def escape(text: object) -> str:
-    """`text` on one line, with everything that markdown or HTML would act on made plain."""
+    """`text` on one line, with all markdown and HTML syntax escaped."""
     return html.escape(MARKS.sub(r"\\\1", " ".join(str(text).split())), quote=False)
 
 
@@ -34,7 +34,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def render_report(report: Report) -> str:
-    """`report.md`: what was done, what came out, matrix by matrix."""
+    """`report.md`: settings, totals, and every matrix."""
     parts = [
         f"# {escape(report['source'])}, pruned with {code(report['method'])}",
         table(("", ""), totals(report)),
@@ -89,7 +89,7 @@ def figure(seconds: float | None) -> str:
 
 
 def totals(report: Report) -> list[tuple[str, str]]:
-    """What came out, as rows of name and figure."""
+    """The totals, as rows of name and figure."""
     total = report["totals"]
     rows = [
         ("weights of the model", f"{total['parameters']:,}"),
@@ -105,7 +105,7 @@ def totals(report: Report) -> list[tuple[str, str]]:
 
 
 def circumstances(report: Report) -> list[tuple[str, str]]:
-    """What the figures must be read with."""
+    """The settings and the machine, as rows of name and value."""
     rows = [
         ("budwood", escape(report["budwood"])),
         ("made", escape(report["created"])),
@@ -127,7 +127,7 @@ def circumstances(report: Report) -> list[tuple[str, str]]:
 
 
 def described(data: Mapping[str, Any] | None) -> str:
-    """The record of a text in one line."""
+    """The record of the calibration data in one line."""
     if data is None:
         return "none needed"
     return escape(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in data.items() if value is not None))

@@ -21,7 +21,7 @@ def measure(
     seconds: Mapping[int, float],
     notes: list[str],
 ) -> Report:
-    """Everything that was measured. seconds: by block, of those that this process did itself."""
+    """Everything that was measured. seconds: by block, for the blocks that this process pruned."""
     matrices = matrices_of(model, writer)
     return {
         "budwood": installed("budwood"),

@@ -1,1 +1,1 @@
-"""One run of a verb that writes a folder: its recipe, its target, its shards, its report."""
+"""A run that writes a model folder: recipe, target, shards, report."""

@@ -1,4 +1,4 @@
-"""What a run is: everything that decides the bytes of its folder, kept there as `recipe.json`."""
+"""The recipe of a run: everything that determines the bytes of its folder, stored there as `recipe.json`."""
 
 import hashlib
 import json
@@ -52,8 +52,8 @@ class Recipe:
     """JSON-plain values only. Fields that this version does not know are kept in `unknown`.
 
     source: name and sha256. data: the record of the calibration windows, None without calibration. asked: the
-    arithmetic options as the user gave them. arithmetic: what they came to on the machine at hand; a resumed run goes
-    on with it. made_from: the recipe of the folder that this one was made from.
+    arithmetic options as the user gave them. arithmetic: what was chosen on this machine; a resumed run continues
+    with it. made_from: the recipe of the folder that this one was made from.
     """
 
     method: str | None
@@ -93,7 +93,7 @@ class Recipe:
         return replace(self, arithmetic=dict(arithmetic))
 
     def difference(self, other: "Recipe") -> str | None:
-        """What makes `other` another run, in words; None where both are the same."""
+        """The first difference to `other`, as a sentence; None where both are the same run."""
         for key in IDENTITY:
             mine, theirs = getattr(self, key), getattr(other, key)
             if key == "asked":
@@ -107,7 +107,7 @@ class Recipe:
 
     @property
     def id(self) -> str:
-        """Digest of all that makes the run, arithmetic included: shards carry it."""
+        """Digest of all that identifies the run, arithmetic included; every shard stores it."""
         parts = [_digest_of(getattr(self, key)) for key in IDENTITY if key != "asked"]
         return hashlib.sha256(json.dumps([*parts, self.arithmetic], sort_keys=True).encode()).hexdigest()[:32]
 

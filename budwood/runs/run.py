@@ -8,7 +8,7 @@
             change(block)
         return run.finish(notes)
 
-Whatever ends the run early, the same command continues it. What makes this so: `Target` (lock, staging, manifest), the
+After any interruption the same command continues the run. This rests on `Target` (lock, staging, manifest), the
 id in every shard, and `config.json`, which is written last.
 """
 
@@ -139,7 +139,7 @@ class Run:
         return self.target.folder
 
     def note(self, sentence: str | None) -> None:
-        """Something the user should know: told at once and kept in the report."""
+        """A note for the user: shown immediately and kept in the report."""
         if sentence:
             self.notes.append(sentence)
             self.progress.note(sentence)

@@ -12,10 +12,10 @@ from budwood.checkpoints.files import TEMPORARY
 
 
 class Activations:
-    """[windows, tokens, hidden] in the compute dtype, read in batches of equal shape (the last may be smaller).
+    """[windows, tokens, hidden] in the compute dtype, read in batches of equal shape; the last may be smaller.
 
     limit: bytes above which they are kept in a file in `folder` instead of memory. The file is unlinked as soon as it
-    is open, so nothing is left behind however the process ends.
+    is open, so that nothing remains after the process, even if it is killed.
     """
 
     def __init__(
@@ -53,6 +53,6 @@ class Activations:
 
 
 def batch_size(windows: int, tokens: int, target: int) -> int:
-    """Windows per batch: about `target` tokens at a time, all batches alike where that is possible."""
+    """Windows per batch: about `target` tokens at a time, all of equal size where possible."""
     most = max(1, min(windows, target // tokens))
     return next((size for size in range(most, most // 2, -1) if windows % size == 0), most)

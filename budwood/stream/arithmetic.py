@@ -1,4 +1,4 @@
-"""How the forward passes compute: dtype, sparse products, attention. Chosen by the user, or by short trials here.
+"""How the forward passes compute: dtype, sparse products, attention. Chosen by the user, or by short timings.
 
 Statistics, scores and solvers use float32 or better in any case.
 """
@@ -21,7 +21,7 @@ from budwood.stream.attention import blocked_attention
 from budwood.stream.trial import HOPELESS, Run, speed_ratio
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CLEARLY = 1.1  # times as fast, so that two runs on one machine decide alike
+CLEARLY = 1.1  # times as fast: a smaller gain would be decided by noise
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -52,8 +52,8 @@ def known_device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """compute: dtype of the matmuls. sparse_products: pruned matrices are multiplied by the native kernels when the
-    next block's inputs are made. blocked_attention: see `attend_in_blocks`.
+    """compute: dtype of the matmuls. sparse_products: native kernels multiply the pruned matrices when the outputs of a
+    block are computed. blocked_attention: see `attend_in_blocks`.
     """
 
     compute: torch.dtype = torch.float32
@@ -61,7 +61,7 @@ class Arithmetic:
     blocked_attention: bool = False
 
     def record(self) -> dict[str, Any]:
-        """As the recipe stores it, so that a resumed run computes in the same way."""
+        """As stored in the recipe, so that a resumed run computes in the same way."""
         return {
             "computed_in": name_of(self.compute),
             "sparse_products": self.sparse_products,
@@ -80,13 +80,13 @@ FLOAT32 = Arithmetic()
 def choose_arithmetic(
     compute_dtype: str, sparse_products: str, attention: str, device: torch.device, widest: int, published: bool
 ) -> tuple[Arithmetic, list[str]]:
-    """The arithmetic of a run, and notes for the user on what was chosen for them.
+    """The arithmetic of a run, and one note for the user on each choice made here.
 
     compute_dtype: auto, float32, bfloat16 or float16. sparse_products: auto, on or off. attention: auto, fused or
-    blocked. widest: input features of the widest linear. published: figures are to match the published programs, so
-    "auto" takes torch's products and torch's attention. Only what is "auto" is tried, in under a second together.
+    blocked. widest: input features of the widest linear. published: results must match the published programs, so
+    "auto" takes torch's matmul and torch's attention. Only options that are "auto" are timed, in under a second in all.
 
-    Raises UsageError for any other word, and for what this machine, device or dtype cannot do.
+    Raises UsageError for any other value, and for what this machine, device or dtype cannot compute.
     """
     check_arithmetic(compute_dtype, sparse_products, attention)
     notes = []
@@ -99,8 +99,8 @@ def choose_arithmetic(
     sparse, blocked = sparse_products == "on", attention == "blocked"
     if sparse and not multiplies_sparse(compute, device):
         raise UsageError(
-            f"sparse_products='on' needs a native sparse kernel for {name_of(compute)} on {device.type}, and here is "
-            f"none ({native.why()}); use sparse_products='off'"
+            f"sparse_products='on' needs a native sparse kernel for {name_of(compute)} on {device.type}, and none is "
+            f"available ({native.why()}); use sparse_products='off'"
         )
     if blocked and (device.type != "cpu" or compute not in BLOCKED_DTYPES):
         raise UsageError(
@@ -121,7 +121,7 @@ def choose_arithmetic(
 
 
 def check_arithmetic(compute_dtype: str, sparse_products: str, attention: str) -> None:
-    """Raises UsageError for a word that `choose_arithmetic` does not know."""
+    """Raises UsageError for a value that `choose_arithmetic` does not accept."""
     _one_of("compute_dtype", compute_dtype, ("auto", *TYPES))
     _one_of("sparse_products", sparse_products, ("auto", "on", "off"))
     _one_of("attention", attention, ("auto", "fused", "blocked"))
@@ -149,7 +149,7 @@ def sparse_product_gain(width: int = 1024, rows: int = 256) -> float:
 
 @torch.no_grad()
 def blocked_attention_gain(compute: torch.dtype, tokens: int = 512) -> float:
-    """How many times as fast as torch's fused attention ours in blocks of queries is."""
+    """How many times as fast attention in blocks of queries is as torch's fused attention."""
     generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
 
     def size(part: int) -> tuple[Run, Run]:
@@ -163,7 +163,7 @@ def blocked_attention_gain(compute: torch.dtype, tokens: int = 512) -> float:
 
 @torch.no_grad()
 def faster_dtype(device: torch.device, width: int) -> tuple[torch.dtype, str]:
-    """float32 or bfloat16, whichever multiplies matrices of up to `width` faster here, and a sentence about it.
+    """float32 or bfloat16, whichever multiplies matrices of up to `width` faster here, and a note for the user.
 
     A processor without bfloat16 instructions is up to a thousand times slower with it.
     """
@@ -178,7 +178,7 @@ def faster_dtype(device: torch.device, width: int) -> tuple[torch.dtype, str]:
     gain = speed_ratio([partial(size, rows, min(4 * rows, width)) for rows in (64, 128, 256)])
     if gain > CLEARLY:
         return torch.bfloat16, f"computing in bfloat16: {gain:.1f} times as fast here as float32"
-    if gain < 1 / HOPELESS:  # the trial may have ended at a small size, where the factor is least
+    if gain < 1 / HOPELESS:  # the timing may have ended at a small size, where the factor is smallest
         return torch.float32, f"computing in float32: bfloat16 is at least {1 / gain:.0f} times slower here"
     if gain < 1 / CLEARLY:
         return torch.float32, f"computing in float32: bfloat16 is {1 / gain:.1f} times slower here"

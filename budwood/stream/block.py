@@ -1,4 +1,4 @@
-"""One decoder block, filled: its matrices, its calibration inputs, statistics of them, its outputs."""
+"""One decoder block with its weights loaded: matrices, calibration inputs, statistics of them, outputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ Kind = Callable[[int], Any]  # of statistic, made for a width
 
 
 class Linear:
-    """One prunable matrix: stored in storage dtype, multiplied in the compute dtype, scored in float32."""
+    """One prunable matrix: stored in the storage dtype, multiplied in the compute dtype, scored in float32."""
 
     def __init__(self, name: str, module: nn.Module, stored: Tensor):
         self.name, self.module = name, module  # in full, "model.layers.7.self_attn.q_proj"
@@ -44,12 +44,12 @@ class Linear:
 
     @property
     def weight(self) -> Tensor:
-        """[out, in] float32."""
+        """[out, in] float32. In float32 storage it shares its memory with the linear: clone it to keep it."""
         return self.stored.float()
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        """Rounded to storage dtype. Another shape than before resizes the module. Raises RunError for NaN, overflow."""
+        """Rounded to the storage dtype. A new shape resizes the module. Raises RunError for NaN and overflow."""
         self.stored = value.to(self.stored.dtype)
         if not all_finite(self.stored):
             raise RunError(f"{self.name}: the new weights do not fit {self.stored.dtype}; choose another --dtype")
@@ -66,7 +66,7 @@ class Linear:
 
     @bias.setter
     def bias(self, value: Tensor) -> None:
-        """Rounded to storage dtype; added where the linear has none."""
+        """Rounded to the storage dtype; added where the linear has none."""
         held = read(self.module)
         bias = value.to(self.stored.dtype).to(held.device, held.dtype)
         if bias.shape != (held.shape[0],):
@@ -76,7 +76,7 @@ class Linear:
         self.module.register_parameter("bias", nn.Parameter(bias, requires_grad=held.requires_grad))
 
     def round(self, layout: str) -> None:
-        """The weight becomes the one that a layout with rounded values unpacks to."""
+        """Replaces the weight by the one that a layout with rounded values unpacks to."""
         format, tensors = pack_named(self.name, self.stored, layout)
         rounded = FORMATS[format].unpack(tensors, self.shape)
         self.rounded, self.rounding_error = (format, tensors), relative_error(rounded, self.stored)
@@ -105,7 +105,7 @@ class Block:
     ):
         """linears: the matrices in scope by full name. stored: all tensors of the block in storage dtype by full name.
 
-        calls: how the model calls its blocks for so many windows of so many tokens.
+        calls: how the model calls its blocks for a batch of [windows, tokens].
         """
         self.index, self.name, self.module = index, name, module
         self.stored, self.activations = stored, activations
@@ -135,9 +135,9 @@ class Block:
 
     @contextmanager
     def sharing(self, *statistics: Kind) -> Iterator[None]:
-        """Inside, the first `collect` of one of these collects all of them, with the weights as they then are.
+        """In this context the first `collect` of one of these collects all of them, with the weights at that moment.
 
-        For a method that works on another one's result and collects its own statistics before.
+        For a method that changes the result of another one and needs statistics from before it.
         """
         new = [kind for kind in statistics if kind not in self._shared]
         self._shared |= dict.fromkeys(new)
@@ -149,7 +149,7 @@ class Block:
 
     def _pass(self, statistic: Callable[[int], S]) -> dict[str, S]:
         if self.activations is None:
-            raise RunError(f"{self.name}: statistics were asked for, but there are no calibration windows")
+            raise RunError(f"{self.name}: no statistics can be collected, as there are no calibration windows")
         modules = {name: linear.module for name, linear in self.linears.items()}
         widths = {name: linear.shape[1] for name, linear in self.linears.items()}
         with Collector(modules, widths, statistic) as collector, torch.no_grad():
@@ -164,7 +164,7 @@ class Block:
         return collector.statistics()
 
     def run(self, batch: int) -> Tensor:
-        """Outputs [batch, tokens, hidden] of the block as it is now, for one batch of its calibration inputs."""
+        """Outputs [batch, tokens, hidden] with the present weights, for one batch of the calibration inputs."""
         assert self.activations is not None
         return self.forward(self.activations.read(batch, self.device))
 
@@ -190,21 +190,21 @@ class Block:
         )
 
     def round(self, layout: str) -> None:
-        """Before the block runs again: its matrices as they will be stored, where the layout rounds values."""
+        """Rounds the matrices to what will be stored, where the layout rounds values; before the block runs again."""
         self.take_in_changes()
         if rounds(layout):
             for linear in self.linears.values():
                 linear.round(layout)
 
     def take_in_changes(self) -> None:
-        """What a method did to the weights of the linears' modules themselves is their weight from now on."""
+        """Takes weights that a method changed in the modules themselves as the weights of the linears."""
         for linear in self.linears.values():
             held = read(linear.module).detach()
             if not same(linear.stored, held):
                 linear.weight = held
 
     def propagate(self, first_batch_only: bool = False) -> None:
-        """Makes the next block's inputs; measures the change of the first batch where its dense outputs are known."""
+        """Computes the next block's inputs; measures the error of the first batch where its dense outputs are known."""
         if self.activations is None:
             return
         linears = self.linears.values() if self.arithmetic.sparse_products else ()
@@ -216,15 +216,16 @@ class Block:
                     self._dense = None
                 if not all_finite(outputs):
                     raise RunError(
-                        f"the outputs of {self.name} hold NaN or infinite values in {name_of(self.arithmetic.compute)}; "
-                        "compute in float32 (prune: --compute-dtype, evaluate: --dtype), or check the checkpoint"
+                        f"the outputs of {self.name} hold NaN or infinite values in "
+                        f"{name_of(self.arithmetic.compute)}; compute in float32 (prune: --compute-dtype, evaluate: "
+                        "--dtype), or check the checkpoint"
                     )
                 self.activations.write(batch, outputs)
 
     def state(self, storage: torch.dtype) -> dict[str, Tensor]:
-        """All tensors of the block in storage dtype, as its modules store them, by full name.
+        """All tensors of the block in the storage dtype, as its modules store them, by full name.
 
-        Tensors that nothing changed are those that were read, bit for bit.
+        Unchanged tensors are the ones that were read.
         """
         kept = {f"{linear.name}.weight": read(linear.module, linear.stored) for linear in self.linears.values()}
         known = {**self.stored, **kept}
@@ -240,7 +241,7 @@ class Block:
 
 @contextmanager
 def sparse_products(linears: Iterable[Linear]) -> Iterator[None]:
-    """Inside, pruned matrices are multiplied by the native sparse kernels, where these can."""
+    """In this context the native sparse kernels multiply the pruned matrices, where they can."""
     replaced: list[nn.Module] = []
     try:
         for linear in linears:
@@ -263,7 +264,7 @@ def same(stored: Tensor, held: Tensor) -> bool:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity; both ends of the range tell, in one pass and without a mask as large as the tensor."""
+    """No NaN and no infinity. Minimum and maximum show it, in one pass and without a mask as large as the tensor."""
     return bool(torch.stack(tensor.aminmax()).isfinite().all()) if tensor.numel() else True
 
 
@@ -274,7 +275,7 @@ def relative_error(changed: Tensor, before: Tensor) -> float:
 
 
 def describe(linear: Linear) -> dict[str, Any]:
-    """What became of one matrix, JSON-plain."""
+    """The figures of one pruned matrix, JSON-plain."""
     nonzeros = int(torch.count_nonzero(linear.stored))
     return {
         "shape": list(linear.shape),

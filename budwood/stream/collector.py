@@ -1,4 +1,4 @@
-"""Statistics of the inputs of a block's linears, in one forward pass that stops where nothing more can be collected."""
+"""Statistics of the inputs of a block's linears, in one forward pass that stops after the last linear."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -41,9 +41,9 @@ class StopForward(Exception):
 class Collector:
     """Forward hooks on linears, inside a `with` block.
 
-    Linears that are called with the very same tensor (q, k, v; gate, up) share one statistic, which is added to once.
-    The last linear of a block need not multiply: from the second batch on its input ends the pass. That holds only
-    where every linear is called once per batch, so not with experts, which are called as the router decides.
+    Linears that are called with the same tensor object (q, k, v; gate, up) share one statistic, updated once.
+    The last linear of a block need not multiply: from the second batch on the pass ends at its input. This requires
+    that every linear is called once per batch, so it does not apply to experts.
     """
 
     def __init__(self, linears: Mapping[str, nn.Module], widths: Mapping[str, int], statistic: Callable[[int], Any]):
@@ -68,7 +68,7 @@ class Collector:
         self._inputs.clear()
 
     def next_batch(self) -> None:
-        """Forgets the inputs of the batch before; after the first batch it is known which call is the last."""
+        """Drops the inputs of the previous batch; after the first batch the last call is known."""
         if self.calls and sorted(self.calls) == sorted(self.linears):
             self.last = self.calls[-1]
         self.calls = []

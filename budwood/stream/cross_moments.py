@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LatestInput:
-    """The last input of a linear, until it is used; shared by linears that share it."""
+    """The last input of a linear, until it is used; shared by linears that share an input."""
 
     def __init__(self, width: int) -> None:
         self.count = 0  # tokens
@@ -44,7 +44,7 @@ def cross_moments(dense: "Block", block: "Block") -> dict[str, Tensor]:
                 one, other = first.found.get(name), second.found.get(name)
                 if one is None or other is None or one.x is None or other.x is None or len(one.x) != len(other.x):
                     raise RunError(
-                        f"{linear.name} is called with other tokens in the dense model than in the pruned one, so "
+                        f"{linear.name} is called with different tokens in the dense and the pruned model, so "
                         "their inputs cannot be compared; leave target at 0"
                     )
                 pairs[id(one), id(other)] = one, other

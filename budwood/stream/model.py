@@ -1,4 +1,4 @@
-"""The model as a stream of decoder blocks: read one, yield it, run it, write it, forget it."""
+"""The model as a stream of decoder blocks: read one, yield it, run it, write it, free it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from budwood.stream.attention import attend_in_blocks
 from budwood.stream.block import Block, describe
 
 BATCH = 4096  # tokens per batch, times the bytes of a value
-TRIMMED = 64 * 2**20  # bytes of a block from which on its memory goes back to the system; smaller ones are reused soon
+TRIMMED = 64 * 2**20  # bytes of a block from which its memory is returned to the system; smaller ones are reused soon
 DEFAULT_LIMIT = 4 * 2**30  # bytes of hidden states kept in memory
 
 
@@ -69,7 +69,7 @@ class Model:
         return len(self.modules)
 
     def copy(self) -> "Model":
-        """Another stream over the same source, computed alike."""
+        """Another stream over the same source with the same arithmetic."""
         return Model(
             self.source,
             storage=self.storage,
@@ -83,9 +83,9 @@ class Model:
     def blocks(
         self, windows: Tensor | None = None, writer: Writer | None = None, batch: int | None = None
     ) -> Iterator[Block]:
-        """Reads, yields, writes, runs and forgets one block after the other.
+        """Reads, yields, runs, writes and frees one block after the other.
 
-        windows: token ids [windows, tokens]; without them nothing runs forward. With a writer, blocks that it has
+        windows: token ids [windows, tokens]; None: no forward pass. With a writer, blocks that it has
         finished are replayed (read from there, run, not yielded), the others are written after the loop's body; where
         its layout rounds values, that is done before a block is run, so that the next one sees what is written.
         """
@@ -110,7 +110,7 @@ class Model:
                     trim_memory()
 
     def rewrite(self, written: Writer, writer: Writer) -> Iterator[Block]:
-        """Yields the blocks that `written` holds, to be changed; what the loop's body made of them goes to `writer`.
+        """Yields the blocks that `written` holds, to be changed; the changed blocks go to `writer`.
 
         Blocks that `writer` has finished are not yielded. There are no calibration inputs.
         """
@@ -148,11 +148,11 @@ class Model:
         return activations
 
     def batch_for(self, windows: Tensor) -> int:
-        """Windows per batch [windows, tokens]: few enough for a block's intermediate results to stay in the caches."""
+        """Windows per batch [windows, tokens]: so few that a block's intermediate results fit the caches."""
         return batch_size(windows.shape[0], windows.shape[1], BATCH // self.compute.itemsize)
 
     def calls(self, batch: int, tokens: int) -> BlockCalls:
-        """How the model calls its blocks for a batch of this shape, which `embed` has seen."""
+        """How the model calls its blocks for a batch of this shape, which must have passed `embed`."""
         return self._calls[batch, tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Model:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Embeddings, final norm and head are there inside, and on meta again afterwards."""
+        """In this context embeddings, final norm and head are loaded; after it they are on meta again."""
         meta = self._parameters_outside()
         try:
             for name in self.names_outside():
@@ -183,11 +183,11 @@ class Model:
         return [name for name in self.weights.names() if name in known - tied and not name.startswith(inside)]
 
     def read_outside(self, name: str) -> dict[str, Tensor]:
-        """One stored tensor that belongs to no block, in storage type."""
+        """One stored tensor that belongs to no block, in the storage dtype."""
         return {full: self.stored(tensor) for full, tensor in self.weights.read([name]).items()}
 
     def stored(self, tensor: Tensor) -> Tensor:
-        """In storage type where it is a floating one."""
+        """In the storage dtype where it is a floating-point tensor."""
         return tensor.to(self.storage) if tensor.is_floating_point() else tensor
 
     def _parameters_outside(self) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -230,7 +230,7 @@ class Model:
 
     @contextmanager
     def _filled(self, index: int, stored: Mapping[str, Tensor], written: ShardNotes | None) -> Iterator[None]:
-        """The block holds its tensors in the compute dtype inside; afterwards its parameters are what they were.
+        """In this context the block holds its tensors in the compute dtype; after it its former parameters.
 
         written: the notes of the shard that the tensors are from, whose shapes the block takes.
         """

@@ -1,4 +1,4 @@
-"""Timing two ways to compute the same thing, first at small sizes: the trial ends as soon as the result is clear."""
+"""Timing of two implementations of one operation, small sizes first; it ends as soon as the result is clear."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ Run = Callable[[], object]
 
 HOPELESS = 4  # times slower, from which on further rounds cannot change the decision
 COUNTABLE = 1e-3  # seconds: shorter differences are overhead
-SECONDS = 0.25  # of one trial
+SECONDS = 0.25  # of one timing
 ROUNDS = 6  # at the largest size
 
 
@@ -17,21 +17,20 @@ def speed_ratio(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """How many times as fast the second way is as the first: the ratio of their shortest times, which other processes
-    disturb least.
+    """How many times as fast the second implementation is as the first: the ratio of their shortest times, which other
+    processes disturb least.
 
-    sizes: from small to large; each prepares its operands and returns both ways. A second way that is HOPELESS times
-    slower at some size runs there at most twice, and the trial ends, as it does where a further round would end after
-    `seconds`.
+    sizes: from small to large; each prepares its operands and returns both. A second one HOPELESS times slower at
+    some size runs there at most twice, and the timing ends. It also ends where another round would exceed `seconds`.
     """
     begun = clock()
     for prepare in sizes:
-        ways, best = prepare(), [float("inf")] * 2
+        runs, best = prepare(), [float("inf")] * 2
         for turn in range(ROUNDS if prepare is sizes[-1] else 2):
-            for way, run in enumerate(ways):
+            for index, run in enumerate(runs):
                 start = clock()
                 run()
-                best[way] = min(best[way], max(clock() - start, 1e-9))
+                best[index] = min(best[index], max(clock() - start, 1e-9))
             hopeless = turn and best[1] > HOPELESS * best[0] and best[1] - best[0] > COUNTABLE
             if hopeless or clock() - begun + sum(best) > seconds:
                 return best[0] / best[1]

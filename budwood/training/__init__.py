@@ -1,1 +1,1 @@
-"""Fitting by gradients: the parts of a block that may move, against targets."""
+"""Fitting of a block's weights by gradients."""

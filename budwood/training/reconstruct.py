@@ -1,4 +1,4 @@
-"""Fit what pruning left of one block, all its matrices together, to the outputs of the dense model."""
+"""Fits the kept weights of one block, all matrices together, to the outputs of the dense model."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,11 +16,11 @@ def reconstruct(
     steps: int,
     rate: float,
 ) -> dict[str, Tensor]:
-    """The weights [out, in] by name after `steps` steps of Adam towards the targets; zeros stay zero.
+    """The weights [out, in] by name after `steps` steps of Adam (Kingma, Ba, ICLR 2015); zeros stay zero.
 
-    inputs, targets: as many batches [batch, tokens, hidden], taken in turn. Every token counts alike, by its squared
-    error over the mean square of its target, for a few tokens are a thousand times as loud as others. rate: of the
-    first step, as a share of the root mean square of a matrix's kept weights; it falls to 0 along a line.
+    inputs, targets: equally many batches [batch, tokens, hidden], taken in turn. The loss of a token is its squared
+    error over the mean square of its target, since a few tokens have a thousand times the norm of others. rate: of
+    the first step, as a share of the root mean square of a matrix's kept weights; it decays linearly to 0.
     """
     kept = {name: weight != 0 for name, weight in weights.items()}
     moving = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
@@ -43,6 +43,6 @@ def reconstruct(
 
 
 def typical(weight: Tensor) -> float:
-    """Root mean square of what is not zero; 0 where all is."""
+    """Root mean square of the non-zero weights; 0 where there are none."""
     kept = weight[weight != 0]
     return float(kept.square().mean().sqrt()) if kept.numel() else 0.0

@@ -1,4 +1,4 @@
-"""What every method owes: checked for all that are registered, each in several settings, on a tiny random model."""
+"""The contract of all registered methods, each in several settings, on tiny random models."""
 
 import json
 import logging
@@ -68,15 +68,15 @@ SETTINGS = {
     ],
 }
 EXPRESSIONS = [pytest.param(expression, id=expression) for settings in SETTINGS.values() for expression in settings]
-# Settings whose count follows from the scores, or comes in steps of a rank for all rows at once: wide at 32 inputs.
+# Settings whose count depends on the scores, or changes by a rank in all rows: coarse at 32 inputs.
 ROUGH = ("alpha", "parity", "density=0.05)")
 CHANGING = ("sparsegpt", "refit", "alps", "graft")  # methods that change the weights they keep
 DIVIDING = (
     "allocate(",
     "graft(bits=9.75)",
     'graft(bits=9.0, pattern="free")',
-)  # matrices have shares of their own
-TWO_STREAMS = ("steps=", "target=")  # these read the dense model's hidden states beside the pruned one's
+)  # matrices keep different shares
+TWO_STREAMS = ("steps=", "target=")  # these read the dense model's hidden states as well as the pruned one's
 CALIBRATION = {
     "num_samples": 6,
     "seq_length": 24,
@@ -167,7 +167,7 @@ def linears_of(folder):
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_density_is_reached_and_the_rest_is_whole(llama, text, tmp_path, expression):
+def test_density_is_reached_and_other_tensors_are_unchanged(llama, text, tmp_path, expression):
     report = prune(llama, tmp_path / "out", expression, text, **CALIBRATION)
     method = parse_method(expression)
     dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
@@ -325,7 +325,7 @@ class Resident(Block):
         return found
 
 
-def test_shared_inputs_share_a_statistic_and_the_last_linear_need_not_run(llama, text):
+def test_shared_inputs_share_a_statistic_and_the_last_linear_runs_once(llama, text):
     model = Model(open_source(llama))
     ids = torch.randint(3, 100, (70, 64), generator=torch.Generator().manual_seed(0))
     calls = []

@@ -49,7 +49,7 @@ def test_refit_leaves_the_mask_and_lowers_every_error(inner, dtype):
         assert after[name] < before[name]
 
 
-def test_refit_foretells_what_its_inner_method_does():
+def test_refit_has_the_forecast_of_its_inner_method():
     for inner in INNER:
         method, alone = parse_method(f"refit({inner})"), parse_method(inner)
         assert method.forecast(SHAPES) == alone.forecast(SHAPES)
@@ -66,11 +66,11 @@ def test_the_stored_bytes_are_the_most_that_the_bits_allow(bits, pattern):
     method(block)
     for linear in block.linears.values():
         stored = sum(part.nbytes for part in choose(linear.stored)[1].values())
-        room = bits * linear.stored.numel() / 8
-        assert room - 2 < stored <= room
-        foretold = method.forecast_matrix(linear.shape, linear.name)
-        assert foretold.nonzeros == torch.count_nonzero(linear.stored)
-        assert foretold.recovered == linear.recovered
+        budget = bits * linear.stored.numel() / 8
+        assert budget - 2 < stored <= budget
+        forecast = method.forecast_matrix(linear.shape, linear.name)
+        assert forecast.nonzeros == torch.count_nonzero(linear.stored)
+        assert forecast.recovered == linear.recovered
         if pattern == "2:4":
             assert int((linear.stored != 0).unflatten(1, (-1, 4)).sum(dim=-1).min()) >= 2
 
@@ -102,7 +102,7 @@ def llama(tmp_path_factory):
 
 
 def test_the_target_between_the_pruned_and_the_dense_inputs(llama, tmp_path):
-    """In the first block both are the same; further on they are not."""
+    """Both are the same in the first block, and differ in later ones."""
     text = ["".join(chr(97 + (i * i + i // 7) % 26) for i in range(600))]
     options = {
         "num_samples": 4,
@@ -125,15 +125,15 @@ def test_the_target_between_the_pruned_and_the_dense_inputs(llama, tmp_path):
 def test_cross_moments_of_the_same_model_are_second_moments(llama):
     model = Model(open_source(llama))
     ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(0))
-    beside = DenseStream(model, ids, batch=2)
+    dense = DenseStream(model, ids, batch=2)
     for block in model.blocks(ids, batch=2):
-        crosses, grams = cross_moments(beside.at(block.index), block), block.collect(Gram)
+        crosses, grams = cross_moments(dense.at(block.index), block), block.collect(Gram)
         for name in block.linears:
             assert torch.allclose(crosses[name], grams[name].matrix(), rtol=1e-5, atol=1e-5)
         assert crosses["self_attn.q_proj"] is crosses["self_attn.k_proj"]
 
 
-def test_the_survey_spends_all_and_matrices_differ(llama):
+def test_the_survey_spends_the_whole_budget_and_matrices_differ(llama):
     model = Model(open_source(llama))
     ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(0))
     method = parse_method('graft(pattern="free")')
@@ -147,8 +147,8 @@ def test_the_survey_spends_all_and_matrices_differ(llama):
     assert len({count / (shapes[name][0] * shapes[name][1]) for name, count in counts.items()}) > 1
 
 
-def test_what_nobody_hears_gets_nothing_beside_the_pattern(llama, tmp_path):
-    """With the output projection at 0, nothing in the attention of a block moves anything."""
+def test_matrices_without_effect_keep_nothing_beyond_the_pattern(llama, tmp_path):
+    """With the output projection at 0, the attention of a block has no effect."""
     shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
@@ -158,9 +158,9 @@ def test_what_nobody_hears_gets_nothing_beside_the_pattern(llama, tmp_path):
     method = parse_method("graft(bits=9.75)")
     shapes = model.structure.shapes
     counts = survey(model, ids, method.pattern_for, method.base, sum(map(method.count_for, shapes.values())))
-    beside = {name: count - shapes[name][0] * shapes[name][1] // 2 for name, count in counts.items()}
-    assert not any(count for name, count in beside.items() if "layers.1.self_attn." in name)
-    assert sum(beside.values()) > 0
+    beyond = {name: count - shapes[name][0] * shapes[name][1] // 2 for name, count in counts.items()}
+    assert not any(count for name, count in beyond.items() if "layers.1.self_attn." in name)
+    assert sum(beyond.values()) > 0
 
 
 def test_a_divided_budget_is_kept_and_inspect_shows_it(llama, tmp_path):
@@ -192,7 +192,7 @@ def test_a_divided_budget_is_kept_and_inspect_shows_it(llama, tmp_path):
         ("refit(wrp(), iterations=0)", "iterations must be"),
         ("refit(wrp(), tolerance=2)", "tolerance must be"),
         ("refit(wrp(), target=2)", "target must be"),
-        ('alps("50%", extra=0.1)', "extra is kept beside N:M"),
+        ('alps("50%", extra=0.1)', "extra is kept in addition to N:M"),
         ('alps("2:4", extra=0.6)', "extra must be a number from 0 to 0.5"),
         ('alps("2:5:4")', "neither N:M"),
         ("alps(rounds=0)", "rounds must be"),
@@ -210,12 +210,12 @@ def test_a_divided_budget_is_kept_and_inspect_shows_it(llama, tmp_path):
         ("allocate(refit(wrp(density=0.02)))", "keeps a share of each matrix"),
     ],
 )
-def test_what_cannot_be_is_refused(text, reason):
+def test_invalid_options_are_refused(text, reason):
     with pytest.raises(UsageError, match=reason):
         parse_method(text)
 
 
-def test_too_few_bits_are_refused_with_the_layers_name():
+def test_too_few_bits_are_refused_by_layer_name():
     with pytest.raises(UsageError, match=r"fc: 8.5 bits per weight do not hold pattern='2:4', which takes 9 bits"):
         parse_method("graft(bits=8.5)").check({"fc": (64, 32)})
     with pytest.raises(UsageError, match=r"which takes 1 bits at least; give more bits$"):

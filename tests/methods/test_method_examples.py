@@ -91,7 +91,7 @@ def test_the_worked_masks_in_every_dtype(dtype, text, expected):
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_outlook_is_what_remains(text, dtype):
+def test_the_forecast_is_what_remains(text, dtype):
     method, block = parse_method(text), random_block(dtype)
     method.check({linear.name: linear.shape for linear in block.linears.values()})
     method(block)
@@ -109,7 +109,7 @@ def test_the_outlook_is_what_remains(text, dtype):
 @pytest.mark.parametrize(
     "text", ['wrp(density=0.03, scope="matrix")', 'wrp(alpha=0.4, budget="row")', "wrp(block=8, k=1)"]
 )
-def test_counts_that_are_fixed_are_foretold_exactly(text):
+def test_fixed_counts_are_forecast_exactly(text):
     method, block = parse_method(text), random_block()
     method(block)
     for linear in block.linears.values():
@@ -118,13 +118,13 @@ def test_counts_that_are_fixed_are_foretold_exactly(text):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_only_magnitudes_need_no_text(name):
+def test_only_magnitude_methods_need_no_text(name):
     assert METHODS[name].calibrated == (name != "magnitude")
     assert not parse_method('wrp(metric="magnitude")').calibrated
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith(CHANGING)])
-def test_what_stays_is_unchanged_and_no_zero_is_negative(text):
+def test_kept_weights_are_unchanged_and_no_zero_is_negative(text):
     block, dense = random_block(torch.bfloat16), random_block(torch.bfloat16)
     parse_method(text)(block)
     for name, linear in block.linears.items():
@@ -134,7 +134,7 @@ def test_what_stays_is_unchanged_and_no_zero_is_negative(text):
 
 
 @pytest.mark.parametrize("text", ["wanda", "sparsegpt"])
-def test_linears_swept_together_come_out_as_alone(text):
+def test_linears_in_one_sweep_equal_each_alone(text):
     block = random_block()
     parse_method(f'{text}("2:4")')(block)
     for name in block.linears:
@@ -196,7 +196,7 @@ def test_calibration_that_is_not_finite_names_the_linear(text, value):
         parse_method(text)(block)
 
 
-def test_weights_that_have_no_rank_name_the_linear():
+def test_scores_that_cannot_be_ranked_name_the_linear():
     block = random_block()
     block.linears["k"].stored[2, 2] = float("nan")
     for text in ("magnitude", "wanda", "wrp", 'sparsegpt("2:4")', "sparsegpt"):
@@ -241,12 +241,12 @@ def test_alphas_by_name():
         method.check({"model.layers.0.q": (8, 8)})
 
 
-def test_sparsegpt_says_when_damping_had_to_grow(caplog):
+def test_sparsegpt_warns_when_damping_grows(caplog):
     batches = [torch.ones(4, 8)]  # one direction only: singular without damping
     block = Block({"fc": torch.randn(4, 8)}, {"fc": batches})
     with caplog.at_level(logging.WARNING):
         parse_method("sparsegpt(damp=0)")(block)
-    assert "model.layers.7.fc: damping 0 was too little, 0.1 was taken" in caplog.text
+    assert "model.layers.7.fc: damping 0 was too small; 0.1 was used" in caplog.text
     assert block.linears["fc"].stored.isfinite().all()
 
 

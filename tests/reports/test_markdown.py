@@ -1,4 +1,4 @@
-"""The report and the card say what was measured, and nothing that a name or a note holds becomes markup."""
+"""The report and the card show what was measured, and no name or note becomes markup."""
 
 import html
 import re
@@ -56,7 +56,7 @@ def outside_code(page: str) -> str:
     return re.sub(r"(`+).*?\1", "", page)
 
 
-def test_the_figures_stand_in_the_report():
+def test_the_figures_are_in_the_report():
     page = render_report(report())
     for figure in (
         "134,515,008",
@@ -108,7 +108,7 @@ def test_escaping_is_undone_by_reading():
     assert html.unescape(re.sub(r"\\(.)", r"\1", escape(HOSTILE))) == " ".join(HOSTILE.split())
 
 
-def test_the_card_is_one_that_the_hub_reads():
+def test_the_hub_reads_the_card():
     card = ModelCard(
         render_card(report(), "owner/base", "apache-2.0", "LlamaForCausalLM"), ignore_metadata_errors=False
     )
@@ -138,13 +138,13 @@ def test_only_packed_folders_need_budwood_to_load():
     assert "import budwood" not in render_card(report(format="dense"), None, None, None)
 
 
-def test_a_pattern_without_recovery_does_not_speak_of_it():
+def test_a_pattern_without_recovery_does_not_mention_it():
     made = report()
     made["totals"] = made["totals"] | {"recovered": None}
     assert "recovered beyond" not in render_report(made)
 
 
-def test_rounding_is_told_where_values_are_rounded():
+def test_rounding_is_shown_where_values_are_rounded():
     made = report()
     assert "ounding error" not in render_report(made) + render_card(made, None, None, None)
     name, matrix = next(iter(made["linears"].items()))

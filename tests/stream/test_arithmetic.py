@@ -1,4 +1,4 @@
-"""How passes compute is chosen once, by the user or by what is faster, and recorded."""
+"""The arithmetic is chosen once, by the user or by timings, and recorded."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TRIALS = ("faster_dtype", "sparse_product_gain", "blocked_attention_gain")
 
 @pytest.fixture
 def trials(monkeypatch):
-    """Results of the trials, to be set, and the names of those that ran."""
+    """Settable results of the timings, and the names of those that ran."""
     results = {"faster_dtype": (torch.bfloat16, "a note"), "sparse_product_gain": 1.5, "blocked_attention_gain": 1.5}
     ran = []
     for name in TRIALS:
@@ -25,7 +25,7 @@ def trials(monkeypatch):
 
 
 @pytest.mark.parametrize("gain", [0.75, 1.05, 1.5])
-def test_auto_takes_the_clearly_faster_way(trials, gain):
+def test_auto_takes_what_is_clearly_faster(trials, gain):
     trials["sparse_product_gain"] = trials["blocked_attention_gain"] = gain
     faster = gain > 1.1
     chosen = {
@@ -46,13 +46,13 @@ def test_published_figures_are_computed_by_torch(trials):
 @pytest.mark.parametrize("sparse", ["on", "off"])
 @pytest.mark.parametrize("attention", ["fused", "blocked"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_asked_for_is_not_tried(trials, dtype, sparse, attention):
+def test_explicit_options_are_not_timed(trials, dtype, sparse, attention):
     chosen, notes = choose_arithmetic(dtype, sparse, attention, CPU, 64, published=False)
     assert chosen == Arithmetic(getattr(torch, dtype), sparse == "on", attention == "blocked")
     assert (trials["ran"], notes) == ([], [])
 
 
-def test_only_what_is_auto_is_tried(trials):
+def test_only_auto_options_are_timed(trials):
     chosen, notes = choose_arithmetic("auto", "off", "fused", CPU, 64, published=False)
     assert (chosen, notes, trials["ran"]) == (Arithmetic(torch.bfloat16), ["a note"], ["faster_dtype"])
 
@@ -66,7 +66,7 @@ def test_only_what_is_auto_is_tried(trials):
         (("float16", "off", "blocked"), "attention='blocked' computes in bfloat16 or float32"),
     ],
 )
-def test_other_words_and_what_cannot_be_are_refused(options, sentence):
+def test_unknown_values_and_unsupported_options_are_refused(options, sentence):
     with pytest.raises(UsageError, match=sentence):
         choose_arithmetic(*options, CPU, 64, published=False)
 

@@ -1,4 +1,4 @@
-"""The second, unchanged stream of a run stays the dense model, at its own pace."""
+"""The second, unchanged stream of a run stays the dense model, at its own position."""
 
 import torch
 from families import BLOCKS, save_model, token_ids
@@ -27,12 +27,12 @@ def test_inputs_and_outputs_are_those_of_the_dense_model(tmp_path):
     model = Model(open_source(tmp_path))
     dense = DenseStream(model, ids, batch=2)
     for block in model.blocks(ids, batch=2):
-        beside = dense.at(block.index)
-        assert beside.module is not block.module
-        assert torch.equal(beside.activations.hidden, expected[block.index])
+        twin = dense.at(block.index)
+        assert twin.module is not block.module
+        assert torch.equal(twin.activations.hidden, expected[block.index])
         weights = {name: linear.weight.clone() for name, linear in block.linears.items()}
         for linear in block.linears.values():
-            linear.weight = 0 * linear.weight  # the pruned stream goes another way
+            linear.weight = 0 * linear.weight  # the pruned stream differs
         outputs = dense.after(block.index).hidden
         assert torch.equal(outputs, expected[block.index + 1])
         with torch.no_grad():

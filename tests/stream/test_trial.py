@@ -1,4 +1,4 @@
-"""A trial ends as soon as it is clear which way is faster."""
+"""A timing ends as soon as it is clear which implementation is faster."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from budwood.stream.trial import HOPELESS, ROUNDS, SECONDS, speed_ratio
 
 
 class Clock:
-    """Time that passes only where a way says so; counts the runs."""
+    """A clock that only the timed runs advance; counts the runs."""
 
     def __init__(self):
         self.now, self.runs = 0.0, {}
@@ -14,7 +14,7 @@ class Clock:
     def __call__(self):
         return self.now
 
-    def way(self, name, seconds):
+    def timed(self, name, seconds):
         def run():
             self.runs[name] = self.runs.get(name, 0) + 1
             self.now += seconds
@@ -22,11 +22,11 @@ class Clock:
         return run
 
     def size(self, name, first, second):
-        return lambda: (self.way(f"{name} first", first), self.way(f"{name} second", second))
+        return lambda: (self.timed(f"{name} first", first), self.timed(f"{name} second", second))
 
 
 @pytest.mark.parametrize("factor", [HOPELESS + 1, 100, 10_000])
-def test_a_hopeless_way_runs_twice(factor):
+def test_a_hopeless_run_is_timed_twice(factor):
     clock = Clock()
     sizes = [clock.size("small", 1e-3, factor * 1e-3), clock.size("large", 1.0, factor)]
     assert speed_ratio(sizes, clock=clock) == pytest.approx(1 / factor)
@@ -35,7 +35,7 @@ def test_a_hopeless_way_runs_twice(factor):
 
 
 @pytest.mark.parametrize("gain", [0.5, 1, 1.3, 20])
-def test_the_largest_size_decides_between_close_ways(gain):
+def test_the_largest_size_decides_between_close_times(gain):
     clock = Clock()
     sizes = [clock.size("small", 1e-4, 3e-4), clock.size("large", 1e-2, 1e-2 / gain)]
     assert speed_ratio(sizes, clock=clock) == pytest.approx(gain)
@@ -54,7 +54,7 @@ def test_on_a_slow_machine_one_round_decides():
     assert clock.runs == {"small first": 1, "small second": 1}
 
 
-def test_a_single_disturbance_does_not_decide():
+def test_a_single_outlier_does_not_decide():
     clock, times = Clock(), iter([1e-2, 5e-3, 1e-2, 5.0] + [1e-2, 5e-3] * 10)
 
     def run():

@@ -1,4 +1,4 @@
-"""Fitting a block by gradients: nearer to the targets, zeros stay zero, the same twice."""
+"""Fitting a block by gradients: errors fall, zeros stay zero, results repeat."""
 
 import torch
 
@@ -6,7 +6,7 @@ from budwood.training.reconstruct import reconstruct
 
 
 def network(weights, hidden):
-    """Two matrices with something between that no least-squares fit of one of them sees."""
+    """Two matrices with a non-linearity between them."""
     return hidden + (hidden @ weights["up"].T).relu() @ weights["down"].T
 
 
@@ -16,17 +16,17 @@ def problem(seed=0):
     dense = {"up": draw(24, 8) / 8**0.5, "down": draw(8, 24) / 24**0.5}
     pruned = {name: weight * (weight.abs() > weight.abs().median()) for name, weight in dense.items()}
     inputs = [draw(2, 10, 8) for _ in range(5)]
-    inputs[3][0, 0] *= 1000  # one token as loud as all others together
+    inputs[3][0, 0] *= 1000  # one token with a norm larger than all others together
     return dense, pruned, inputs, [network(dense, hidden) for hidden in inputs]
 
 
 def distance(weights, inputs, targets):
-    """Of the quiet tokens."""
+    """Squared distance over all tokens but the first of each batch."""
     pairs = zip(inputs, targets, strict=True)
     return sum(float((network(weights, hidden) - target)[:, 1:].square().sum()) for hidden, target in pairs)
 
 
-def test_outputs_come_nearer_and_zeros_stay():
+def test_errors_fall_and_zeros_stay():
     _, pruned, inputs, targets = problem()
     found = reconstruct(pruned, network, inputs, targets, steps=60, rate=0.02)
     assert distance(found, inputs, targets) < 0.7 * distance(pruned, inputs, targets)
@@ -35,7 +35,7 @@ def test_outputs_come_nearer_and_zeros_stay():
         assert not weight.requires_grad
 
 
-def test_the_same_twice_and_nothing_is_changed_in_place():
+def test_results_repeat_and_nothing_is_changed_in_place():
     _, pruned, inputs, targets = problem(1)
     before = {name: weight.clone() for name, weight in pruned.items()}
     found, again = (reconstruct(pruned, network, inputs, targets, steps=7, rate=0.02) for _ in range(2))
@@ -44,7 +44,7 @@ def test_the_same_twice_and_nothing_is_changed_in_place():
         assert torch.equal(pruned[name], before[name])
 
 
-def test_what_is_right_already_stays():
+def test_a_solution_stays():
     dense, _, inputs, targets = problem(2)
     found = reconstruct(dense, network, inputs, targets, steps=5, rate=0.02)
     assert all(torch.equal(found[name], weight) for name, weight in dense.items())
