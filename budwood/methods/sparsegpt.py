@@ -169,11 +169,13 @@ class RepairStep(Step):
 
 
 def masks_by(step: Step, block: "Block") -> dict[str, Tensor]:
-    """The mask of `step` for each linear, bool [out, in]; the weights are restored."""
+    """The mask of `step` for each linear, bool [out, in]; the weights are restored.
+
+    `recovered` stays: it counts positions of the mask, which is not changed further.
+    """
     dense = {name: linear.weight.clone() for name, linear in block.linears.items()}
     step(block)
     keep = {name: linear.weight != 0 for name, linear in block.linears.items()}
     for name, linear in block.linears.items():
         linear.weight = dense[name]
-        linear.recovered = None
     return keep

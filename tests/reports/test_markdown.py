@@ -123,7 +123,7 @@ def test_the_card_says_what_was_not_measured():
     card = render_card(report(blocks=[]), None, None, None)
     assert "Speed: not measured" in card
     assert "Perplexity: not measured" in card
-    assert "Output error of a block: not measured" in card
+    assert "Output error of a block, relative: not measured" in card
     assert "base_model" not in card
 
 
@@ -134,8 +134,12 @@ def test_a_local_path_is_no_base_model_and_stays_private():
 
 
 def test_only_packed_folders_need_budwood_to_load():
-    assert "import budwood" in render_card(report(), None, None, None)
-    assert "import budwood" not in render_card(report(format="dense"), None, None, None)
+    packed, dense = (render_card(report(format=layout), None, None, None) for layout in ("auto", "dense"))
+    assert 'pip install "budwood>=0.1.0" transformers torch' in packed
+    assert "budwood export THIS_FOLDER" in packed
+    assert "pip install transformers torch" in dense
+    assert "budwood export" not in dense
+    assert "import budwood" not in packed + dense
 
 
 def test_a_pattern_without_recovery_does_not_mention_it():
