@@ -6,8 +6,14 @@ import pytest
 from families import FAMILIES, MOE, build
 from transformers import PreTrainedModel
 
-# By default torch multiplies, for bit-equality; the tests of the kernels set the variable themselves.
+# Unless the environment says otherwise. Tests of bit-equality use `reference`, tests of kernels set their paths.
 os.environ.setdefault("BUDWOOD_KERNELS", "reference")
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch multiplies, whatever the environment says: for tests of bit-equality with a dense model."""
+    monkeypatch.setenv("BUDWOOD_KERNELS", "reference")
 
 
 @pytest.fixture(params=FAMILIES)

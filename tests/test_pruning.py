@@ -71,6 +71,7 @@ def test_dense_folders_stream_as_they_run(name, tmp_path):
     assert resident["losses"] == evaluate(str(tmp_path), IDS, seq_length=24, limit=3, stream=True)["losses"]
 
 
+@pytest.mark.usefixtures("reference")
 @pytest.mark.parametrize("layout", FORMATS)
 def test_every_format_gives_the_logits_of_the_dense_folder(llama, tmp_path, layout):
     method = 'wanda("2:4")' if layout in ("two_four", "two_four_int8") else "wrp(block=16, k=1)"
@@ -116,6 +117,7 @@ def test_later_blocks_see_the_rounding_and_it_is_reported(llama, tmp_path):
     assert json.loads((tmp_path / "int8" / "recipe.json").read_text())["format"] == "auto_int8"
 
 
+@pytest.mark.usefixtures("reference")
 def test_rounded_folders_are_one_model_however_they_are_read(llama, tmp_path):
     """In bfloat16 and cast to float32, resident and streamed, packed and exported."""
     prune(llama, tmp_path / "int8", "wrp(alpha=0.5)", TEXT, values="int8", dtype="bfloat16", **CALIBRATION)

@@ -30,6 +30,8 @@ ROUNDED = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "gpt2")
 
 register()
 
+pytestmark = pytest.mark.usefixtures("reference")  # bit-equality with the dense model
+
 
 def opened(folder, **kwargs) -> PreTrainedModel:
     """By transformers alone; nothing may be missing, unexpected or of another size."""

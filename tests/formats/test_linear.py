@@ -12,6 +12,7 @@ from budwood.errors import UsageError
 from budwood.formats import FORMATS
 from budwood.kernels.linear import SparseLinear
 
+pytestmark = pytest.mark.usefixtures("reference")  # bit-equality with the dense layer
 SPARSE = sorted(set(FORMATS) - {"dense"})
 PURE = ("two_four", "two_four_int8")  # cannot store recovered weights
 
