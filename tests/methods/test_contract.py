@@ -56,7 +56,7 @@ SETTINGS = {
         'allocate(wanda("50%", scope="matrix"))',
         'allocate(sparsegpt("50%"))',
         'allocate(wrp(density=0.05, scope="matrix"))',
-        'refit(allocate(wanda("50%")))',
+        'refit(allocate(wanda("50%", scope="matrix")))',
     ],
     "alps": ['alps("2:4")', 'alps("50%")', 'alps("2:4", extra=0.05)', 'alps("50%", scope="row")'],
     "graft": [
