@@ -18,13 +18,13 @@ def written_whole(file: Path) -> Iterator[Path]:
 
     Raises RunError where the file cannot be written.
     """
-    beside = file.with_name(f".{file.name}{TEMPORARY}")
+    temporary = file.with_name(f".{file.name}{TEMPORARY}")
     try:
-        yield beside
-        flush(beside)
-        os.replace(beside, file)
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, file)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise RunError(
                 f"{file} could not be written ({error}); make room or give another folder, and give the command again"
@@ -37,14 +37,14 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    with written_whole(file) as beside:
-        beside.write_text(text, "utf-8")
+    with written_whole(file) as temporary:
+        temporary.write_text(text, "utf-8")
 
 
 def copy_file(source: Path, file: Path) -> None:
     content = source.read_bytes()
-    with written_whole(file) as beside:
-        beside.write_bytes(content)
+    with written_whole(file) as temporary:
+        temporary.write_bytes(content)
 
 
 def flush(file: Path) -> None:

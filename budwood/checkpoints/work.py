@@ -38,8 +38,8 @@ class Work:
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes `name`.safetensors, in place of an earlier one."""
-        with written_whole(self.file(f"{name}.safetensors")) as beside:
-            write_shard(beside, tensors, {})
+        with written_whole(self.file(f"{name}.safetensors")) as temporary:
+            write_shard(temporary, tensors, {})
 
     def file(self, name: str) -> Path:
         """The path of a file in the folder, which exists from now on."""

@@ -27,7 +27,7 @@ OUTSIDE = -1  # the index of the shard of everything outside the blocks
 
 @dataclass(frozen=True)
 class ShardNotes:
-    """What the header of a shard says beside its tensors.
+    """What the header of a shard says in addition to its tensors.
 
     packed: format and [out, in] shape of every packed matrix. shapes: parameters (full name: shape as the module stores
     it) that the configuration gives another shape, or none. notes: JSON-plain, for the report.
@@ -65,8 +65,8 @@ class Writer:
         """One shard; see `ShardNotes`. Raises RunError where it cannot be written."""
         about = {"run": self.run, "packed": packed, "shapes": shapes, "notes": notes}
         try:
-            with written_whole(self.shard(index)) as beside:
-                write_shard(beside, tensors, {"format": "pt", "budwood": json.dumps(about)})
+            with written_whole(self.shard(index)) as temporary:
+                write_shard(temporary, tensors, {"format": "pt", "budwood": json.dumps(about)})
         except RunError as error:
             finished = sum(self.finished(i) for i in range(self.blocks))
             raise RunError(f"{error}; {finished} of {self.blocks} blocks are finished and kept") from error
