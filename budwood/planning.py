@@ -127,9 +127,8 @@ def _total(
 
 def _packed(layout: str, structure: ModelStructure, method: Method, itemsize: int) -> list[tuple[str, int, int]]:
     """(format, bytes of one matrix, count) for each kind; UsageError where `layout` cannot hold one."""
-    kinds = Counter(
-        (forecast, forecast.shape or structure.shapes[name]) for name, forecast in method.forecast(structure).items()
-    )
+    shapes = structure.shapes
+    kinds = Counter((forecast, forecast.shape or shapes[name]) for name, forecast in method.forecast(structure).items())
     return [(*predict(shape, forecast, itemsize, layout), count) for (forecast, shape), count in kinds.items()]
 
 
