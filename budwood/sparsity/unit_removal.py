@@ -78,11 +78,26 @@ def remove_units(
     rounds: int | None = None,
     first_order: FirstOrder = "signed",
 ) -> dict[int, Removed]:
-    """Removes units [units, width] of columns; what is left at each of `counts`, by count.
+    """`kept_units` and `repaired`: what is left at each of `counts`, by count, ascending."""
+    found = kept_units(problem, units, counts, step=step, rounds=rounds, first_order=first_order)
+    return {count: repaired(problem, units, kept) for count, kept in found.items()}
 
-    One sweep serves all counts: removals are nested, and a step is cut short where it would pass a count. step: units
-    per step. rounds: a number of steps for each count instead, as equal as possible, the first ones larger (the
-    published program; its sweep is repeated for each count). Of equal scores the lower index is removed first.
+
+def kept_units(
+    problem: Problem,
+    units: Tensor,
+    counts: Iterable[int],
+    *,
+    step: int = 1,
+    rounds: int | None = None,
+    first_order: FirstOrder = "signed",
+) -> dict[int, Tensor]:
+    """The units kept, int64 ascending, once each of `counts` of them are removed, by count.
+
+    units: columns of each, [units, width]. One sweep serves all counts: removals are nested, and a step is cut short
+    where it would pass a count. step: units per step. rounds: a number of steps for each count instead, as equal as
+    possible, the first ones larger (the published program; its sweep is repeated for each count). Of equal scores the
+    lower index is removed first.
     Raises ValueError for a count below 0 or above the number of units, and where a column belongs to no unit.
     """
     if units.numel() != problem.dense.shape[1]:
@@ -90,26 +105,27 @@ def remove_units(
     wanted = sorted(set(counts))
     if wanted and not 0 <= wanted[0] <= wanted[-1] <= len(units):
         raise ValueError(f"between 0 and {len(units)} units can be removed, not {wanted[0]} to {wanted[-1]}")
-    found: dict[int, Removed] = {}
+    every = torch.arange(len(units), device=units.device)
+    found = {0: every, len(units): every[:0]}
+    between = [count for count in wanted if count not in found]
     if rounds is None:
-        last = max((count for count in wanted if count < len(units)), default=0)
-        stops = sorted({*range(step, last, step), *(count for count in wanted if 0 < count <= last)})
-        sweeps = [(stops, set(stops) & set(wanted))]
+        last = between[-1] if between else 0
+        sweeps = [sorted({*range(step, last, step), *between})]
     else:
-        sweeps = [(equal_rounds(count, rounds), {count}) for count in wanted if 0 < count < len(units)]
-    for stops, noted in sweeps:
+        sweeps = [equal_rounds(count, rounds) for count in between]
+    for stops in sweeps:
         for count, kept in _sweep(problem, units, stops, first_order):
-            if count in noted:
-                columns = units[kept].flatten().sort().values
-                found[count] = Removed(kept, columns, problem.repair(columns))
-    for count in wanted:
-        if count == 0:
-            every = torch.arange(problem.dense.shape[1], device=units.device)
-            found[0] = Removed(torch.arange(len(units), device=units.device), every, problem.dense)
-        elif count == len(units):
-            none = units.new_zeros(0)
-            found[count] = Removed(none, none, problem.dense[:, :0])
+            if rounds is None or count == stops[-1]:
+                found[count] = kept
     return {count: found[count] for count in wanted}
+
+
+def repaired(problem: Problem, units: Tensor, kept: Tensor) -> Removed:
+    """The best weights with these units alone; the dense ones where none is removed."""
+    columns = units[kept].flatten().sort().values
+    if len(kept) in (0, len(units)):
+        return Removed(kept, columns, problem.dense[:, columns])
+    return Removed(kept, columns, problem.repair(columns))
 
 
 def equal_rounds(count: int, rounds: int) -> list[int]:
