@@ -7,6 +7,7 @@ from budwood.methods.magnitude import Magnitude
 from budwood.methods.method import Method
 from budwood.methods.refit import Refit
 from budwood.methods.sparsegpt import SparseGPT
+from budwood.methods.tyr import Tyr
 from budwood.methods.wanda import Wanda
 from budwood.methods.wrp import Wrp
 
@@ -19,4 +20,5 @@ METHODS: dict[str, type[Method]] = {
     "alps": Alps,
     "graft": Graft,
     "allocate": Allocate,
+    "tyr": Tyr,
 }

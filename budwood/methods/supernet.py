@@ -1,0 +1,327 @@
+"""Several pruned copies of the linears that read units, one per level, kept on disk: a supernet.
+
+Týr-the-Pruner (arXiv 2503.09657), sections 3 and 4.1. Blocks are pruned in order; what reaches the next block is the
+expected output over the copies of this one. Only kept columns are stored, and nothing for a level that removes none.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from budwood.checkpoints.reader import Shards
+from budwood.checkpoints.work import Work
+from budwood.errors import RunError
+from budwood.methods.sites import Site
+from budwood.sparsity.statistics import Gram
+from budwood.sparsity.unit_removal import (
+    FirstOrder,
+    Problem,
+    expectation,
+    kept_units,
+    output_error,
+    problem_of,
+    repaired,
+)
+
+if TYPE_CHECKING:
+    from budwood.stream.block import Block
+    from budwood.stream.model import Model
+
+log = logging.getLogger(__name__)
+
+Accumulate = Literal["expectation", "centre", "uniform", "none"]
+STEPS = {"attention": 1, "mlp": 16}  # units removed between two scorings
+ROUNDS = {"attention": 1, "mlp": 16}  # scorings of the released program
+HARDER = (1, 3, 10, 30)  # factors on the damping of the repair, of which the held-out inputs choose
+PERIOD = 8  # of as many windows one is held out
+CACHE = 2**30  # bytes of copies kept in memory
+HEADER = 360  # bytes that the names, shapes and errors of a copy take in a file, about
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """How one linear is pruned to several levels."""
+
+    first_order: FirstOrder = "signed"
+    damp: float = 0.01
+    published: bool = False
+
+    def copies(
+        self, weight: Tensor, statistic: "HeldOut", site: Site, columns: Tensor, levels: Mapping[int, int]
+    ) -> dict[int, "Copy"]:
+        """The pruned copies of a weight [out, in] by level. columns: of each unit [units, width].
+
+        The repair is damped as much as serves the held-out inputs best at the level nearest the centre.
+        """
+        fit, held = statistic.moments(weight.shape[1])
+        columns = columns.to(fit.device)
+        problem = problem_of(weight, fit, self.damp)
+        kept = kept_units(
+            problem,
+            columns,
+            levels.values(),
+            step=STEPS[site.kind],
+            rounds=ROUNDS[site.kind] if self.published else None,
+            first_order=self.first_order,
+        )
+        centre = min(levels, key=abs)
+        problem, factor = self._best(problem, weight, fit, held, columns, kept[levels[centre]])
+        found = {}
+        for level, count in levels.items():
+            left = repaired(problem, columns, kept[count])
+            errors = [output_error(weight, left.columns, left.weight, moments) for moments in (fit, held)]
+            found[level] = Copy(left.kept.cpu(), left.columns.cpu(), left.weight.cpu(), *errors, self.damp * factor)
+        return found
+
+    def _best(
+        self, problem: Problem, weight: Tensor, fit: Tensor, held: Tensor, columns: Tensor, kept: Tensor
+    ) -> tuple[Problem, float]:
+        """The problem with the damping whose repair has the least error on the held-out inputs, and its factor."""
+        if self.published or not held.any():
+            return problem, 1.0
+        best: tuple[float, Problem, float] | None = None
+        for factor in HARDER:
+            tried = problem if factor == 1 else problem_of(weight, fit, self.damp * factor)
+            left = repaired(tried, columns, kept)
+            error = output_error(weight, left.columns, left.weight, held)
+            if best is not None and error >= best[0]:
+                break
+            best = error, tried, factor
+        assert best is not None
+        return best[1], best[2]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A pruned copy of a linear: units and columns kept, their weights, relative squared output errors, damping."""
+
+    kept: Tensor  # int64 [units kept]
+    columns: Tensor  # int64 [in kept]
+    weight: Tensor  # [out, in kept]
+    error: float  # on the calibration inputs
+    held_out: float  # on inputs that were not fitted; 0 where there are none
+    damp: float
+
+
+class HeldOut:
+    """Second moments of the inputs; those of one window in `period` are summed apart, to measure overfitting."""
+
+    def __init__(self, width: int, period: int | None):
+        self.count, self.period, self._windows = 0, period, 0
+        self.fit, self.held = Gram(width), Gram(width) if period else None
+
+    def add(self, x: Tensor) -> None:
+        """x: [..., tokens, in]. Tokens routed to an expert come without their windows: of them the last ones count."""
+        self.count += x.numel() // x.shape[-1]
+        if self.held is None or self.period is None:
+            self.fit.add(x)
+        elif x.dim() > 2:
+            x = x.flatten(0, -3)
+            held = torch.arange(self._windows, self._windows + len(x)) % self.period == self.period - 1
+            self._windows += len(x)
+            for gram, some in ((self.fit, ~held), (self.held, held)):
+                if some.any():
+                    gram.add(x[some.to(x.device)])
+        else:
+            last = len(x) // self.period
+            self.fit.add(x[: len(x) - last])
+            self.held.add(x[len(x) - last :])
+
+    def check(self, name: str) -> None:
+        self.fit.check(name)
+
+    def moments(self, width: int) -> tuple[Tensor, Tensor]:
+        """Second moments [in, in] of the inputs to fit and of those held out, float64.
+
+        Where no token arrived the first are the identity, so that units are removed by their magnitude.
+        """
+        fit = self.fit.matrix() if self.fit.count else torch.eye(width, dtype=torch.float64)
+        return fit, self.held.matrix() if self.held is not None else torch.zeros_like(fit)
+
+
+class Supernet:
+    """The copies of one round. sites: all of the model. levels: units removed, by level, for each site."""
+
+    def __init__(self, work: Work, name: str, sites: Sequence[Site], levels: Sequence[Mapping[int, int]]):
+        self.work, self.name, self.sites, self.levels = work, name, sites, levels
+        self._cache: OrderedDict[tuple[int, str, int], tuple[Tensor, Tensor]] = OrderedDict()
+        self._bytes = 0
+
+    def at(self, block: int) -> Iterator[tuple[int, Site]]:
+        """The sites of a block and their places in the list."""
+        return ((place, site) for place, site in enumerate(self.sites) if site.block == block)
+
+    def file(self, block: int) -> str:
+        return f"{self.name}-{block:04d}"
+
+    def has(self, block: int) -> bool:
+        return self.work.file(f"{self.file(block)}.safetensors").is_file()
+
+    def save(self, block: int, copies: Mapping[str, Mapping[int, Copy]], dtype: torch.dtype) -> None:
+        """Keeps the copies of a block, by consumer and level, in the storage dtype."""
+        tensors = {}
+        for consumer, levels in copies.items():
+            for level, copy in levels.items():
+                key = f"{consumer}|{level}"
+                tensors[f"{key}|errors"] = torch.tensor([copy.error, copy.held_out, copy.damp], dtype=torch.float64)
+                tensors[f"{key}|kept"] = copy.kept
+                tensors[f"{key}|columns"] = copy.columns
+                tensors[f"{key}|weight"] = copy.weight.to(dtype)
+        self.work.save(self.file(block), tensors)
+
+    def read(self, block: int, consumer: str, level: int) -> tuple[Tensor, Tensor]:
+        """Columns and weight of a copy; copies that were read lately stay in memory."""
+        key = (block, consumer, level)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        shards = self._shards(block)
+        copy = tuple(shards.read(f"{consumer}|{level}|{part}") for part in ("columns", "weight"))
+        self._cache[key] = copy[0], copy[1]
+        self._bytes += sum(tensor.nbytes for tensor in copy)
+        while self._bytes > CACHE and len(self._cache) > 1:
+            self._bytes -= sum(tensor.nbytes for tensor in self._cache.popitem(last=False)[1])
+        return copy[0], copy[1]
+
+    def kept(self, block: int, consumer: str, level: int) -> Tensor:
+        """The units kept by a copy, int64."""
+        return self._shards(block).read(f"{consumer}|{level}|kept")
+
+    def errors(self, block: int, consumer: str, level: int) -> list[float]:
+        """Relative squared output error of a copy on calibration and on held-out inputs, and its damping."""
+        return [float(value) for value in self._shards(block).read(f"{consumer}|{level}|errors")]
+
+    def weights(self, block: "Block", state: Sequence[int]) -> dict[str, Tensor]:
+        """Weights [out, in] by consumer, zero in removed columns, for the level of every site; none for dense ones."""
+        found = {}
+        for place, site in self.at(block.index):
+            if self.levels[place][state[place]] == 0:
+                continue
+            for consumer in site.consumers:
+                columns, weight = self.read(block.index, consumer, state[place])
+                whole = torch.zeros(block.linears[consumer].shape, dtype=weight.dtype)
+                whole[:, columns] = weight
+                found[consumer] = whole.to(block.device)
+        return found
+
+    def remove(self) -> None:
+        """Deletes the files of all blocks."""
+        self._cache.clear()
+        for file in self.work.folder.glob(f"{self.name}-*.safetensors"):
+            file.unlink()
+
+    def _shards(self, block: int) -> Shards:
+        return Shards([self.work.file(f"{self.file(block)}.safetensors")])
+
+
+def build(
+    model: "Model",
+    windows: Tensor,
+    supernet: Supernet,
+    pruner: Pruner,
+    accumulate: Accumulate,
+    within_layer: Literal["joint", "sequential"],
+) -> dict[str, Any]:
+    """Prunes every block to all its levels, from the dense weights; blocks whose file exists are not pruned again.
+
+    windows: token ids [windows, tokens]. Returns the manifest: per block and consumer the levels, units removed, errors.
+    """
+    period = None if pruner.published or len(windows) < 4 else min(PERIOD, len(windows))
+    statistic = partial(HeldOut, period=period)
+    manifest: dict[str, Any] = {}
+    for block in model.survey(windows):
+        sites = list(supernet.at(block.index))
+        dense = {name: block.linears[name].weight.clone() for _, site in sites for name in site.consumers}
+        if not supernet.has(block.index):
+            check_units(block, sites)
+            copies: dict[str, dict[int, Copy]] = {}
+            for turn in [sites] if within_layer == "joint" else [[site] for site in sites]:
+                statistics = block.collect(statistic)
+                for place, site in turn:
+                    removing = {level: count for level, count in supernet.levels[place].items() if count}
+                    for name in site.consumers:
+                        found = statistics[name]
+                        found.check(f"{block.name}.{name}")
+                        if found.count == 0:
+                            log.warning(
+                                "%s: no calibration token reached it, so it is pruned by magnitude", block.linears[name].name
+                            )
+                        columns = block.units[name].columns
+                        copies[name] = pruner.copies(dense[name], found, site, columns, removing) if removing else {}
+                        if within_layer == "sequential":
+                            pairs = {
+                                level: (copy.columns, copy.weight.to(model.storage))
+                                for level, copy in copies[name].items()
+                            }
+                            mean = averaged(dense[name], pairs, supernet.levels[place], site.units, accumulate)
+                            block.linears[name].weight = mean
+            supernet.save(block.index, copies, model.storage)
+        if accumulate != "none":
+            for place, site in sites:
+                for name in site.consumers:
+                    counts = supernet.levels[place]
+                    pairs = {level: supernet.read(block.index, name, level) for level, n in counts.items() if n}
+                    block.linears[name].weight = averaged(dense[name], pairs, counts, site.units, accumulate)
+        manifest[block.name] = {
+            name: [
+                {"level": level, "removed": n, "errors": supernet.errors(block.index, name, level) if n else [0.0] * 3}
+                for level, n in supernet.levels[place].items()
+            ]
+            for place, site in sites
+            for name in site.consumers
+        }
+    return manifest
+
+
+def averaged(
+    dense: Tensor,
+    copies: Mapping[int, tuple[Tensor, Tensor]],
+    counts: Mapping[int, int],
+    units: int,
+    accumulate: Accumulate,
+) -> Tensor:
+    """The weight [out, in] that is propagated in place of all copies (columns, weight) of a linear, by level.
+
+    counts: units removed at every level; a level without a copy is the dense weight. "expectation": copies count by the
+    share of units that they keep, "uniform": all alike, "centre": only level 0, "none": the dense weight.
+    """
+    if accumulate == "none":
+        return dense
+    every = torch.arange(dense.shape[1])
+    pairs = [copies[level] if count else (every, dense) for level, count in counts.items()]
+    shares = {
+        "expectation": [1 - count / units for count in counts.values()],
+        "uniform": [1.0] * len(counts),
+        "centre": [float(level == 0) for level in counts],
+    }
+    return expectation(dense, pairs, shares[accumulate])
+
+
+def check_units(block: "Block", sites: Sequence[tuple[int, Site]]) -> None:
+    """Raises RunError where running the block has shown that its shapes promised units which it does not have."""
+    for _, site in sites:
+        for name in site.consumers:
+            if name not in block.units:
+                reason = block.refused.get(name, "its units were not found by running the block")
+                raise RunError(
+                    f"{block.name}.{name} cannot lose units: {reason}; leave it whole with --skip '{block.name}.{name}'"
+                )
+
+
+def predicted_bytes(
+    sites: Sequence[Site], levels: Sequence[Mapping[int, int]], rows: Sequence[int], itemsize: int
+) -> int:
+    """Bytes of a supernet on disk. rows: of the consumers of each site. itemsize: of a stored weight."""
+    total = 0
+    for site, counts, out in zip(sites, levels, rows, strict=True):
+        for removed in filter(None, counts.values()):
+            columns = (site.units - removed) * site.width
+            copy = columns * out * itemsize + 8 * (site.units - removed + columns) + HEADER
+            total += copy * len(site.consumers)
+    return total

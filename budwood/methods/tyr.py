@@ -1,0 +1,307 @@
+"""Týr-the-Pruner: whole KV groups and neurons removed, with the widths of all blocks found by a search (2503.09657)."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from budwood.checkpoints.files import write_json
+from budwood.checkpoints.reader import Shards
+from budwood.errors import UsageError
+from budwood.methods.divergence import DENSE, Divergence, samples_for
+from budwood.methods.method import Step
+from budwood.methods.option import option
+from budwood.methods.sites import SIDE, Site, even_counts, levels_of, sites_of, spacings
+from budwood.methods.structured import Structured, alignment, forecast, refusals
+from budwood.methods.supernet import Accumulate, Pruner, Supernet, build, predicted_bytes
+from budwood.methods.validation import number, one_of, truth, whole
+from budwood.sparsity.forecast import Forecast
+from budwood.sparsity.level_search import Progress, Settings, Space, Stage, State, begin, search
+from budwood.sparsity.unit_removal import FirstOrder
+
+if TYPE_CHECKING:
+    from budwood.checkpoints.structure import ModelStructure
+    from budwood.checkpoints.work import Work
+    from budwood.runs.run import Run
+    from budwood.stream.block import Block
+    from budwood.stream.model import Model
+
+SHORT = 32  # tokens of the window on which the units of all blocks are verified
+POOL = 524_288  # tokens of the calibration windows that the search draws from, at most
+CHOSEN = "tyr-chosen"  # name of the files with the copies that the search chose
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The size of a search. shares: of all calibration tokens, which bound the tokens of the stages."""
+
+    rounds: int
+    generations: int
+    children: int
+    tokens: tuple[int, ...]
+    survivors: tuple[int, ...]
+    shares: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+
+PRESETS = {
+    "full": Preset(4, 50, 128, (2048, 16384, 131072), (16, 4, 1)),
+    "fast": Preset(2, 20, 32, (1024, 4096, 16384), (8, 2, 1)),
+    "quick": Preset(1, 12, 16, (512, 2048, 8192), (4, 2, 1), (1 / 32, 1 / 8, 1 / 2)),
+    "test": Preset(1, 5, 8, (128, 256, 512), (3, 2, 1)),
+}
+
+
+@dataclass(frozen=True)
+class Tyr(Structured):
+    """Prune every block to several widths with least-squares repair, and search the widths that change the logits least.
+
+    A unit is a KV group with its query heads, or a neuron of an MLP. All experts of a block get the same width. Every
+    attention and every MLP keeps at least one unit.
+    """
+
+    drop: float = option(0.5, "share of the KV groups, and of the neurons, to remove")
+    preset: Literal["full", "fast", "quick", "test"] = option(
+        "full", 'size of the search: "full" as published, "fast", "quick" (at most 40 forward passes), "test"'
+    )
+    levels: Literal["search", "uniform"] = option("search", "the widths of the blocks: searched, or the same share for all")
+    rounds: int = option(0, "searches, each with half the spacing of the one before; 0: those of the preset")
+    generations: int = option(0, "most generations of a search; 0: those of the preset")
+    children: int = option(0, "candidates per generation; 0: those of the preset")
+    tokens: tuple[int, ...] = option((), "tokens on which the candidates of each stage are compared; (): as the preset")
+    survivors: tuple[int, ...] = option((), "candidates that each stage keeps; (): as the preset")
+    first_order: Literal["signed", "abs", "none"] = option(
+        "signed", "first-order term of the price of a unit, as in the released program, as in the paper, or without"
+    )
+    accumulate: Literal["expectation", "centre", "uniform", "none"] = option(
+        "expectation", "what reaches the next block: the mean of all copies, weighted by width or not, one copy, the dense"
+    )
+    within_layer: Literal["joint", "sequential"] = option(
+        "joint", "prune attention and MLP on the same inputs, or the MLP after the pruned attention (one more pass)"
+    )
+    damp: float = option(0.01, "least pull towards the dense weights; held-out windows choose up to 30 times as much")
+    seed: int = option(0, "of the search")
+    published: bool = option(False, "removal steps, damping and selection of the released program")
+
+    def __post_init__(self) -> None:
+        number("drop", self.drop, 0, 1)
+        one_of("preset", self.preset, PRESETS)
+        one_of("levels", self.levels, ("search", "uniform"))
+        one_of("first_order", self.first_order, ("signed", "abs", "none"))
+        one_of("accumulate", self.accumulate, ("expectation", "centre", "uniform", "none"))
+        one_of("within_layer", self.within_layer, ("joint", "sequential"))
+        number("damp", self.damp, 0, 1)
+        truth("published", self.published)
+        for name in ("rounds", "generations", "children", "seed"):
+            whole(name, getattr(self, name), 0)
+        for name in ("tokens", "survivors"):
+            for value in getattr(self, name):
+                whole(name, value, 1)
+        if len(self.tokens or self.size.tokens) != len(self.survivors or self.size.survivors):
+            raise UsageError(f"tokens and survivors must be of the same length, got {self.tokens} and {self.survivors}")
+
+    @property
+    def size(self) -> Preset:
+        return PRESETS[self.preset]
+
+    @property
+    def turns(self) -> int:
+        """Supernets that are built one after the other."""
+        return (self.rounds or self.size.rounds) if self.levels == "search" else 1
+
+    def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
+        assert windows is not None
+        refused = work.record("tyr-refused", lambda: refusals_of(model, windows))
+        sites = sites_of(
+            {
+                block: {name: units for name, units in sets.items() if f"{block}.{name}" not in refused}
+                for block, sets in model.structure.units.items()
+            }
+        )
+        counts = self.first_counts(sites)
+        reports = []
+        for turn in range(self.turns):
+            report = work.record(
+                f"tyr-{turn + 1}", lambda turn=turn, counts=counts: self.round(model, windows, work, sites, counts, turn)
+            )
+            self.supernet(work, sites, counts, turn).remove()
+            counts = report["counts"]
+            reports.append(report)
+        work.file(f"{DENSE}.safetensors").unlink(missing_ok=True)
+        return TyrStep(work, reports, refused)
+
+    def first_counts(self, sites: Sequence[Site]) -> list[int]:
+        """Units to remove at each site before any search."""
+        if self.levels == "uniform":
+            return [site.units - max(1, round((1 - self.drop) * site.units)) for site in sites]
+        return even_counts(sites, self.drop)
+
+    def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
+        """Where levels are searched, the shapes that the search begins with: their total is that of the result."""
+        sites = sites_of(structure.units)
+        counts = self.first_counts(sites)
+        names = list(structure.units)
+        left = {
+            (names[site.block], name): site.units - count
+            for site, count in zip(sites, counts, strict=True)
+            for name in site.consumers
+        }
+        order = iter([left[block, name] for block, sets in structure.units.items() for name in sets])
+        return forecast(structure, lambda units: next(order))
+
+    def supernet(self, work: "Work", sites: Sequence[Site], counts: Sequence[int], turn: int) -> Supernet:
+        """The supernet around these numbers of removed units, whether built or not."""
+        return Supernet(work, f"tyr-{turn + 1}-block", sites, self.levels_around(sites, counts, turn))
+
+    def levels_around(self, sites: Sequence[Site], counts: Sequence[int], turn: int) -> list[dict[int, int]]:
+        """Units removed at every level of each site, in round `turn`, from 0."""
+        side = SIDE if self.levels == "search" else 0
+        spaced = zip(sites, counts, spacings(sites, turn), strict=True)
+        return [levels_of(site, centre, spacing, side) for site, centre, spacing in spaced]
+
+    def round(
+        self, model: "Model", windows: Tensor, work: "Work", sites: Sequence[Site], counts: Sequence[int], turn: int
+    ) -> dict[str, Any]:
+        """One supernet and the search in it: the units to remove at each site, and what was found on the way."""
+        supernet = self.supernet(work, sites, counts, turn)
+        pruner = Pruner(self.first_order, self.damp, self.published)
+        manifest = build(model, windows, supernet, pruner, self.accumulate, self.within_layer)
+        collecting = 1 if self.within_layer == "joint" else max((sum(1 for _ in supernet.at(i)) for i in range(len(model))))
+        report: dict[str, Any] = {"manifest": manifest, "passes": 1.0 + collecting, "log": []}
+        state: State = (0,) * len(sites)
+        if self.levels == "search":
+            state, report["log"], passes = self.searched(model, windows, work, supernet, turn)
+            report["passes"] += passes + (turn == 0) * min(1.0, POOL / windows.numel())
+        if turn == self.turns - 1:
+            keep_chosen(supernet, state, work, len(model))
+        report["state"] = list(state)
+        report["counts"] = [levels[level] for levels, level in zip(supernet.levels, state, strict=True)]
+        report["errors"] = mean_errors(supernet, state)
+        report["widths"] = [
+            site.units - count for site, count in zip(sites, report["counts"], strict=True) if site.kind == "mlp"
+        ]
+        return report
+
+    def searched(
+        self, model: "Model", windows: Tensor, work: "Work", supernet: Supernet, turn: int
+    ) -> tuple[State, list[dict[str, Any]], float]:
+        """The best state, the log of the generations, and forward passes over all windows; resumed where it was cut."""
+        pool = windows[: max(1, POOL // windows.shape[1])]
+        tokens = self.stage_tokens(pool.numel())
+        fitness = Divergence(model, pool, tokens, work, supernet)
+        survivors = self.survivors or self.size.survivors
+        stages = [Stage(samples_for(t, pool.shape[1]), s) for t, s in zip(tokens, survivors, strict=True)]
+        settings = Settings(
+            self.generations or self.size.generations,
+            self.children or self.size.children,
+            stages,
+            published=self.published,
+        )
+        levels = [range(min(levels), max(levels) + 1) for levels in supernet.levels]
+        space = Space(levels, [site.group for site in supernet.sites])
+        file = work.file(f"tyr-{turn + 1}-search.json")
+        kept = json.loads(file.read_text("utf-8")) if file.is_file() else None
+        progress = begin(space, self.seed + turn) if kept is None else Progress.from_json(kept["progress"])
+        fitness.block_tokens = 0 if kept is None else kept["block_tokens"]
+        for _ in search(space, settings, len(pool), fitness, progress):
+            write_json(file, {"progress": progress.to_json(), "block_tokens": fitness.block_tokens})
+        return progress.parent, progress.log, fitness.passes * pool.numel() / windows.numel()
+
+    def stage_tokens(self, available: int) -> tuple[int, ...]:
+        """Tokens of each stage, bounded by those of the calibration windows."""
+        if self.tokens:
+            return tuple(min(tokens, available) for tokens in self.tokens)
+        bounds = (max(2, int(share * available)) for share in self.size.shares)
+        return tuple(min(tokens, bound) for tokens, bound in zip(self.size.tokens, bounds, strict=True))
+
+    def supernet_bytes(self, structure: "ModelStructure", itemsize: int) -> int:
+        """Bytes of the first supernet on disk, for weights of `itemsize` bytes; those of later rounds are as large."""
+        sites = sites_of(structure.units)
+        names = list(structure.units)
+        rows = [structure.shapes[f"{names[site.block]}.{site.consumers[0]}"][0] for site in sites]
+        return predicted_bytes(sites, self.levels_around(sites, self.first_counts(sites), 0), rows, itemsize)
+
+    def work_bytes(self, structure: "ModelStructure", tokens: int, itemsize: int) -> int:
+        """Bytes of intermediate results on disk, at most at a time: the supernet, the dense model's hidden states.
+
+        tokens: of all calibration windows. itemsize: of a stored weight.
+        """
+        total = self.supernet_bytes(structure, itemsize)
+        if self.levels == "search":
+            names = list(structure.units)
+            hidden = max(structure.shapes[f"{names[s.block]}.{s.consumers[0]}"][0] for s in sites_of(structure.units))
+            total += 2 * hidden * min(tokens, POOL)
+        return total
+
+
+def keep_chosen(supernet: Supernet, state: State, work: "Work", blocks: int) -> None:
+    """Writes the chosen copies of every block: kept units and repaired weights, by consumer."""
+    for index in range(blocks):
+        tensors = {}
+        for place, site in supernet.at(index):
+            if supernet.levels[place][state[place]]:
+                for name in site.consumers:
+                    tensors[f"{name}|kept"] = supernet.kept(index, name, state[place])
+                    tensors[f"{name}|weight"] = supernet.read(index, name, state[place])[1]
+        work.save(f"{CHOSEN}-{index:04d}", tensors)
+
+
+def mean_errors(supernet: Supernet, state: State) -> list[float]:
+    """Relative squared output errors of the chosen copies, mean over linears: calibration inputs, held-out inputs."""
+    found = [
+        supernet.errors(site.block, name, level)
+        for site, levels, level in zip(supernet.sites, supernet.levels, state, strict=True)
+        for name in site.consumers
+        if levels[level]
+    ]
+    return torch.tensor(found, dtype=torch.float64)[:, :2].mean(0).tolist() if found else [0.0, 0.0]
+
+
+@dataclass(frozen=True)
+class TyrStep(Step):
+    """work: holds the chosen copies. reports: of the rounds. refused: units that are left whole, and why."""
+
+    work: "Work"
+    reports: Sequence[Mapping[str, Any]]
+    refused: Mapping[str, str]
+
+    def __call__(self, block: "Block") -> None:
+        shards = Shards([self.work.file(f"{CHOSEN}-{block.index:04d}.safetensors")])
+        names = [key.removesuffix("|kept") for key in shards.names() if key.endswith("|kept")]
+        block.keep({name: shards.read(f"{name}|kept") for name in names})
+        for name in names:
+            block.linears[name].weight = shards.read(f"{name}|weight").float()
+
+    def finish(self, run: "Run") -> None:
+        run.note(refusals(self.refused))
+        run.note(alignment(self.reports[-1]["widths"]))
+        run.note(summary(self.reports))
+
+
+def refusals_of(model: "Model", windows: Tensor) -> dict[str, str]:
+    """Units that the shapes promise and running a block disproves, by full name of their consumer, and the reason."""
+    found = {}
+    for block in model.survey(windows[:1, :SHORT]):
+        promised = set(model.structure.units[block.name]) - set(block.units)
+        found.update({f"{block.name}.{name}": block.refused.get(name, "it has none") for name in sorted(promised)})
+    return found
+
+
+def summary(reports: Sequence[Mapping[str, Any]]) -> str:
+    """What the rounds found, in one sentence."""
+    log = [entry for report in reports for entry in report["log"]]
+    calibration, held_out = reports[-1]["errors"]
+    passes = sum(report["passes"] for report in reports)
+    searched = (
+        f"{len(log)} generations moved the divergence of the logits from {log[0]['parent_fitness']:.4g} to "
+        f"{log[-1]['fitness']:.4g} per token; "
+        if log
+        else ""
+    )
+    held = f" and {held_out:.4f} on held-out windows" if held_out else ""
+    return (
+        f"tyr: {searched}squared output error of the repaired linears {calibration:.4f} on calibration windows{held}; "
+        f"{passes:.1f} forward passes over the calibration windows before pruning"
+    )

@@ -1,0 +1,358 @@
+"""tyr: an exact budget, the same bytes after an interruption anywhere, repairs that are optimal, a search that helps."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from families import save_model, token_ids
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from budwood.checkpoints.source import open_source
+from budwood.checkpoints.structure import ModelStructure
+from budwood.checkpoints.work import Work
+from budwood.errors import UsageError
+from budwood.methods import divergence, parse_method, supernet, tyr
+from budwood.methods.divergence import Divergence
+from budwood.methods.sites import Site, even_counts, levels_of, sites_of, spacings
+from budwood.methods.supernet import HeldOut, Pruner, Supernet, averaged, build
+from budwood.methods.tyr import PRESETS, POOL, Tyr
+from budwood.pruning import prune
+from budwood.sparsity.unit_removal import output_error
+from budwood.stream.model import Model
+
+CALIBRATION = {
+    "num_samples": 8,
+    "seq_length": 24,
+    "compute_dtype": "float32",
+    "sparse_products": "off",
+    "attention": "fused",
+}
+IDS = token_ids(1, 400) % 90 + 3
+WINDOWS = token_ids(8, 24, seed=5)
+SMALL = 'tyr(preset="test", tokens=(24, 48, 96))'
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save_model("llama", folder)
+    return folder
+
+
+def sites_in(folder):
+    return sites_of(ModelStructure(open_source(folder).config).units)
+
+
+def site(units, kind="mlp", cost=96, block=0):
+    return Site(block, kind, ("down",), units, 1, cost)
+
+
+def supernet_in(folder, work, levels=4, accumulate="expectation", within_layer="joint", pruner=None):
+    """A supernet of the first round at one half, built; and the model."""
+    model = Model(open_source(folder))
+    sites = sites_of(model.structure.units)
+    spaced = zip(sites, even_counts(sites, 0.5), spacings(sites, 0), strict=True)
+    found = Supernet(Work(work), "net", sites, [levels_of(*each, levels) for each in spaced])
+    build(model, WINDOWS, found, pruner or Pruner(), accumulate, within_layer)
+    return model, found
+
+
+def test_shares_that_are_no_whole_units_are_spread():
+    assert even_counts([site(3)] * 4, 0.5) == [2, 1, 2, 1]
+    assert sum(even_counts([site(1536)] * 30, 0.3)) == round(0.3 * 1536 * 30)
+    assert even_counts([site(1)] * 3, 0.9) == [0, 0, 0]  # one unit is kept
+
+
+def test_levels_of_the_published_sizes():
+    heads, neurons = [site(32, "attention")], [site(11008)]
+    assert [spacings(heads, turn)[0] for turn in range(4)] == [4, 2, 1, 1]
+    assert [spacings(neurons, turn)[0] for turn in range(4)] == [1376, 688, 344, 172]
+    assert levels_of(heads[0], 16, 4) == {-4: 0, -3: 4, -2: 8, -1: 12, 0: 16, 1: 20, 2: 24, 3: 28}  # never all 32
+
+
+def test_sites_of_a_group_share_a_spacing():
+    assert spacings([site(64), site(128), site(64, cost=7)], 0) == [16, 16, 8]
+
+
+def test_experts_of_a_block_share_a_site(tmp_path):
+    save_model("mixtral", tmp_path)
+    found = sites_in(tmp_path)
+    assert [each.kind for each in found] == ["attention", "mlp"] * 4
+    assert all(len(each.consumers) == (4 if each.kind == "mlp" else 1) for each in found)
+
+
+@pytest.mark.parametrize("levels", ["search", "uniform"])
+def test_the_budget_is_exact(llama, tmp_path, levels):
+    report = prune(llama, tmp_path / "out", f'tyr(preset="test", tokens=(24, 48, 96), levels="{levels}")', IDS, **CALIBRATION)
+    linears = report["linears"]
+    groups = [linear["shape"][0] for name, linear in linears.items() if "k_proj" in name]
+    neurons = [linear["shape"][1] for name, linear in linears.items() if "down_proj" in name]
+    assert sum(groups) == 16 * 4
+    assert sum(neurons) == 32 * 4
+    if levels == "uniform":
+        assert len(set(groups)) == len(set(neurons)) == 1
+    expected = parse_method(SMALL).forecast(ModelStructure(open_source(llama).config))
+    assert sum(matrix["nonzeros"] for matrix in linears.values()) == sum(f.nonzeros for f in expected.values())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(loaded(WINDOWS).logits).all()
+    assert any("forward passes over the calibration windows" in note for note in report["notes"])
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(monkeypatch, owner, name, call):
+    """Makes the function fail at its n-th call, as a signal would end the process there."""
+    real, calls = getattr(owner, name), [0]
+
+    def fails(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fails)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (divergence, "dense_states", 1),  # before the search of the first round
+        (Supernet, "save", 3),  # in the first supernet
+        (Supernet, "save", 6),  # in the second supernet
+        (Divergence, "_compare", 4),  # in the second generation
+        (Divergence, "_compare", 11),  # in a generation of the second round
+        (tyr, "keep_chosen", 1),  # after the last search
+        (Supernet, "remove", 1),  # after the first round was recorded
+        (tyr.TyrStep, "__call__", 3),  # in the stream
+    ],
+)
+def test_killed_and_resumed_is_byte_identical(llama, tmp_path_factory, tmp_path, monkeypatch, owner, name, call):
+    expression = 'tyr(preset="test", rounds=2, generations=3, tokens=(24, 48, 96))'
+    whole = getattr(test_killed_and_resumed_is_byte_identical, "whole", None)
+    if whole is None:
+        whole = tmp_path_factory.mktemp("whole") / "out"
+        prune(llama, whole, expression, IDS, **CALIBRATION)
+        test_killed_and_resumed_is_byte_identical.whole = whole
+    with monkeypatch.context() as patch:
+        killed_at(patch, owner, name, call)
+        with pytest.raises(Killed):
+            prune(llama, tmp_path / "cut", expression, IDS, **CALIBRATION)
+    report = prune(llama, tmp_path / "cut", expression, IDS, **CALIBRATION)
+    for shard in sorted(whole.glob("*.safetensors")):
+        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes(), shard.name
+    expected = json.loads((whole / "report.json").read_text())["notes"]
+    assert [note for note in report["notes"] if note.startswith("tyr:")] == [n for n in expected if n.startswith("tyr:")]
+
+
+def test_repaired_weights_are_least_squares_on_the_kept_inputs(llama, tmp_path):
+    """The first block, whose inputs are the dense ones: the stored copy against a solver on the inputs themselves."""
+    _, found = supernet_in(llama, tmp_path, pruner=Pruner(damp=0.02))
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    for place, each in found.at(0):
+        name = each.consumers[0]
+        linear, inputs = model.model.layers[0].get_submodule(name), []
+        hook = linear.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
+        with torch.no_grad():
+            model(WINDOWS[:7])  # the eighth is held out
+        hook.remove()
+        x = inputs[0].flatten(0, 1).double()
+        for level, count in found.levels[place].items():
+            if count == 0:
+                continue
+            columns, weight = found.read(0, name, level)
+            ridge = found.errors(0, name, level)[2] * x.square().sum(0).mean()
+            rows = torch.cat([x, ridge.sqrt() * torch.eye(x.shape[1])])
+            dense = linear.weight.detach().double()
+            best = torch.linalg.lstsq(rows[:, columns], rows @ dense.T, driver="gelsd").solution.T
+            assert torch.allclose(weight.double(), best, rtol=1e-3, atol=1e-4)
+            error = output_error(dense, columns, best, x.T @ x)
+            assert found.errors(0, name, level)[0] == pytest.approx(error, rel=1e-3, abs=1e-6)
+
+
+def test_the_search_is_not_worse_than_uniform_levels_on_its_own_batch(llama, tmp_path):
+    model, found = supernet_in(llama, tmp_path)
+    method = parse_method('tyr(preset="test", generations=8, children=12, tokens=(24, 96, 192))')
+    state, log, _ = method.searched(model, WINDOWS, Work(tmp_path), found, 0)
+    fitness = Divergence(model, WINDOWS, (24, 96, 192), Work(tmp_path), found)
+    uniform, searched = fitness([(0,) * len(state), state], 2, list(range(8)))
+    assert searched <= uniform
+    assert searched < uniform or not any(state)
+    assert log[-1]["fitness"] == pytest.approx(searched)
+
+
+def masked(folder, found, state):
+    """The model with the removed columns zero and the repaired ones in place."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for place, each in enumerate(found.sites):
+        for name in each.consumers:
+            if found.levels[place][state[place]]:
+                columns, weight = found.read(each.block, name, state[place])
+                whole = model.model.layers[each.block].get_submodule(name).weight.detach()
+                whole.zero_()
+                whole[:, columns] = weight
+    return model
+
+
+@torch.no_grad()
+def test_divergences_are_those_of_the_masked_models(llama, tmp_path):
+    """Prefixes that candidates share, windows in several chunks: the same as one model after the other."""
+    model, found = supernet_in(llama, tmp_path)
+    centre = (0,) * len(found.sites)
+    states = [centre, (*centre[:-1], 1), (0, 2, *centre[2:]), (0, 2, *centre[2:-1], -1)]
+    fitness = Divergence(model, WINDOWS, (24, 60, 192), Work(tmp_path), found)
+    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    for stage, samples, length in ((0, [3], 24), (1, [5, 2], 24), (2, list(range(8)), 24)):
+        ids = WINDOWS[samples, :length]
+        right = dense(ids).logits[:, :-1].log_softmax(-1)
+        expected = []
+        for state in states:
+            other = masked(llama, found, state)(ids).logits[:, :-1].log_softmax(-1)
+            expected.append(float((right.exp() * (right - other)).sum() / other[..., 0].numel()))
+        assert fitness(states, stage, samples) == pytest.approx(expected, rel=1e-2)
+        model.activation_limit = 4 * 24 * 32 * 4  # one window at a time
+    assert fitness.passes < 4 * (1 + 2 + 8) / 8  # what the candidates share is computed once
+
+
+def test_the_dense_model_has_no_divergence(llama, tmp_path):
+    model = Model(open_source(llama))
+    sites = sites_of(model.structure.units)
+    none = Supernet(Work(tmp_path), "none", sites, [{0: 0}] * len(sites))
+    fitness = Divergence(model, WINDOWS, (10,), Work(tmp_path), none)
+    assert fitness([(0,) * len(sites)], 0, [1])[0] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("within_layer", ["joint", "sequential"])
+def test_what_is_propagated(llama, tmp_path, within_layer):
+    """expectation and centre change what later blocks are fitted to, none does not; the first block is not affected."""
+    nets = {
+        mode: supernet_in(llama, tmp_path / mode, accumulate=mode, within_layer=within_layer)[1]
+        for mode in ("expectation", "centre", "uniform", "none")
+    }
+    weights = {mode: [net.read(block, "self_attn.o_proj", 0)[1] for block in (0, 2)] for mode, net in nets.items()}
+    for mode in ("centre", "uniform", "none"):
+        assert torch.equal(weights[mode][0], weights["expectation"][0])
+        assert weights[mode][1].shape != weights["expectation"][1].shape or not torch.equal(
+            weights[mode][1], weights["expectation"][1]
+        )
+
+
+def test_the_average_is_that_of_the_outputs():
+    random = torch.Generator().manual_seed(0)
+    dense, x = torch.randn(5, 8, generator=random), torch.randn(20, 8, generator=random)
+    copies = {0: (torch.tensor([0, 2, 3, 7]), torch.randn(5, 4, generator=random)), 1: (torch.tensor([2]), torch.ones(5, 1))}
+    counts = {-1: 0, 0: 4, 1: 7}
+    outputs = [x @ dense.T, *(x[:, columns] @ weight.T for columns, weight in copies.values())]
+    for mode, shares in (("expectation", [8, 4, 1]), ("uniform", [1, 1, 1]), ("centre", [0, 1, 0])):
+        mean = sum(share * output for share, output in zip(shares, outputs, strict=True)) / sum(shares)
+        assert torch.allclose(x @ averaged(dense, copies, counts, 8, mode).T, mean, atol=1e-5)
+    assert averaged(dense, copies, counts, 8, "none") is dense
+
+
+def test_held_out_windows_are_not_fitted():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 10, 6, generator=random)
+    found = HeldOut(6, period=4)
+    for batch in x.split(3):
+        found.add(batch)
+    fit, held = found.moments(6)
+    rows = lambda some: x[some].flatten(0, 1).double()
+    assert torch.allclose(fit, rows([0, 1, 2, 4, 5, 6]).T @ rows([0, 1, 2, 4, 5, 6]), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(held, rows([3, 7]).T @ rows([3, 7]), rtol=1e-4, atol=1e-4)
+    assert found.count == 80
+
+
+def test_few_tokens_are_damped_more_than_many():
+    """With fewer tokens than columns an undamped repair fits noise, which the held-out tokens show."""
+    random = torch.Generator().manual_seed(0)
+    weight, levels, chosen = torch.randn(6, 32, generator=random), {0: 16}, {}
+    mix = torch.randn(32, 32, generator=random)  # correlated inputs: others can stand in for those that are removed
+    for tokens in (6, 400):
+        statistic = HeldOut(32, period=4)
+        statistic.add(torch.randn(8, tokens // 2, 32, generator=random) @ mix)
+        copy = Pruner(damp=1e-3).copies(weight, statistic, site(32), torch.arange(32)[:, None], levels)[0]
+        chosen[tokens] = copy.damp
+        assert copy.held_out > copy.error > 0
+    assert chosen[6] > chosen[400]
+
+
+def test_without_tokens_units_go_by_magnitude():
+    weight = torch.diag(torch.arange(1.0, 9.0))
+    copy = Pruner().copies(weight, HeldOut(8, None), site(8), torch.arange(8)[:, None], {0: 3})[0]
+    assert copy.kept.tolist() == [3, 4, 5, 6, 7]
+    assert torch.allclose(copy.weight.float(), weight[:, copy.columns])
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_the_predicted_bytes_of_the_supernet(name, tmp_path):
+    save_model(name, tmp_path / "model")
+    _, found = supernet_in(tmp_path / "model", tmp_path / "work")
+    written = sum(file.stat().st_size for file in (tmp_path / "work").glob("net-*"))
+    structure = ModelStructure(open_source(tmp_path / "model").config)
+    assert Tyr(levels="search").supernet_bytes(structure, 4) == pytest.approx(written, rel=0.1)
+
+
+def test_quick_takes_at_most_forty_passes():
+    size, windows = PRESETS["quick"], 32 * 512
+    for available in (8 * 24, windows, 128 * 2048, POOL):
+        first, second, third = Tyr(preset="quick").stage_tokens(available)
+        search = size.children * first + size.survivors[0] * second + (size.survivors[1] + 1) * third
+        before = 1 + size.rounds * 2  # dense states, supernets
+        assert before + size.rounds * size.generations * search / available + 1 <= 40
+
+
+def test_memory_of_copies_is_bounded(llama, tmp_path, monkeypatch):
+    _, found = supernet_in(llama, tmp_path)
+    monkeypatch.setattr(supernet, "CACHE", 5000)
+    read = {(block, level): found.read(block, "mlp.down_proj", level) for block in range(4) for level in (0, 1, 2)}
+    assert sum(tensor.nbytes for copy in found._cache.values() for tensor in copy) <= 5000
+    for (block, level), (columns, weight) in read.items():
+        again = found.read(block, "mlp.down_proj", level)
+        assert torch.equal(columns, again[0])
+        assert torch.equal(weight, again[1])
+
+
+def test_files_of_finished_rounds_are_removed(llama, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed_at(patch, tyr.TyrStep, "__call__", 1)
+        with pytest.raises(Killed):
+            prune(llama, tmp_path / "out", SMALL, IDS, **CALIBRATION)
+    left = [file.name for file in tmp_path.rglob("tyr-*")]
+    assert any(name.startswith("tyr-chosen") for name in left)
+    assert not any("block" in name or "dense" in name for name in left)
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("tyr(drop=1.5)", "drop must be a number from 0 to 1"),
+        ('tyr(preset="slow")', "preset must be one of"),
+        ("tyr(tokens=(5, 6))", "of the same length"),
+        ("tyr(survivors=(5, 0, 1))", "survivors must be a whole number"),
+        ('tyr(accumulate="mean")', "accumulate must be one of"),
+    ],
+)
+def test_options_that_cannot_be(expression, message):
+    with pytest.raises(UsageError, match=message):
+        parse_method(expression)
+
+
+@pytest.mark.parametrize("name", ["opt", "mixtral", "olmo2"])
+def test_other_families(name, tmp_path):
+    """Biases, experts, and heads that cannot be removed, which stay."""
+    save_model(name, tmp_path / "dense")
+    report = prune(tmp_path / "dense", tmp_path / "out", SMALL, IDS, **CALIBRATION)
+    assert report["totals"]["parameters"] > 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(loaded(WINDOWS).logits).all()
+    if name == "olmo2":
+        assert any("left whole" in note for note in report["notes"])
+
+
+def test_published_reproduces_the_order_of_the_released_program(llama, tmp_path):
+    prune(llama, tmp_path / "out", 'tyr(preset="test", tokens=(24, 48, 96), published=True, accumulate="none")', IDS, **CALIBRATION)
+    assert load_file(next((tmp_path / "out").glob("*.safetensors")))
+    shutil.rmtree(tmp_path / "out")
