@@ -28,7 +28,7 @@ DENSE = "tyr-dense"  # name of the stored hidden states
 
 @dataclass
 class Path:
-    """Candidates that have been the same so far, and the batches of hidden states [batch, tokens, hidden] they share."""
+    """Candidates that were equal so far, and their batches of hidden states, [batch, tokens, hidden] each."""
 
     members: list[int]
     hidden: list[Tensor]

@@ -14,7 +14,7 @@ LEAST = 32  # neurons: the smallest spacing, for an MLP of 1,024 neurons or more
 
 @dataclass(frozen=True)
 class Site:
-    """Linears of one block that are pruned to the same level: one attention, one MLP, or all its experts of one size."""
+    """Linears of one block that are pruned to the same level: an attention, an MLP, or all experts of one size."""
 
     block: int
     kind: str

@@ -75,8 +75,14 @@ class Pruner:
         found = {}
         for level, count in levels.items():
             left = repaired(problem, columns, kept[count])
-            errors = [output_error(weight, left.columns, left.weight, moments) for moments in (fit, held)]
-            found[level] = Copy(left.kept.cpu(), left.columns.cpu(), left.weight.cpu(), *errors, self.damp * factor)
+            found[level] = Copy(
+                left.kept.cpu(),
+                left.columns.cpu(),
+                left.weight.cpu(),
+                error=output_error(weight, left.columns, left.weight, fit),
+                held_out=output_error(weight, left.columns, left.weight, held),
+                damp=self.damp * factor,
+            )
         return found
 
     def _best(
@@ -230,7 +236,7 @@ def build(
 ) -> dict[str, Any]:
     """Prunes every block to all its levels, from the dense weights; blocks whose file exists are not pruned again.
 
-    windows: token ids [windows, tokens]. Returns the manifest: per block and consumer the levels, units removed, errors.
+    windows: token ids [windows, tokens]. Returns, per block and consumer, the levels, units removed and errors.
     """
     period = None if pruner.published or len(windows) < 4 else min(PERIOD, len(windows))
     statistic = partial(HeldOut, period=period)
@@ -250,7 +256,8 @@ def build(
                         found.check(f"{block.name}.{name}")
                         if found.count == 0:
                             log.warning(
-                                "%s: no calibration token reached it, so it is pruned by magnitude", block.linears[name].name
+                                "%s: no calibration token reached it, so it is pruned by magnitude",
+                                block.linears[name].name,
                             )
                         columns = block.units[name].columns
                         copies[name] = pruner.copies(dense[name], found, site, columns, removing) if removing else {}

@@ -1,8 +1,9 @@
 """Týr-the-Pruner: whole KV groups and neurons removed, with the widths of all blocks found by a search (2503.09657)."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,11 +17,10 @@ from budwood.methods.method import Step
 from budwood.methods.option import option
 from budwood.methods.sites import SIDE, Site, even_counts, levels_of, sites_of, spacings
 from budwood.methods.structured import Structured, alignment, forecast, refusals
-from budwood.methods.supernet import Accumulate, Pruner, Supernet, build, predicted_bytes
+from budwood.methods.supernet import Pruner, Supernet, build, predicted_bytes
 from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.level_search import Progress, Settings, Space, Stage, State, begin, search
-from budwood.sparsity.unit_removal import FirstOrder
 
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure
@@ -56,7 +56,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Tyr(Structured):
-    """Prune every block to several widths with least-squares repair, and search the widths that change the logits least.
+    """Prune every block to several widths with least-squares repair; search the widths that change the logits least.
 
     A unit is a KV group with its query heads, or a neuron of an MLP. All experts of a block get the same width. Every
     attention and every MLP keeps at least one unit.
@@ -66,7 +66,9 @@ class Tyr(Structured):
     preset: Literal["full", "fast", "quick", "test"] = option(
         "full", 'size of the search: "full" as published, "fast", "quick" (at most 40 forward passes), "test"'
     )
-    levels: Literal["search", "uniform"] = option("search", "the widths of the blocks: searched, or the same share for all")
+    levels: Literal["search", "uniform"] = option(
+        "search", "the widths of the blocks: searched, or the same share for all"
+    )
     rounds: int = option(0, "searches, each with half the spacing of the one before; 0: those of the preset")
     generations: int = option(0, "most generations of a search; 0: those of the preset")
     children: int = option(0, "candidates per generation; 0: those of the preset")
@@ -76,7 +78,8 @@ class Tyr(Structured):
         "signed", "first-order term of the price of a unit, as in the released program, as in the paper, or without"
     )
     accumulate: Literal["expectation", "centre", "uniform", "none"] = option(
-        "expectation", "what reaches the next block: the mean of all copies, weighted by width or not, one copy, the dense"
+        "expectation",
+        "what reaches the next block: the mean of all copies, weighted by width or not, one copy, the dense",
     )
     within_layer: Literal["joint", "sequential"] = option(
         "joint", "prune attention and MLP on the same inputs, or the MLP after the pruned attention (one more pass)"
@@ -123,9 +126,7 @@ class Tyr(Structured):
         counts = self.first_counts(sites)
         reports = []
         for turn in range(self.turns):
-            report = work.record(
-                f"tyr-{turn + 1}", lambda turn=turn, counts=counts: self.round(model, windows, work, sites, counts, turn)
-            )
+            report = work.record(f"tyr-{turn + 1}", partial(self.round, model, windows, work, sites, counts, turn))
             self.supernet(work, sites, counts, turn).remove()
             counts = report["counts"]
             reports.append(report)
@@ -168,7 +169,9 @@ class Tyr(Structured):
         supernet = self.supernet(work, sites, counts, turn)
         pruner = Pruner(self.first_order, self.damp, self.published)
         manifest = build(model, windows, supernet, pruner, self.accumulate, self.within_layer)
-        collecting = 1 if self.within_layer == "joint" else max((sum(1 for _ in supernet.at(i)) for i in range(len(model))))
+        collecting = (
+            1 if self.within_layer == "joint" else max(sum(1 for _ in supernet.at(i)) for i in range(len(model)))
+        )
         report: dict[str, Any] = {"manifest": manifest, "passes": 1.0 + collecting, "log": []}
         state: State = (0,) * len(sites)
         if self.levels == "search":

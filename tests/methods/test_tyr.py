@@ -1,12 +1,10 @@
-"""tyr: an exact budget, the same bytes after an interruption anywhere, repairs that are optimal, a search that helps."""
+"""tyr: an exact budget, the same bytes after an interruption anywhere, optimal repairs, a search that helps."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from families import save_model, token_ids
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from budwood.checkpoints.source import open_source
@@ -17,9 +15,9 @@ from budwood.methods import divergence, parse_method, supernet, tyr
 from budwood.methods.divergence import Divergence
 from budwood.methods.sites import Site, even_counts, levels_of, sites_of, spacings
 from budwood.methods.supernet import HeldOut, Pruner, Supernet, averaged, build
-from budwood.methods.tyr import PRESETS, POOL, Tyr
+from budwood.methods.tyr import POOL, PRESETS, Tyr
 from budwood.pruning import prune
-from budwood.sparsity.unit_removal import output_error
+from budwood.sparsity.unit_removal import output_error, problem_of, remove_units
 from budwood.stream.model import Model
 
 CALIBRATION = {
@@ -31,6 +29,7 @@ CALIBRATION = {
 }
 IDS = token_ids(1, 400) % 90 + 3
 WINDOWS = token_ids(8, 24, seed=5)
+TWO_ROUNDS = 'tyr(preset="test", rounds=2, generations=3, tokens=(24, 48, 96))'
 SMALL = 'tyr(preset="test", tokens=(24, 48, 96))'
 
 
@@ -85,7 +84,9 @@ def test_experts_of_a_block_share_a_site(tmp_path):
 
 @pytest.mark.parametrize("levels", ["search", "uniform"])
 def test_the_budget_is_exact(llama, tmp_path, levels):
-    report = prune(llama, tmp_path / "out", f'tyr(preset="test", tokens=(24, 48, 96), levels="{levels}")', IDS, **CALIBRATION)
+    report = prune(
+        llama, tmp_path / "out", f'tyr(preset="test", tokens=(24, 48, 96), levels="{levels}")', IDS, **CALIBRATION
+    )
     linears = report["linears"]
     groups = [linear["shape"][0] for name, linear in linears.items() if "k_proj" in name]
     neurons = [linear["shape"][1] for name, linear in linears.items() if "down_proj" in name]
@@ -98,6 +99,13 @@ def test_the_budget_is_exact(llama, tmp_path, levels):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.isfinite(loaded(WINDOWS).logits).all()
     assert any("forward passes over the calibration windows" in note for note in report["notes"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    prune(llama, folder, TWO_ROUNDS, IDS, **CALIBRATION)
+    return folder
 
 
 class Killed(Exception):
@@ -130,22 +138,18 @@ def killed_at(monkeypatch, owner, name, call):
         (tyr.TyrStep, "__call__", 3),  # in the stream
     ],
 )
-def test_killed_and_resumed_is_byte_identical(llama, tmp_path_factory, tmp_path, monkeypatch, owner, name, call):
-    expression = 'tyr(preset="test", rounds=2, generations=3, tokens=(24, 48, 96))'
-    whole = getattr(test_killed_and_resumed_is_byte_identical, "whole", None)
-    if whole is None:
-        whole = tmp_path_factory.mktemp("whole") / "out"
-        prune(llama, whole, expression, IDS, **CALIBRATION)
-        test_killed_and_resumed_is_byte_identical.whole = whole
+def test_killed_and_resumed_is_byte_identical(llama, uninterrupted, tmp_path, monkeypatch, owner, name, call):
     with monkeypatch.context() as patch:
         killed_at(patch, owner, name, call)
         with pytest.raises(Killed):
-            prune(llama, tmp_path / "cut", expression, IDS, **CALIBRATION)
-    report = prune(llama, tmp_path / "cut", expression, IDS, **CALIBRATION)
-    for shard in sorted(whole.glob("*.safetensors")):
+            prune(llama, tmp_path / "cut", TWO_ROUNDS, IDS, **CALIBRATION)
+    report = prune(llama, tmp_path / "cut", TWO_ROUNDS, IDS, **CALIBRATION)
+    for shard in sorted(uninterrupted.glob("*.safetensors")):
         assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes(), shard.name
-    expected = json.loads((whole / "report.json").read_text())["notes"]
-    assert [note for note in report["notes"] if note.startswith("tyr:")] == [n for n in expected if n.startswith("tyr:")]
+    expected = json.loads((uninterrupted / "report.json").read_text())["notes"]
+    assert [note for note in report["notes"] if note.startswith("tyr:")] == [
+        n for n in expected if n.startswith("tyr:")
+    ]
 
 
 def test_repaired_weights_are_least_squares_on_the_kept_inputs(llama, tmp_path):
@@ -243,7 +247,10 @@ def test_what_is_propagated(llama, tmp_path, within_layer):
 def test_the_average_is_that_of_the_outputs():
     random = torch.Generator().manual_seed(0)
     dense, x = torch.randn(5, 8, generator=random), torch.randn(20, 8, generator=random)
-    copies = {0: (torch.tensor([0, 2, 3, 7]), torch.randn(5, 4, generator=random)), 1: (torch.tensor([2]), torch.ones(5, 1))}
+    copies = {
+        0: (torch.tensor([0, 2, 3, 7]), torch.randn(5, 4, generator=random)),
+        1: (torch.tensor([2]), torch.ones(5, 1)),
+    }
     counts = {-1: 0, 0: 4, 1: 7}
     outputs = [x @ dense.T, *(x[:, columns] @ weight.T for columns, weight in copies.values())]
     for mode, shares in (("expectation", [8, 4, 1]), ("uniform", [1, 1, 1]), ("centre", [0, 1, 0])):
@@ -275,7 +282,8 @@ def test_few_tokens_are_damped_more_than_many():
         statistic.add(torch.randn(8, tokens // 2, 32, generator=random) @ mix)
         copy = Pruner(damp=1e-3).copies(weight, statistic, site(32), torch.arange(32)[:, None], levels)[0]
         chosen[tokens] = copy.damp
-        assert copy.held_out > copy.error > 0
+        overfitted = copy.held_out / copy.error
+        assert overfitted > 2 if tokens == 6 else overfitted == pytest.approx(1, rel=0.2)
     assert chosen[6] > chosen[400]
 
 
@@ -289,7 +297,7 @@ def test_without_tokens_units_go_by_magnitude():
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
 def test_the_predicted_bytes_of_the_supernet(name, tmp_path):
     save_model(name, tmp_path / "model")
-    _, found = supernet_in(tmp_path / "model", tmp_path / "work")
+    _, _found = supernet_in(tmp_path / "model", tmp_path / "work")
     written = sum(file.stat().st_size for file in (tmp_path / "work").glob("net-*"))
     structure = ModelStructure(open_source(tmp_path / "model").config)
     assert Tyr(levels="search").supernet_bytes(structure, 4) == pytest.approx(written, rel=0.1)
@@ -305,8 +313,8 @@ def test_quick_takes_at_most_forty_passes():
 
 
 def test_memory_of_copies_is_bounded(llama, tmp_path, monkeypatch):
-    _, found = supernet_in(llama, tmp_path)
     monkeypatch.setattr(supernet, "CACHE", 5000)
+    _, found = supernet_in(llama, tmp_path)
     read = {(block, level): found.read(block, "mlp.down_proj", level) for block in range(4) for level in (0, 1, 2)}
     assert sum(tensor.nbytes for copy in found._cache.values() for tensor in copy) <= 5000
     for (block, level), (columns, weight) in read.items():
@@ -352,7 +360,20 @@ def test_other_families(name, tmp_path):
         assert any("left whole" in note for note in report["notes"])
 
 
-def test_published_reproduces_the_order_of_the_released_program(llama, tmp_path):
-    prune(llama, tmp_path / "out", 'tyr(preset="test", tokens=(24, 48, 96), published=True, accumulate="none")', IDS, **CALIBRATION)
-    assert load_file(next((tmp_path / "out").glob("*.safetensors")))
-    shutil.rmtree(tmp_path / "out")
+def test_published_follows_the_released_pruner():
+    """One scoring for heads and sixteen for neurons, the given damping, all windows fitted."""
+    random = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 64, generator=random), torch.randn(8, 30, 64, generator=random)
+    x = x @ torch.randn(64, 64, generator=random)
+    statistic = HeldOut(64, None)
+    statistic.add(x)
+    for each, columns, rounds in (
+        (Site(0, "attention", ("o",), 8, 8, 1), torch.arange(64).view(8, 8), 1),
+        (site(64), torch.arange(64)[:, None], 16),
+    ):
+        count = each.units // 2
+        copy = Pruner(published=True).copies(weight, statistic, each, columns, {0: count})[0]
+        expected = remove_units(problem_of(weight, statistic.fit.matrix()), columns, [count], rounds=rounds)[count]
+        assert torch.equal(copy.kept, expected.kept)
+        assert torch.equal(copy.weight, expected.weight)
+        assert copy.damp == 0.01
