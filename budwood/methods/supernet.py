@@ -21,10 +21,11 @@ from budwood.methods.sites import Site
 from budwood.sparsity.statistics import Gram
 from budwood.sparsity.unit_removal import (
     FirstOrder,
+    Outputs,
     Problem,
     expectation,
     kept_units,
-    output_error,
+    outputs_of,
     problem_of,
     repaired,
 )
@@ -71,7 +72,8 @@ class Pruner:
             first_order=self.first_order,
         )
         centre = min(levels, key=abs)
-        problem, factor = self._best(problem, weight, fit, held, columns, kept[levels[centre]])
+        fitted, unseen = outputs_of(weight, fit), outputs_of(weight, held)
+        problem, factor = self._best(problem, weight, fit, unseen, columns, kept[levels[centre]])
         found = {}
         for level, count in levels.items():
             left = repaired(problem, columns, kept[count])
@@ -79,23 +81,23 @@ class Pruner:
                 left.kept.cpu(),
                 left.columns.cpu(),
                 left.weight.cpu(),
-                error=output_error(weight, left.columns, left.weight, fit),
-                held_out=output_error(weight, left.columns, left.weight, held),
+                error=fitted.error(left.columns, left.weight),
+                held_out=unseen.error(left.columns, left.weight),
                 damp=self.damp * factor,
             )
         return found
 
     def _best(
-        self, problem: Problem, weight: Tensor, fit: Tensor, held: Tensor, columns: Tensor, kept: Tensor
+        self, problem: Problem, weight: Tensor, fit: Tensor, unseen: Outputs, columns: Tensor, kept: Tensor
     ) -> tuple[Problem, float]:
         """The problem with the damping whose repair has the least error on the held-out inputs, and its factor."""
-        if self.published or not held.any():
+        if self.published or unseen.energy <= 0:
             return problem, 1.0
         best: tuple[float, Problem, float] | None = None
         for factor in HARDER:
             tried = problem if factor == 1 else problem_of(weight, fit, self.damp * factor)
             left = repaired(tried, columns, kept)
-            error = output_error(weight, left.columns, left.weight, held)
+            error = unseen.error(left.columns, left.weight)
             if best is not None and error >= best[0]:
                 break
             best = error, tried, factor

@@ -219,24 +219,12 @@ class Tyr(Structured):
         bounds = (max(2, int(share * available)) for share in self.size.shares)
         return tuple(min(tokens, bound) for tokens, bound in zip(self.size.tokens, bounds, strict=True))
 
-    def supernet_bytes(self, structure: "ModelStructure", itemsize: int) -> int:
-        """Bytes of the first supernet on disk, for weights of `itemsize` bytes; those of later rounds are as large."""
+    def work_bytes(self, structure: "ModelStructure", itemsize: int) -> int:
+        """Bytes of the first supernet on disk; those of later rounds are about as large, and one exists at a time."""
         sites = sites_of(structure.units)
         names = list(structure.units)
         rows = [structure.shapes[f"{names[site.block]}.{site.consumers[0]}"][0] for site in sites]
         return predicted_bytes(sites, self.levels_around(sites, self.first_counts(sites), 0), rows, itemsize)
-
-    def work_bytes(self, structure: "ModelStructure", tokens: int, itemsize: int) -> int:
-        """Bytes of intermediate results on disk, at most at a time: the supernet, the dense model's hidden states.
-
-        tokens: of all calibration windows. itemsize: of a stored weight.
-        """
-        total = self.supernet_bytes(structure, itemsize)
-        if self.levels == "search":
-            names = list(structure.units)
-            hidden = max(structure.shapes[f"{names[s.block]}.{s.consumers[0]}"][0] for s in sites_of(structure.units))
-            total += 2 * hidden * min(tokens, POOL)
-        return total
 
 
 def keep_chosen(supernet: Supernet, state: State, work: "Work", blocks: int) -> None:

@@ -163,13 +163,30 @@ def first_order_terms(weight: Tensor, target: Tensor, units: Tensor) -> Tensor:
     return (weight * target).sum(0)[units].sum(1)
 
 
-def output_error(dense: Tensor, columns: Tensor, weight: Tensor, moments: Tensor) -> float:
-    """‖X(W - W₀)‖² / ‖XW₀‖² for second moments XᵀX; W is `weight` on `columns` and 0 elsewhere. 0 without inputs."""
-    dense = dense.to(moments)
-    difference = dense.clone()
-    difference[:, columns] -= weight.to(moments)
-    whole = float(((dense @ moments) * dense).sum())
-    return float(((difference @ moments) * difference).sum()) / whole if whole > 0 else 0.0
+@dataclass(frozen=True)
+class Outputs:
+    """The dense outputs on some inputs, by the second moments of these, against which pruned weights are measured."""
+
+    moments: Tensor  # XᵀX [in, in] float64
+    target: Tensor  # W₀ XᵀX [out, in]
+    energy: float  # ‖XW₀‖²
+
+    def error(self, columns: Tensor, weight: Tensor) -> float:
+        """‖X(W - W₀)‖² / ‖XW₀‖², where W is `weight` [out, columns] on `columns` and 0 elsewhere; 0 without inputs."""
+        if self.energy <= 0:
+            return 0.0
+        weight = weight.to(self.moments)
+        own = weight @ self.moments[columns][:, columns]
+        moved = float(((own - 2 * self.target[:, columns]) * weight).sum())
+        return max(0.0, 1 + moved / self.energy)
+
+
+def outputs_of(weight: Tensor, moments: Tensor) -> Outputs:
+    """The outputs of a dense weight [out, in] on inputs with these second moments [in, in]."""
+    moments = moments.double()
+    dense = weight.to(moments)
+    target = dense @ moments
+    return Outputs(moments, target, float((dense * target).sum()))
 
 
 def expectation(dense: Tensor, copies: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float]) -> Tensor:

@@ -17,7 +17,7 @@ from budwood.methods.sites import Site, even_counts, levels_of, sites_of, spacin
 from budwood.methods.supernet import HeldOut, Pruner, Supernet, averaged, build
 from budwood.methods.tyr import POOL, PRESETS, Tyr
 from budwood.pruning import prune
-from budwood.sparsity.unit_removal import output_error, problem_of, remove_units
+from budwood.sparsity.unit_removal import outputs_of, problem_of, remove_units
 from budwood.stream.model import Model
 
 CALIBRATION = {
@@ -173,7 +173,7 @@ def test_repaired_weights_are_least_squares_on_the_kept_inputs(llama, tmp_path):
             dense = linear.weight.detach().double()
             best = torch.linalg.lstsq(rows[:, columns], rows @ dense.T, driver="gelsd").solution.T
             assert torch.allclose(weight.double(), best, rtol=1e-3, atol=1e-4)
-            error = output_error(dense, columns, best, x.T @ x)
+            error = outputs_of(dense, x.T @ x).error(columns, best)
             assert found.errors(0, name, level)[0] == pytest.approx(error, rel=1e-3, abs=1e-6)
 
 
@@ -300,7 +300,7 @@ def test_the_predicted_bytes_of_the_supernet(name, tmp_path):
     _, _found = supernet_in(tmp_path / "model", tmp_path / "work")
     written = sum(file.stat().st_size for file in (tmp_path / "work").glob("net-*"))
     structure = ModelStructure(open_source(tmp_path / "model").config)
-    assert Tyr(levels="search").supernet_bytes(structure, 4) == pytest.approx(written, rel=0.1)
+    assert Tyr().work_bytes(structure, 4) == pytest.approx(written, rel=0.1)
 
 
 def test_quick_takes_at_most_forty_passes():

@@ -14,7 +14,7 @@ from budwood.sparsity.unit_removal import (
     equal_rounds,
     expectation,
     first_order_terms,
-    output_error,
+    outputs_of,
     prices,
     problem_of,
     remove_units,
@@ -127,13 +127,21 @@ def test_units_that_others_express_are_removed_without_a_loss():
     assert problem.loss(found.columns, found.weight) < 1e-6 * problem.energy
 
 
+def test_output_errors_are_those_of_the_outputs():
+    x, dense = inputs(24), weight(7, 24)
+    columns, kept = torch.arange(0, 24, 2), weight(7, 12, seed=4)
+    lost = (x[:, columns] @ kept.T - x @ dense.T).square().sum() / (x @ dense.T).square().sum()
+    assert outputs_of(dense, x.T @ x).error(columns, kept) == pytest.approx(float(lost))
+    assert outputs_of(dense, 0 * x.T @ x).error(columns, kept) == 0
+
+
 def test_inputs_that_are_always_zero_go_first_and_count_as_nothing():
     x = inputs(12)
     x[:, [2, 7]] = 0
     dense = weight(5, 12)
     found = remove_units(problem_of(dense, x.T @ x), units(12, 1), [2], first_order="none")[2]
     assert found.kept.tolist() == [c for c in range(12) if c not in (2, 7)]
-    assert output_error(dense, found.columns, found.weight, x.T @ x) < 1e-20
+    assert outputs_of(dense, x.T @ x).error(found.columns, found.weight) < 1e-12
 
 
 def test_nothing_and_everything_can_be_removed():
