@@ -1,10 +1,12 @@
 """tyr: an exact budget, the same bytes after an interruption anywhere, optimal repairs, a search that helps."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from families import save_model, token_ids
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from budwood.checkpoints.source import open_source
@@ -14,7 +16,7 @@ from budwood.errors import UsageError
 from budwood.methods import divergence, parse_method, supernet, tyr
 from budwood.methods.divergence import Divergence
 from budwood.methods.sites import Site, even_counts, levels_of, sites_of, spacings
-from budwood.methods.supernet import HeldOut, Pruner, Supernet, averaged, build
+from budwood.methods.supernet import Copy, HeldOut, Pruner, Supernet, averaged, build
 from budwood.methods.tyr import POOL, PRESETS, Tyr
 from budwood.pruning import prune
 from budwood.sparsity.unit_removal import outputs_of, problem_of, remove_units
@@ -377,3 +379,74 @@ def test_published_follows_the_released_pruner():
         assert torch.equal(copy.kept, expected.kept)
         assert torch.equal(copy.weight, expected.weight)
         assert copy.damp == 0.01
+
+
+REFERENCE = Path(__file__).parents[1] / "data" / "reference"
+TINY = REFERENCE / "models" / "tiny-mha"
+
+
+def released(mode):
+    """The released program's copies of a tiny model: tensors by name of the linear and level, units kept, KL."""
+    about = json.loads((REFERENCE / "tyr" / "tyr_tiny.json").read_text())
+    prefix = f"supernet.tiny-mha.{mode}"
+    tensors = load_file(REFERENCE / "tyr" / "tyr_tiny.safetensors")
+    found = {name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return found, about["supernet"][prefix]["levels"], about["kl"]["kl"]
+
+
+def released_levels(sites, kept):
+    """Units removed by level; the copies that keep none are left out, they have no share in the expectation."""
+    names = [f"model.layers.{each.block}.{each.consumers[0]}" for each in sites]
+    return [
+        {int(level): each.units - count for level, count in kept[name].items() if count}
+        for each, name in zip(sites, names, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("accumulate", "mode"), [("none", "released"), ("expectation", "intended_expectation")])
+def test_released_supernet(tmp_path, monkeypatch, accumulate, mode):
+    """Kept units of all levels and weights of the centre, through all blocks.
+
+    The program weighs its smallest MLP by a share of 0.1 and keeps 15 neurons of 160, not 16; here it gets that weight.
+    """
+    tensors, kept, _ = released(mode)
+    model = Model(open_source(TINY))
+    sites = sites_of(model.structure.units)
+    found = Supernet(Work(tmp_path), "net", sites, released_levels(sites, kept))
+
+    def as_released(dense, copies, counts, units, mode):
+        return averaged(dense, copies, {level: 144 if n == 145 else n for level, n in counts.items()}, units, mode)
+
+    monkeypatch.setattr(supernet, "averaged", as_released)
+    ids = load_file(REFERENCE / "models" / "tokens.safetensors")["input_ids"]
+    build(model, ids, found, Pruner(published=True), accumulate, "joint")
+    for place, each in enumerate(sites):
+        consumer, name = each.consumers[0], f"model.layers.{each.block}.{each.consumers[0]}"
+        for level, count in found.levels[place].items():
+            expected = tensors.get(f"{name}/{level}.kept")
+            if expected is not None and count:
+                assert found.kept(each.block, consumer, level).tolist() == expected.nonzero().flatten().tolist()
+        columns, weight = found.read(each.block, consumer, 0)
+        assert torch.allclose(weight, tensors[f"{name}/0.weight"][:, columns], rtol=1e-4, atol=1e-4)
+
+
+def test_released_divergence(tmp_path):
+    """Seven windows and the first 20 tokens of the eighth, the released centre copies in place."""
+    tensors, kept, expected = released("released")
+    model = Model(open_source(TINY))
+    sites = sites_of(model.structure.units)
+    found = Supernet(Work(tmp_path), "net", sites, [{0: levels[0]} for levels in released_levels(sites, kept)])
+    copies = {}
+    for each in sites:
+        name = f"model.layers.{each.block}.{each.consumers[0]}"
+        weight = tensors[f"{name}/0.weight"]
+        columns = weight.any(0).nonzero().flatten()
+        copy = Copy(columns[:: each.width] // each.width, columns, weight[:, columns], 0.0, 0.0, 0.01)
+        copies.setdefault(each.block, {})[each.consumers[0]] = {0: copy}
+    for index, held in copies.items():
+        found.save(index, held, torch.float32)
+    ids = load_file(REFERENCE / "models" / "tokens.safetensors")["input_ids"]
+    fitness = Divergence(model, ids, (32, 20), Work(tmp_path), found)
+    state = [(0,) * len(sites)]
+    whole, cut = fitness(state, 0, range(7))[0], fitness(state, 1, [7])[0]
+    assert (7 * 31 * whole + 19 * cut) / (7 * 31 + 19) == pytest.approx(expected, rel=1e-4)
