@@ -22,20 +22,24 @@ class Site:
     units: int  # of each consumer
     width: int  # columns of a unit
     cost: int  # weights and bias entries that leave with one unit of every consumer
+    grain: int = 1  # units are removed in multiples of this
 
     @property
     def group(self) -> Hashable:
         """Sites of a group have units of the same cost: moving removals between them keeps the size of the model."""
-        return self.kind, self.cost
+        return self.kind, self.cost, self.grain
 
     @property
     def most(self) -> int:
-        """Units that can be removed: one is always kept."""
-        return self.units - 1
+        """Units that can be removed: one is always kept, or one multiple of the grain."""
+        return self.units - self.grain
 
 
-def sites_of(units: Mapping[str, Mapping[str, "Units"]]) -> list[Site]:
-    """The sites of a model, in order. units: by full name of the block, by consumer."""
+def sites_of(units: Mapping[str, Mapping[str, "Units"]], align: int = 1) -> list[Site]:
+    """The sites of a model, in order. units: by full name of the block, by consumer.
+
+    align: the grain of MLPs whose number of neurons is a multiple of it.
+    """
     sites = []
     for index, found in enumerate(units.values()):
         same: dict[Hashable, list[str]] = {}
@@ -44,20 +48,21 @@ def sites_of(units: Mapping[str, Mapping[str, "Units"]]) -> list[Site]:
         for consumers in same.values():
             first = found[consumers[0]]
             cost = first.cost * len(consumers)
-            sites.append(Site(index, first.kind, tuple(consumers), len(first), first.columns.shape[1], cost))
+            grain = align if first.kind == "mlp" and len(first) % align == 0 else 1
+            sites.append(Site(index, first.kind, tuple(consumers), len(first), first.columns.shape[1], cost, grain))
     return sites
 
 
 def even_counts(sites: Sequence[Site], drop: float) -> list[int]:
     """Units to remove at each site for the same share everywhere.
 
-    Where a share is no whole number of units, the total of a group is the nearest one, and sites differ by one unit.
+    Where a share is no whole number of grains, the total of a group is the nearest one, and sites differ by one grain.
     """
     missing: dict[Hashable, float] = {}
     counts = []
     for site in sites:
         wanted = drop * site.units + missing.get(site.group, 0.0)
-        counts.append(min(int(wanted + 0.5), site.most))
+        counts.append(min(int(wanted / site.grain + 0.5) * site.grain, site.most))
         missing[site.group] = wanted - counts[-1]
     return counts
 
@@ -70,7 +75,7 @@ def spacings(sites: Sequence[Site], turn: int) -> list[int]:
     largest: dict[Hashable, int] = {}
     for site in sites:
         largest[site.group] = max(site.units, largest.get(site.group, 0))
-    return [_spacing(site.kind, largest[site.group], turn) for site in sites]
+    return [max(1, round(_spacing(s.kind, largest[s.group], turn) / s.grain)) * s.grain for s in sites]
 
 
 def _spacing(kind: str, units: int, turn: int) -> int:

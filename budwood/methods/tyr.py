@@ -85,6 +85,7 @@ class Tyr(Structured):
         "joint", "prune attention and MLP on the same inputs, or the MLP after the pruned attention (one more pass)"
     )
     damp: float = option(0.01, "least pull towards the dense weights; held-out windows choose up to 30 times as much")
+    align: int = option(1, "keep a multiple of this many neurons; 16 makes products faster where widths would be odd")
     seed: int = option(0, "of the search")
     published: bool = option(False, "removal steps, damping and selection of the released program")
 
@@ -97,6 +98,7 @@ class Tyr(Structured):
         one_of("within_layer", self.within_layer, ("joint", "sequential"))
         number("damp", self.damp, 0, 1)
         truth("published", self.published)
+        whole("align", self.align, 1)
         for name in ("rounds", "generations", "children", "seed"):
             whole(name, getattr(self, name), 0)
         for name in ("tokens", "survivors"):
@@ -121,7 +123,8 @@ class Tyr(Structured):
             {
                 block: {name: units for name, units in sets.items() if f"{block}.{name}" not in refused}
                 for block, sets in model.structure.units.items()
-            }
+            },
+            self.align,
         )
         counts = self.first_counts(sites)
         reports = []
@@ -136,12 +139,14 @@ class Tyr(Structured):
     def first_counts(self, sites: Sequence[Site]) -> list[int]:
         """Units to remove at each site before any search."""
         if self.levels == "uniform":
-            return [site.units - max(1, round((1 - self.drop) * site.units)) for site in sites]
+            return [
+                site.units - max(1, round((1 - self.drop) * site.units / site.grain)) * site.grain for site in sites
+            ]
         return even_counts(sites, self.drop)
 
     def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
         """Where levels are searched, the shapes that the search begins with: their total is that of the result."""
-        sites = sites_of(structure.units)
+        sites = sites_of(structure.units, self.align)
         counts = self.first_counts(sites)
         names = list(structure.units)
         left = {
@@ -221,7 +226,7 @@ class Tyr(Structured):
 
     def work_bytes(self, structure: "ModelStructure", itemsize: int) -> int:
         """Bytes of the first supernet on disk; those of later rounds are about as large, and one exists at a time."""
-        sites = sites_of(structure.units)
+        sites = sites_of(structure.units, self.align)
         names = list(structure.units)
         rows = [structure.shapes[f"{names[site.block]}.{site.consumers[0]}"][0] for site in sites]
         return predicted_bytes(sites, self.levels_around(sites, self.first_counts(sites), 0), rows, itemsize)

@@ -1,6 +1,7 @@
 """tyr: an exact budget, the same bytes after an interruption anywhere, optimal repairs, a search that helps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def test_levels_of_the_published_sizes():
     assert [spacings(heads, turn)[0] for turn in range(4)] == [4, 2, 1, 1]
     assert [spacings(neurons, turn)[0] for turn in range(4)] == [1376, 688, 344, 172]
     assert levels_of(heads[0], 16, 4) == {-4: 0, -3: 4, -2: 8, -1: 12, 0: 16, 1: 20, 2: 24, 3: 28}  # never all 32
+
+
+def test_aligned_neurons():
+    each = replace(site(1536), grain=16)
+    counts = even_counts([each] * 30, 0.3)
+    assert all(count % 16 == 0 for count in counts)
+    assert abs(sum(counts) - 0.3 * 1536 * 30) <= 8
+    assert [spacings([each], turn)[0] for turn in range(4)] == [192, 96, 48, 32]
+    assert even_counts([replace(site(32), grain=16)], 0.9) == [16]
 
 
 def test_sites_of_a_group_share_a_spacing():
