@@ -16,6 +16,7 @@ from budwood.sparsity.second_order import one_thread
 
 FirstOrder = Literal["signed", "abs", "none"]
 BYTES = 1 << 28  # of the temporaries of one batch of prices
+SPARSE = 0.75  # share of columns left from which the matrices of a sweep are made smaller
 HARDER = 10.0  # factor on the damping where a matrix cannot be factorised
 
 
@@ -147,7 +148,7 @@ def prices(weight: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
     count, width = units.shape
     if width == 1:
         single = units[:, 0]
-        return 0.5 * weight[:, single].square().sum(0) / inverse.diagonal()[single]
+        return 0.5 * weight.square().sum(0)[single] / inverse.diagonal()[single]
     found = weight.new_empty(count)
     batch = max(1, BYTES // (8 * weight.shape[0] * width))
     for start in range(0, count, batch):
@@ -213,28 +214,32 @@ def _sweep(
     """
     width = units.shape[1]
     kept = torch.arange(len(units), device=units.device)
-    columns = units.flatten()  # of the kept units, in their order; the matrices below are in this order too
+    columns = units.flatten()  # in the order of which the matrices below are; those of removed units are 0 in them
+    places = torch.arange(len(columns), device=units.device).view(-1, width)  # of the kept units
     inverse = _inverse(problem.moments[columns][:, columns])
     weight, target = problem.dense[:, columns], problem.target[:, columns]
     for stop in stops:
-        places = torch.arange(len(columns), device=units.device).view(-1, width)
         score = prices(weight, inverse, places)
         if first_order != "none":
             term = first_order_terms(weight, target, places)
             score = score + (term if first_order == "signed" else term.abs())
-        fewer = len(kept) - (len(units) - stop)
         gone = torch.zeros(len(kept), dtype=torch.bool, device=units.device)
-        gone[score.sort(stable=True).indices[:fewer]] = True
-        cut, rest = places[gone].flatten(), places[~gone].flatten()
+        gone[score.sort(stable=True).indices[: len(kept) - (len(units) - stop)]] = True
+        cut = places[gone].flatten()
         with one_thread():
-            change = torch.linalg.solve(inverse[cut][:, cut], inverse[cut][:, rest])
-        weight = weight[:, rest] - weight[:, cut] @ change
-        inverse = inverse[rest][:, rest].addmm_(inverse[rest][:, cut], change, alpha=-1)
-        kept, columns, target = kept[~gone], columns[rest], target[:, rest]
-        smallest = inverse.diagonal().min() if len(rest) else inverse.new_ones(())
-        if not (smallest > 0 and smallest.isfinite()):
-            inverse = _inverse(problem.moments[columns][:, columns])
-            weight = target @ inverse
+            change = torch.linalg.solve(inverse[cut][:, cut], inverse[cut])
+        weight.addmm_(weight[:, cut], change, alpha=-1)
+        inverse.addmm_(inverse[:, cut], change, alpha=-1)
+        weight[:, cut], inverse[:, cut], inverse[cut] = 0, 0, 0
+        kept, places = kept[~gone], places[~gone]
+        smallest = inverse.diagonal()[places].min() if len(kept) else inverse.new_ones(())
+        sound = bool(smallest > 0 and smallest.isfinite())
+        if places.numel() < SPARSE * len(columns) or not sound:
+            rest = places.flatten()
+            columns, weight, target = columns[rest], weight[:, rest], target[:, rest]
+            inverse = inverse[rest][:, rest] if sound else _inverse(problem.moments[columns][:, columns])
+            weight = weight if sound else target @ inverse
+            places = torch.arange(len(columns), device=units.device).view(-1, width)
         yield stop, kept
 
 
