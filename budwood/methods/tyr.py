@@ -1,26 +1,24 @@
 """Týr-the-Pruner: whole KV groups and neurons removed, with the widths of all blocks found by a search (2503.09657)."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
-from budwood.checkpoints.files import write_json
 from budwood.checkpoints.reader import Shards
 from budwood.errors import UsageError
-from budwood.methods.divergence import DENSE, Divergence, samples_for
+from budwood.methods.divergence import DENSE
+from budwood.methods.level_choice import POOL, PRESETS, Size, choose_levels, keep_chosen, mean_errors, summary
 from budwood.methods.method import Step
 from budwood.methods.option import option
+from budwood.methods.pruned_copies import Pruner
 from budwood.methods.sites import SIDE, Site, even_counts, levels_of, sites_of, spacings
 from budwood.methods.structured import Structured, alignment, forecast, refusals
-from budwood.methods.supernet import Pruner, Supernet, build, predicted_bytes
+from budwood.methods.supernet import Supernet, build, predicted_bytes
 from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity.forecast import Forecast
-from budwood.sparsity.level_search import Progress, Settings, Space, Stage, State, begin, search
 
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure
@@ -30,28 +28,7 @@ if TYPE_CHECKING:
     from budwood.stream.model import Model
 
 SHORT = 32  # tokens of the window on which the units of all blocks are verified
-POOL = 524_288  # tokens of the calibration windows that the search draws from, at most
 CHOSEN = "tyr-chosen"  # name of the files with the copies that the search chose
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The size of a search. shares: of all calibration tokens, which bound the tokens of the stages."""
-
-    rounds: int
-    generations: int
-    children: int
-    tokens: tuple[int, ...]
-    survivors: tuple[int, ...]
-    shares: tuple[float, ...] = (1.0, 1.0, 1.0)
-
-
-PRESETS = {
-    "full": Preset(4, 50, 128, (2048, 16384, 131072), (16, 4, 1)),
-    "fast": Preset(2, 20, 32, (1024, 4096, 16384), (8, 2, 1)),
-    "quick": Preset(1, 12, 16, (512, 2048, 8192), (4, 2, 1), (1 / 32, 1 / 8, 1 / 2)),
-    "test": Preset(1, 5, 8, (128, 256, 512), (3, 2, 1)),
-}
 
 
 @dataclass(frozen=True)
@@ -104,17 +81,22 @@ class Tyr(Structured):
         for name in ("tokens", "survivors"):
             for value in getattr(self, name):
                 whole(name, value, 1)
-        if len(self.tokens or self.size.tokens) != len(self.survivors or self.size.survivors):
+        if len(self.size.tokens) != len(self.size.survivors):
             raise UsageError(f"tokens and survivors must be of the same length, got {self.tokens} and {self.survivors}")
 
     @property
-    def size(self) -> Preset:
-        return PRESETS[self.preset]
+    def size(self) -> Size:
+        """The preset with the options that are given in its place."""
+        names = ("rounds", "generations", "children", "tokens", "survivors")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name)}
+        if self.tokens:
+            given["shares"] = ()
+        return replace(PRESETS[self.preset], **given)
 
     @property
     def turns(self) -> int:
         """Supernets that are built one after the other."""
-        return (self.rounds or self.size.rounds) if self.levels == "search" else 1
+        return self.size.rounds if self.levels == "search" else 1
 
     def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
         assert windows is not None
@@ -177,52 +159,27 @@ class Tyr(Structured):
         collecting = (
             1 if self.within_layer == "joint" else max(sum(1 for _ in supernet.at(i)) for i in range(len(model)))
         )
-        report: dict[str, Any] = {"manifest": manifest, "passes": 1.0 + collecting, "log": []}
-        state: State = (0,) * len(sites)
+        passes, choice = 1.0 + collecting, None
         if self.levels == "search":
-            state, report["log"], passes = self.searched(model, windows, work, supernet, turn)
-            report["passes"] += passes + (turn == 0) * min(1.0, POOL / windows.numel())
+            choice = choose_levels(
+                model, windows, work, supernet, self.size, seed=self.seed + turn, published=self.published
+            )
+            passes += choice.passes + (turn == 0) * min(1.0, POOL / windows.numel())  # and the dense model, once
+        state = choice.state if choice else (0,) * len(sites)
         if turn == self.turns - 1:
-            keep_chosen(supernet, state, work, len(model))
-        report["state"] = list(state)
-        report["counts"] = [levels[level] for levels, level in zip(supernet.levels, state, strict=True)]
-        report["errors"] = mean_errors(supernet, state)
-        report["widths"] = [
-            site.units - count for site, count in zip(sites, report["counts"], strict=True) if site.kind == "mlp"
-        ]
-        return report
-
-    def searched(
-        self, model: "Model", windows: Tensor, work: "Work", supernet: Supernet, turn: int
-    ) -> tuple[State, list[dict[str, Any]], float]:
-        """The best state, the log of the generations, and forward passes over all windows; resumed where it was cut."""
-        pool = windows[: max(1, POOL // windows.shape[1])]
-        tokens = self.stage_tokens(pool.numel())
-        fitness = Divergence(model, pool, tokens, work, supernet)
-        survivors = self.survivors or self.size.survivors
-        stages = [Stage(samples_for(t, pool.shape[1]), s) for t, s in zip(tokens, survivors, strict=True)]
-        settings = Settings(
-            self.generations or self.size.generations,
-            self.children or self.size.children,
-            stages,
-            published=self.published,
-        )
-        levels = [range(min(levels), max(levels) + 1) for levels in supernet.levels]
-        space = Space(levels, [site.group for site in supernet.sites])
-        file = work.file(f"tyr-{turn + 1}-search.json")
-        kept = json.loads(file.read_text("utf-8")) if file.is_file() else None
-        progress = begin(space, self.seed + turn) if kept is None else Progress.from_json(kept["progress"])
-        fitness.block_tokens = 0 if kept is None else kept["block_tokens"]
-        for _ in search(space, settings, len(pool), fitness, progress):
-            write_json(file, {"progress": progress.to_json(), "block_tokens": fitness.block_tokens})
-        return progress.parent, progress.log, fitness.passes * pool.numel() / windows.numel()
-
-    def stage_tokens(self, available: int) -> tuple[int, ...]:
-        """Tokens of each stage, bounded by those of the calibration windows."""
-        if self.tokens:
-            return tuple(min(tokens, available) for tokens in self.tokens)
-        bounds = (max(2, int(share * available)) for share in self.size.shares)
-        return tuple(min(tokens, bound) for tokens, bound in zip(self.size.tokens, bounds, strict=True))
+            keep_chosen(supernet, state, work, CHOSEN, len(model))
+        counts = [levels[level] for levels, level in zip(supernet.levels, state, strict=True)]
+        return {
+            "levels": list(state),
+            "counts": counts,
+            "widths": [site.units - count for site, count in zip(sites, counts, strict=True) if site.kind == "mlp"],
+            "divergences": choice.divergences if choice else None,
+            "errors": mean_errors(supernet, state),
+            "generations": len(choice.log) if choice else 0,
+            "log": choice.log if choice else [],
+            "passes": passes,
+            "manifest": manifest,
+        }
 
     def work_bytes(self, structure: "ModelStructure", itemsize: int) -> int:
         """Bytes of the first supernet on disk; those of later rounds are about as large, and one exists at a time."""
@@ -230,29 +187,6 @@ class Tyr(Structured):
         names = list(structure.units)
         rows = [structure.shapes[f"{names[site.block]}.{site.consumers[0]}"][0] for site in sites]
         return predicted_bytes(sites, self.levels_around(sites, self.first_counts(sites), 0), rows, itemsize)
-
-
-def keep_chosen(supernet: Supernet, state: State, work: "Work", blocks: int) -> None:
-    """Writes the chosen copies of every block: kept units and repaired weights, by consumer."""
-    for index in range(blocks):
-        tensors = {}
-        for place, site in supernet.at(index):
-            if supernet.levels[place][state[place]]:
-                for name in site.consumers:
-                    tensors[f"{name}|kept"] = supernet.kept(index, name, state[place])
-                    tensors[f"{name}|weight"] = supernet.read(index, name, state[place])[1]
-        work.save(f"{CHOSEN}-{index:04d}", tensors)
-
-
-def mean_errors(supernet: Supernet, state: State) -> list[float]:
-    """Relative squared output errors of the chosen copies, mean over linears: calibration inputs, held-out inputs."""
-    found = [
-        supernet.errors(site.block, name, level)
-        for site, levels, level in zip(supernet.sites, supernet.levels, state, strict=True)
-        for name in site.consumers
-        if levels[level]
-    ]
-    return torch.tensor(found, dtype=torch.float64)[:, :2].mean(0).tolist() if found else [0.0, 0.0]
 
 
 @dataclass(frozen=True)
@@ -283,21 +217,3 @@ def refusals_of(model: "Model", windows: Tensor) -> dict[str, str]:
         promised = set(model.structure.units[block.name]) - set(block.units)
         found.update({f"{block.name}.{name}": block.refused.get(name, "it has none") for name in sorted(promised)})
     return found
-
-
-def summary(reports: Sequence[Mapping[str, Any]]) -> str:
-    """What the rounds found, in one sentence."""
-    log = [entry for report in reports for entry in report["log"]]
-    calibration, held_out = reports[-1]["errors"]
-    passes = sum(report["passes"] for report in reports)
-    searched = (
-        f"{len(log)} generations moved the divergence of the logits from {log[0]['parent_fitness']:.4g} to "
-        f"{log[-1]['fitness']:.4g} per token; "
-        if log
-        else ""
-    )
-    held = f" and {held_out:.4f} on held-out windows" if held_out else ""
-    return (
-        f"tyr: {searched}squared output error of the repaired linears {calibration:.4f} on calibration windows{held}; "
-        f"{passes:.1f} forward passes over the calibration windows before pruning"
-    )

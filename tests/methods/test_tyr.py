@@ -16,9 +16,11 @@ from budwood.checkpoints.work import Work
 from budwood.errors import UsageError
 from budwood.methods import divergence, parse_method, supernet, tyr
 from budwood.methods.divergence import Divergence
+from budwood.methods.level_choice import POOL, PRESETS, Size, choose_levels
+from budwood.methods.pruned_copies import Copy, HeldOut, Pruner
 from budwood.methods.sites import Site, even_counts, levels_of, sites_of, spacings
-from budwood.methods.supernet import Copy, HeldOut, Pruner, Supernet, averaged, build
-from budwood.methods.tyr import POOL, PRESETS, Tyr
+from budwood.methods.supernet import Supernet, averaged, build
+from budwood.methods.tyr import Tyr
 from budwood.pruning import prune
 from budwood.sparsity.unit_removal import outputs_of, problem_of, remove_units
 from budwood.stream.model import Model
@@ -191,13 +193,15 @@ def test_repaired_weights_are_least_squares_on_the_kept_inputs(llama, tmp_path):
 
 def test_the_search_is_not_worse_than_uniform_levels_on_its_own_batch(llama, tmp_path):
     model, found = supernet_in(llama, tmp_path)
-    method = parse_method('tyr(preset="test", generations=8, children=12, tokens=(24, 96, 192))')
-    state, log, _ = method.searched(model, WINDOWS, Work(tmp_path), found, 0)
+    size = Size(1, 8, 12, (24, 96, 192), (3, 2, 1))
+    choice = choose_levels(model, WINDOWS, Work(tmp_path), found, size, seed=0, published=False)
+    state = choice.state
     fitness = Divergence(model, WINDOWS, (24, 96, 192), Work(tmp_path), found)
     uniform, searched = fitness([(0,) * len(state), state], 2, list(range(8)))
     assert searched <= uniform
     assert searched < uniform or not any(state)
-    assert log[-1]["fitness"] == pytest.approx(searched)
+    assert choice.log[-1]["fitness"] == pytest.approx(searched)
+    assert choice.divergences == pytest.approx((uniform, searched))
 
 
 def masked(folder, found, state):
@@ -318,10 +322,11 @@ def test_the_predicted_bytes_of_the_supernet(name, tmp_path):
 def test_quick_takes_at_most_forty_passes():
     size, windows = PRESETS["quick"], 32 * 512
     for available in (8 * 24, windows, 128 * 2048, POOL):
-        first, second, third = Tyr(preset="quick").stage_tokens(available)
+        first, second, third = size.stage_tokens(available)
         search = size.children * first + size.survivors[0] * second + (size.survivors[1] + 1) * third
-        before = 1 + size.rounds * 2  # dense states, supernets
-        assert before + size.rounds * size.generations * search / available + 1 <= 40
+        outside = 1 + 2 + 2 * third / available + 1  # dense states, supernet, the winner and the centre, pruning
+        assert outside + size.rounds * size.generations * search / available <= 40
+        assert size.rounds == 1
 
 
 def test_memory_of_copies_is_bounded(llama, tmp_path, monkeypatch):
