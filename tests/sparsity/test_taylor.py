@@ -63,7 +63,9 @@ def test_the_sign_of_a_row_with_its_gradient_does_not_matter(order):
     weight, gradient, square = torch.randn(3, 6, 8)
     sign = torch.tensor([1.0, -1, 1, -1, -1, 1])[:, None]
     plain = slice_scores(salience(weight, order, gradient, square), order, False)
-    torch.testing.assert_close(slice_scores(salience(sign * weight, order, sign * gradient, square), order, False), plain)
+    torch.testing.assert_close(
+        slice_scores(salience(sign * weight, order, sign * gradient, square), order, False), plain
+    )
 
 
 def test_scores_follow_the_scale_of_the_loss():
