@@ -2,6 +2,7 @@
 
 from budwood.methods.allocate import Allocate
 from budwood.methods.alps import Alps
+from budwood.methods.gblm import Gblm
 from budwood.methods.graft import Graft
 from budwood.methods.magnitude import Magnitude
 from budwood.methods.method import Method
@@ -19,4 +20,5 @@ METHODS: dict[str, type[Method]] = {
     "alps": Alps,
     "graft": Graft,
     "allocate": Allocate,
+    "gblm": Gblm,
 }

@@ -186,7 +186,7 @@ class Model:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
-        """In this context one dense block holds its parameters in the compute dtype; after it they are on meta again."""
+        """In this context one dense block holds its parameters in the compute dtype, as in `resident`."""
         stored, written = self._read_block(index, None)
         with self._filled(index, stored, written):
             del stored  # the block has its own where the dtypes differ

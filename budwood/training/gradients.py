@@ -1,7 +1,8 @@
 """Gradients of the loss of the dense model, one linear at a time: never those of the whole model at once.
 
-Two ways with the same results. `accumulate` holds all weights and takes one window after the other. `accumulate_by_block`
-holds one block and the inputs of every block for all windows, and goes through the blocks backwards.
+Two ways with the same results. `accumulate` holds all weights and takes one window after the other.
+`accumulate_by_block` holds one block and the inputs of every block for all windows, and goes through the blocks
+backwards. Both compute each block twice forward and once backward. `gradients` takes the one that fits the memory.
 """
 
 import time
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from budwood.environment import memory
 from budwood.errors import RunError
 from budwood.models.linears import read
 from budwood.progress import Progress, Silent
@@ -48,11 +50,35 @@ class Sums:
                 total.add_(gradient.abs() if kind == "magnitude" else gradient)
 
     def take(self, name: str, like: Tensor) -> dict[str, Tensor]:
-        """The sums of one linear, which are then forgotten; zeros, shaped `like` its weight, where no token reached it."""
-        sums = self.sums.pop(name, {})
-        return {
-            kind: sums[kind] if kind in sums else torch.zeros_like(like, dtype=torch.float32) for kind in self.kinds
-        }
+        """The sums of one linear, which are then freed; zeros, shaped `like` its weight, where no token reached it."""
+        found = self.sums.pop(name, None)
+        return found or {kind: torch.zeros_like(like, dtype=torch.float32) for kind in self.kinds}
+
+
+def gradients(
+    model: Model,
+    windows: Tensor,
+    linears: Mapping[str, nn.Module],
+    fold: Fold,
+    finished: Finished | None = None,
+    *,
+    held: int = 4,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """`accumulate` where all weights and what the fold holds take at most half of the memory, else by block.
+
+    held: bytes that the fold holds per weight of `linears` until their block is finished.
+    """
+    need = model.structure.parameters * model.compute.itemsize
+    need += held * sum(read(module).numel() for module in linears.values())
+    way = accumulate if need <= memory_of(model.device) / 2 else accumulate_by_block
+    way(model, windows, linears, fold, finished, batch=batch, progress=progress)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a device; 0 where the system does not tell."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory() or 0
 
 
 def accumulate(

@@ -11,7 +11,7 @@ from budwood.models.experts import unfuse
 from budwood.models.linears import prunable, read
 from budwood.stream.arithmetic import Arithmetic
 from budwood.stream.model import Model
-from budwood.training.gradients import Sums, accumulate, accumulate_by_block
+from budwood.training.gradients import Sums, accumulate, accumulate_by_block, gradients
 
 WAYS = [accumulate, accumulate_by_block]
 KINDS = ("gradient", "magnitude", "square")
@@ -29,7 +29,7 @@ def plain_gradients(whole, ids, batch=1):
         for name, module in linears.items():
             gradient = module.weight.grad
             found[name].append(torch.zeros_like(read(module)) if gradient is None else read(module, gradient).clone())
-    return {name: torch.stack(gradients) for name, gradients in found.items()}
+    return {name: torch.stack(each) for name, each in found.items()}
 
 
 def streamed(folder, ids, way, batch=1, arithmetic=None, **options):
@@ -40,9 +40,9 @@ def streamed(folder, ids, way, batch=1, arithmetic=None, **options):
 
 
 def close(found, expected, tolerance=1e-5):
-    for name, gradients in expected.items():
-        scale = float(gradients.abs().max())
-        torch.testing.assert_close(found[name].to(gradients), gradients, rtol=0, atol=tolerance * scale, msg=name)
+    for name, each in expected.items():
+        scale = float(each.abs().max())
+        torch.testing.assert_close(found[name].to(each), each, rtol=0, atol=tolerance * scale, msg=name)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -67,7 +67,7 @@ def test_a_batch_has_the_gradient_of_its_mean_loss(way, tmp_path):
     ids = token_ids(3)
     _, found = streamed(tmp_path, ids, way, batch=2)
     expected = plain_gradients(whole, ids, batch=2)
-    close({name: torch.stack(gradients) for name, gradients in found.items()}, expected)
+    close({name: torch.stack(each) for name, each in found.items()}, expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -81,9 +81,12 @@ def test_afterwards_there_are_no_weights_and_no_gradients(way, tmp_path):
         held.append(sum(parameter.grad is not None for parameter in model.module.parameters()))
 
     way(model, ids, model.linears, fold)
-    assert len(held) == len(ids) * len(model.linears) and not any(held)
+    assert len(held) == len(ids) * len(model.linears)
+    assert not any(held)
     for parameter in model.module.parameters():
-        assert parameter.is_meta and not parameter.requires_grad and parameter.grad is None
+        assert parameter.is_meta
+        assert not parameter.requires_grad
+        assert parameter.grad is None
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -107,9 +110,8 @@ def test_other_dtypes_and_blocked_attention_change_gradients_by_rounding_only(wa
     ids = token_ids()
     expected = plain_gradients(whole, ids)
     _, found = streamed(tmp_path, ids, way, arithmetic=Arithmetic(dtype, blocked_attention=dtype == torch.bfloat16))
-    for name, gradients in expected.items():
-        difference = torch.stack(found[name]) - gradients
-        assert float(difference.norm() / gradients.norm()) < 0.1, name
+    for name, each in expected.items():
+        assert float((torch.stack(found[name]) - each).norm() / each.norm()) < 0.1, name
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -117,14 +119,26 @@ def test_blocked_attention_has_the_same_gradients(way, tmp_path):
     whole = save_model("llama", tmp_path)
     ids = token_ids()
     _, found = streamed(tmp_path, ids, way, arithmetic=Arithmetic(torch.float32, blocked_attention=True))
-    close({name: torch.stack(gradients) for name, gradients in found.items()}, plain_gradients(whole, ids))
+    close({name: torch.stack(each) for name, each in found.items()}, plain_gradients(whole, ids))
 
 
 def test_block_inputs_may_be_kept_in_files(tmp_path):
     whole = save_model("llama", tmp_path / "model")
     ids = token_ids()
     _, found = streamed(tmp_path / "model", ids, accumulate_by_block, activation_limit=0, scratch=tmp_path)
-    close({name: torch.stack(gradients) for name, gradients in found.items()}, plain_gradients(whole, ids))
+    close({name: torch.stack(each) for name, each in found.items()}, plain_gradients(whole, ids))
+
+
+def test_the_way_follows_the_memory(tmp_path, monkeypatch):
+    whole = save_model("llama", tmp_path)
+    ids = token_ids()
+    for memory, order in ((1 << 40, range(BLOCKS)), (1000, reversed(range(BLOCKS)))):
+        monkeypatch.setattr("budwood.training.gradients.memory_of", lambda device, memory=memory: memory)
+        model, sums, finished = Model(open_source(tmp_path)), Sums("gradient"), []
+        gradients(model, ids, model.linears, sums, finished.append)
+        assert finished == list(order)
+        expected = {name: each.sum(0) for name, each in plain_gradients(whole, ids).items()}
+        close({name: kinds["gradient"] for name, kinds in sums.sums.items()}, expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
