@@ -2,7 +2,7 @@
 
 Two ways with the same results. `accumulate` holds all weights and takes one window after the other.
 `accumulate_by_block` holds one block and the inputs of every block for all windows, and goes through the blocks
-backwards. Both compute each block twice forward and once backward. `gradients` takes the one that fits the memory.
+backwards. Both compute each block twice forward and once backward. `gradients` chooses one.
 """
 
 import time
@@ -66,14 +66,23 @@ def gradients(
     batch: int = 1,
     progress: Progress | None = None,
 ) -> None:
-    """`accumulate` where all weights and what the fold holds take at most half of the memory, else by block.
+    """By block, except where the inputs of all blocks take more than all weights do with what the fold holds, and the
+    latter take at most half of the memory: then `accumulate`.
 
     held: bytes that the fold holds per weight of `linears` until their block is finished.
     """
-    need = model.structure.parameters * model.compute.itemsize
-    need += held * sum(read(module).numel() for module in linears.values())
-    way = accumulate if need <= memory_of(model.device) / 2 else accumulate_by_block
+    resident = model.structure.parameters * model.compute.itemsize
+    resident += held * sum(read(module).numel() for module in linears.values())
+    inputs = len(model) * windows.numel() * _width(model) * model.compute.itemsize
+    fits = resident <= memory_of(model.device) / 2
+    way = accumulate if fits and resident < inputs else accumulate_by_block
     way(model, windows, linears, fold, finished, batch=batch, progress=progress)
+
+
+def _width(model: Model) -> int:
+    """Of the hidden states."""
+    embedding = model.module.get_output_embeddings()
+    return read(embedding).shape[1]
 
 
 def memory_of(device: torch.device) -> int:

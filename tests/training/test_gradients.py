@@ -129,16 +129,17 @@ def test_block_inputs_may_be_kept_in_files(tmp_path):
     close({name: torch.stack(each) for name, each in found.items()}, plain_gradients(whole, ids))
 
 
-def test_the_way_follows_the_memory(tmp_path, monkeypatch):
-    whole = save_model("llama", tmp_path)
-    ids = token_ids()
-    for memory, order in ((1 << 40, range(BLOCKS)), (1000, reversed(range(BLOCKS)))):
-        monkeypatch.setattr("budwood.training.gradients.memory_of", lambda device, memory=memory: memory)
-        model, sums, finished = Model(open_source(tmp_path)), Sums("gradient"), []
-        gradients(model, ids, model.linears, sums, finished.append)
-        assert finished == list(order)
-        expected = {name: each.sum(0) for name, each in plain_gradients(whole, ids).items()}
-        close({name: kinds["gradient"] for name, kinds in sums.sums.items()}, expected)
+@pytest.mark.parametrize(
+    ("windows", "memory", "resident"), [(3, 1 << 40, False), (3, 1000, False), (80, 1 << 40, True), (80, 1000, False)]
+)
+def test_the_way_follows_windows_and_memory(windows, memory, resident, tmp_path, monkeypatch):
+    """By block where that takes less, or where the weights do not fit."""
+    save_model("llama", tmp_path)
+    monkeypatch.setattr("budwood.training.gradients.memory_of", lambda device: memory)
+    model, sums, finished = Model(open_source(tmp_path)), Sums("gradient"), []
+    gradients(model, token_ids(windows), model.linears, sums, finished.append)
+    assert finished == (list(range(BLOCKS)) if resident else list(reversed(range(BLOCKS))))
+    assert set(sums.sums) == set(model.linears)
 
 
 @pytest.mark.parametrize("way", WAYS)
