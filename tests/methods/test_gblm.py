@@ -11,7 +11,7 @@ from families import save_model, token_ids
 
 from budwood.checkpoints.source import open_source
 from budwood.checkpoints.work import Work
-from budwood.errors import UsageError
+from budwood.errors import RunError, UsageError
 from budwood.methods import gblm, parse_method
 from budwood.sparsity import scores
 from budwood.sparsity.patterns import parse_pattern
@@ -123,6 +123,23 @@ def test_the_number_and_order_of_windows_do_not_matter(llama, norm, tmp_path):
     sums = f'gblm("50%", norm="{norm}", published=True)'
     doubled = run(llama, sums, torch.cat([ids, ids]), tmp_path / "sums_twice")
     assert not equal(run(llama, sums, ids, tmp_path / "sums"), doubled)
+
+
+def test_gradients_that_were_not_all_stored_are_computed_again(llama, tmp_path, monkeypatch):
+    ids, real, saved = token_ids(3), Work.save, []
+
+    def killed(self, name, tensors):
+        if len(saved) == 2:
+            raise RunError("killed")
+        saved.append(name)
+        real(self, name, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Work, "save", killed)
+        with pytest.raises(RunError, match="killed"):
+            run(llama, "gblm()", ids, tmp_path / "cut")
+    assert len(saved) == 2
+    assert equal(run(llama, "gblm()", ids, tmp_path / "cut"), run(llama, "gblm()", ids, tmp_path / "whole"))
 
 
 def test_alpha_0_is_wanda(llama, tmp_path):

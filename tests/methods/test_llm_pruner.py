@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from budwood.checkpoints.source import open_source
 from budwood.checkpoints.structure import ModelStructure
-from budwood.checkpoints.work import Work
-from budwood.errors import UsageError
-from budwood.methods import parse_method
+from budwood.errors import RunError, UsageError
+from budwood.methods import gblm, llm_pruner, parse_method, structured
 from budwood.methods.structured import Slices
 from budwood.planning import plan
 from budwood.pruning import prune
@@ -205,16 +204,28 @@ def test_kept_weights_are_those_of_the_dense_model(models, tmp_path):
         assert len(after.mlp.gate_proj.weight) < len(rows)
 
 
-def test_gradients_are_computed_once(models, tmp_path, monkeypatch):
-    """A run that goes on reads what the first one stored."""
-    model, windows = Model(open_source(models / "llama")), IDS[:, :96].view(4, 24)
-    method = parse_method("llm_pruner()")
-    first = method.prepare(model, windows, Work(tmp_path))
-    monkeypatch.setattr("budwood.methods.llm_pruner.gradients", None)
-    second = method.prepare(model, windows, Work(tmp_path))
-    for block, sets in first.kept.items():
-        for consumer, kept in sets.items():
-            assert torch.equal(second.kept[block][consumer], kept)
+@pytest.mark.parametrize(
+    ("expression", "step"),
+    [('llm_pruner(drop=0.3, scope="global")', structured.Slices), ('gblm("50%")', gblm.GblmStep)],
+)
+def test_a_run_that_goes_on_computes_no_gradients_again(models, expression, step, tmp_path, monkeypatch):
+    prune(models / "llama", tmp_path / "whole", expression, IDS, **CALIBRATION)
+    real = step.__call__
+
+    def killed(self, block):
+        if block.index == 2:
+            raise RunError("killed")
+        real(self, block)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step, "__call__", killed)
+        with pytest.raises(RunError, match="killed"):
+            prune(models / "llama", tmp_path / "cut", expression, IDS, **CALIBRATION)
+    for module in (llm_pruner, gblm):
+        monkeypatch.setattr(module, "gradients", None)
+    prune(models / "llama", tmp_path / "cut", expression, IDS, **CALIBRATION)
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes(), shard.name
 
 
 def test_only_the_blocks_of_the_range_change(models, tmp_path):
