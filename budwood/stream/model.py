@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,23 @@ class Model:
         finally:
             for _, owner, attribute, parameter in meta:
                 owner._parameters[attribute] = parameter
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """In this context `module` holds all parameters in the compute dtype; after it they are on meta again."""
+        with ExitStack() as stack:
+            stack.enter_context(self.outside())
+            for index in range(len(self)):
+                stack.enter_context(self.loaded(index))
+            yield
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        """In this context one dense block holds its parameters in the compute dtype, as in `resident`."""
+        stored, written = self._read_block(index, None)
+        with self._filled(index, stored, written):
+            del stored  # the block has its own where the dtypes differ
+            yield
 
     def names_outside(self) -> list[str]:
         """Names of the stored tensors that belong to no block, without those that are tied to another."""
