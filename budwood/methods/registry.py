@@ -2,7 +2,9 @@
 
 from budwood.methods.allocate import Allocate
 from budwood.methods.alps import Alps
+from budwood.methods.gblm import Gblm
 from budwood.methods.graft import Graft
+from budwood.methods.llm_pruner import LLMPruner
 from budwood.methods.magnitude import Magnitude
 from budwood.methods.method import Method
 from budwood.methods.refit import Refit
@@ -20,5 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "alps": Alps,
     "graft": Graft,
     "allocate": Allocate,
+    "gblm": Gblm,
+    "llm_pruner": LLMPruner,
     "tyr": Tyr,
 }
