@@ -131,7 +131,7 @@ def dense_states(model: "Model", windows: Tensor, work: Work) -> Shards:
             pass
         assert model.activations is not None
         hidden = model.activations.hidden
-        large = float(hidden.abs().max()) > torch.finfo(torch.float16).max
+        large = max(abs(float(edge)) for edge in hidden.aminmax()) > torch.finfo(torch.float16).max
         stored = torch.bfloat16 if large or hidden.dtype == torch.bfloat16 else torch.float16
         return {str(index): window.to(stored) for index, window in enumerate(hidden)}
 

@@ -92,8 +92,8 @@ class Supernet:
                 continue
             for consumer in site.consumers:
                 columns, weight = self.read(block.index, consumer, state[place])
-                whole = torch.zeros(block.linears[consumer].shape, dtype=weight.dtype)
-                whole[:, columns] = weight
+                whole = torch.zeros(block.linears[consumer].shape, dtype=block.arithmetic.compute)
+                whole[:, columns] = weight.to(whole.dtype)
                 found[consumer] = whole.to(block.device)
         return found
 

@@ -79,7 +79,10 @@ class Tyr(Structured):
         for name in ("rounds", "generations", "children", "seed"):
             whole(name, getattr(self, name), 0)
         for name in ("tokens", "survivors"):
-            for value in getattr(self, name):
+            values = getattr(self, name)
+            if not isinstance(values, tuple):
+                raise UsageError(f"{name} must be numbers in parentheses such as (512, 2048, 8192), got {values!r}")
+            for value in values:
                 whole(name, value, 1)
         if len(self.size.tokens) != len(self.size.survivors):
             raise UsageError(f"tokens and survivors must be of the same length, got {self.tokens} and {self.survivors}")

@@ -1,6 +1,7 @@
 """tyr: an exact budget, the same bytes after an interruption anywhere, optimal repairs, a search that helps."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from budwood.methods.pruned_copies import Copy, HeldOut, Pruner
 from budwood.methods.sites import Site, even_counts, levels_of, sites_of, spacings
 from budwood.methods.supernet import Supernet, averaged, build
 from budwood.methods.tyr import Tyr
+from budwood.planning import plan
 from budwood.pruning import prune
 from budwood.sparsity.unit_removal import outputs_of, problem_of, remove_units
 from budwood.stream.model import Model
@@ -110,6 +112,10 @@ def test_the_budget_is_exact(llama, tmp_path, levels):
         assert len(set(groups)) == len(set(neurons)) == 1
     expected = parse_method(SMALL).forecast(ModelStructure(open_source(llama).config))
     assert sum(matrix["nonzeros"] for matrix in linears.values()) == sum(f.nonzeros for f in expected.values())
+    planned = plan(llama, SMALL)
+    assert planned["parameters_after"] == planned["parameters"] - planned["in_scope"] + sum(
+        matrix["nonzeros"] for matrix in linears.values()
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.isfinite(loaded(WINDOWS).logits).all()
     assert any("forward passes over the calibration windows" in note for note in report["notes"])
@@ -329,6 +335,13 @@ def test_quick_takes_at_most_forty_passes():
         assert size.rounds == 1
 
 
+def test_quick_counts_its_passes(llama, tmp_path):
+    report = prune(llama, tmp_path / "out", 'tyr(preset="quick", drop=0.25)', IDS, **CALIBRATION)
+    note = next(note for note in report["notes"] if note.startswith("tyr:"))
+    passes = float(re.search(r"([\d.]+) forward passes", note)[1])
+    assert 4 < passes <= 39  # and one to prune
+
+
 def test_memory_of_copies_is_bounded(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(supernet, "CACHE", 5000)
     _, found = supernet_in(llama, tmp_path)
@@ -356,6 +369,7 @@ def test_files_of_finished_rounds_are_removed(llama, tmp_path, monkeypatch):
         ("tyr(drop=1.5)", "drop must be a number from 0 to 1"),
         ('tyr(preset="slow")', "preset must be one of"),
         ("tyr(tokens=(5, 6))", "of the same length"),
+        ("tyr(tokens=5)", "numbers in parentheses"),
         ("tyr(survivors=(5, 0, 1))", "survivors must be a whole number"),
         ('tyr(accumulate="mean")', "accumulate must be one of"),
     ],
