@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.work import Work
@@ -106,10 +106,11 @@ class Divergence:
 
             for start in range(0, len(right), chunk):
                 dense = log_probabilities(right[start : start + chunk])
+                shares = dense.exp()
                 for path, hidden in zip(paths, found, strict=True):
                     other = log_probabilities(hidden[start : start + chunk])
-                    lost = float(kl_div(other, dense, log_target=True, reduction="sum"))
-                    total[path.members] += max(0.0, lost)
+                    lost = torch.linalg.vecdot(shares, other.neg_().add_(dense))  # [tokens]
+                    total[path.members] += max(0.0, float(lost.double().sum()))
         return total
 
 
