@@ -1,5 +1,6 @@
 """FLAP and its baselines on small models: budgets, biases that return means, resuming, and the published program."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def test_planned_shapes_are_written_shapes(folders, tmp_path, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_larger_share_keeps_a_subset(folders, tmp_path, family):
     kept = [kept_by(folders[family], f"flap(drop={drop})", tmp_path) for drop in (0.0, 0.2, 0.5, 0.9)]
-    for larger, smaller in zip(kept, kept[1:], strict=False):
+    for larger, smaller in itertools.pairwise(kept):
         assert all(smaller[name] <= larger[name] for name in larger)
     assert {name: len(units) for name, units in kept[0].items()} == {
         name: count for name, (count, _) in unit_counts(folders[family]).items()
