@@ -48,6 +48,7 @@ def plan(
     layout = known_layout(format, values)
     structure, config, shards = _open(source, skip, trust_remote_code)
     method.check(structure.shapes)
+    method.check_structure(structure)
     storage = _storage(dtype, config, shards)
 
     unpruned = _unpruned_bytes(structure, storage.itemsize)
