@@ -1,7 +1,7 @@
 """FLAP: structured pruning by the fluctuation of inputs (An, Zhao, Yu, Tang, Wang, AAAI 2024, arXiv 2312.11983)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -10,19 +10,31 @@ from torch import Tensor
 from budwood.errors import UsageError
 from budwood.methods.method import Step
 from budwood.methods.option import option
-from budwood.methods.structured import Structured
-from budwood.methods.unit_survey import Findings, Kept, choose, enough, fluctuations, found_units, survey
+from budwood.methods.structured import Slices, Structured, forecast_counts
+from budwood.methods.unit_survey import (
+    Findings,
+    Sets,
+    choose,
+    enough,
+    expected_counts,
+    fluctuations,
+    found_units,
+    survey,
+)
 from budwood.methods.validation import number, one_of, truth, whole
-from budwood.models.units import Units
+from budwood.models.units import Units, places
 from budwood.sparsity.fluctuation import Metric, Moments, PublishedMoments, compensation
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.unit_budget import Rules, Search, Structure
 
 if TYPE_CHECKING:
+    from budwood.checkpoints.structure import ModelStructure
     from budwood.checkpoints.work import Work
     from budwood.stream.block import Block
     from budwood.stream.linear import Linear
     from budwood.stream.model import Model
 
+Bias = Literal["plain", "none", "recentred"]
 STRUCTURES = ("ul-um", "ul-mm", "al-mm", "al-am")
 
 
@@ -41,7 +53,7 @@ class Flap(Structured):
     )
     remove_groups: int | None = option(None, 'KV groups to remove from the whole model; for "ul-mm" and "al-mm"')
     attn_power: float = option(2.0, "exponent of the scores of attention: 2 in the published program, 1 in the paper")
-    bias: Literal["plain", "none", "recentred"] = option(
+    bias: Bias = option(
         "plain", 'the mean of what was removed as "plain" bias, "recentred" on the pruned model\'s inputs, or "none"'
     )
     variance: Literal["exact", "reference"] = option(
@@ -99,13 +111,24 @@ class Flap(Structured):
         listed = self.listed(found)
         kept = choose(listed, findings, self.share_of(found, listed), self.rules, self.attn_power)
         whole = all(len(stays) == len(listed[block][name]) for block in kept for name, stays in kept[block].items())
-        return FlapStep("none" if whole else self.bias, kept, findings)
+        return FlapStep(kept, bias="none" if whole else self.bias, findings=findings)
+
+    def check_structure(self, structure: "ModelStructure") -> None:
+        super().check_structure(structure)
+        self._expected(structure)
+
+    def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
+        return forecast_counts(structure, self._expected(structure))
+
+    def _expected(self, structure: "ModelStructure") -> dict[str, dict[str, int]]:
+        listed = self.listed(structure.units)
+        return expected_counts(listed, self.share_of(structure.units, listed), self.rules)
 
     def _examine(self, block: "Block") -> Findings:
         exact = self.variance == "exact" and not self.published
         return fluctuations(block, self.metric, block.observe, Moments if exact else PublishedMoments)
 
-    def listed(self, units: Mapping[str, Mapping[str, Units]]) -> dict[str, dict[str, Units]]:
+    def listed(self, units: Sets) -> dict[str, dict[str, Units]]:
         """Of the units of a model those that may go; blocks without any are left out."""
         blocks = list(units)[self.skip_layers : len(units) - self.skip_last]
         listed = {
@@ -114,7 +137,7 @@ class Flap(Structured):
         }
         return {block: of_block for block, of_block in listed.items() if of_block}
 
-    def share_of(self, units: Mapping[str, Mapping[str, Units]], listed: Mapping[str, Mapping[str, Units]]) -> float:
+    def share_of(self, units: Sets, listed: Sets) -> float:
         """The share of their weights that the listed units lose, so that all units lose `drop`."""
         share = self.drop * (_weights(units) / max(1, _weights(listed)))
         if share >= 1 and self.drop:
@@ -125,40 +148,39 @@ class Flap(Structured):
         return share
 
 
-def _weights(units: Mapping[str, Mapping[str, Units]]) -> int:
+def _weights(units: Sets) -> int:
     return sum(len(each) * each.cost for of_block in units.values() for each in of_block.values())
 
 
 @dataclass(frozen=True)
-class FlapStep(Step):
-    """kept: the units that stay. findings: those of the survey; what has a "mean" gets a bias."""
+class FlapStep(Slices):
+    """findings: those of the survey; what has a "mean" gets a bias of this kind."""
 
-    bias: Literal["plain", "none", "recentred"]
-    kept: Kept
-    findings: Mapping[str, Findings]
+    bias: Bias = field(kw_only=True)
+    findings: Mapping[str, Findings] = field(kw_only=True)
 
     def __call__(self, block: "Block") -> None:
         kept = self.kept.get(block.name, {})
         means = {name: self.findings[block.name][name].get("mean") for name in kept}
         known = {name: mean for name, mean in means.items() if mean is not None}
         if self.bias == "recentred":
-            self._recentre(block, kept, known)
+            self._recentre(block, known)
             return
         biases = {}
         for name, mean in known.items():
             units = block.units[name]
             if self.bias == "plain" and len(kept[name]) < len(units):
-                columns = units.columns[kept[name]].flatten()
+                columns = places(units.columns, kept[name])
                 biases[name] = compensation(block.linears[name].weight, mean, columns)
-        block.keep(kept)
+        super().__call__(block)
         for name, bias in biases.items():
             add_bias(block.linears[name], bias)
 
-    def _recentre(self, block: "Block", kept: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> None:
+    def _recentre(self, block: "Block", means: Mapping[str, Tensor]) -> None:
         """Biases that make the mean outputs of attention and MLP those of the dense model, in this order."""
         dense = {name: _mean_output(block.linears[name], mean) for name, mean in means.items()}
         kinds = {name: block.units[name].kind for name in means}
-        block.keep(kept)
+        super().__call__(block)
         for kind in ("attention", "mlp"):  # the bias of one changes the inputs of the other
             names = [name for name in means if kinds[name] == kind]
             moments = block.collect(Moments) if names else {}

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from budwood.methods.method import Step
 from budwood.methods.option import option
-from budwood.methods.structured import Slices, Structured
-from budwood.methods.unit_survey import Findings, choose, found_units, survey
+from budwood.methods.structured import Slices, Structured, forecast_counts
+from budwood.methods.unit_survey import Findings, InOrder, choose, expected_counts, found_units, survey
 from budwood.methods.validation import number, one_of, truth
 from budwood.sparsity.fluctuation import column_norms
+from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.unit_budget import Rules
 
 if TYPE_CHECKING:
+    from budwood.checkpoints.structure import ModelStructure
     from budwood.checkpoints.work import Work
     from budwood.stream.block import Block
     from budwood.stream.model import Model
@@ -44,14 +46,14 @@ class MagnitudeSp(Structured):
             "ul-um" if self.allocation == "uniform" else "al-am", search="reference" if self.published else "nearest"
         )
 
+    def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
+        return forecast_counts(structure, expected_counts(structure.units, self.drop, self.rules))
+
     def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
         if self.allocation == "uniform":
-            return self
+            return InOrder(examine=norms, drop=self.drop, rules=self.rules)
         findings = survey(self, model.structure, work, model.blocks, norms)
         return Slices(choose(found_units(model.structure, findings), findings, self.drop, self.rules))
-
-    def __call__(self, block: "Block") -> None:
-        block.keep(choose({block.name: block.units}, {block.name: norms(block)}, self.drop, self.rules)[block.name])
 
 
 def norms(block: "Block") -> Findings:

@@ -2,12 +2,15 @@
 
 from budwood.methods.allocate import Allocate
 from budwood.methods.alps import Alps
+from budwood.methods.flap import Flap
 from budwood.methods.graft import Graft
 from budwood.methods.magnitude import Magnitude
+from budwood.methods.magnitude_sp import MagnitudeSp
 from budwood.methods.method import Method
 from budwood.methods.refit import Refit
 from budwood.methods.sparsegpt import SparseGPT
 from budwood.methods.wanda import Wanda
+from budwood.methods.wanda_sp import WandaSp
 from budwood.methods.wrp import Wrp
 
 METHODS: dict[str, type[Method]] = {
@@ -19,4 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "alps": Alps,
     "graft": Graft,
     "allocate": Allocate,
+    "flap": Flap,
+    "wanda_sp": WandaSp,
+    "magnitude_sp": MagnitudeSp,
 }

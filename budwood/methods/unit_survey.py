@@ -2,16 +2,20 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from budwood.errors import RunError
 from budwood.methods.method import Method
+from budwood.methods.structured import Slices
 from budwood.models.units import Units
 from budwood.sparsity.fluctuation import Metric, Moments, channel_scores, column_norms, unit_scores
-from budwood.sparsity.unit_budget import Pool, Rules, kept_units
+from budwood.sparsity.unit_budget import Pool, Rules, kept_counts, kept_units
 
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure
@@ -24,7 +28,7 @@ log = logging.getLogger(__name__)
 FEW = 32  # tokens; a variance over fewer is off by more than a quarter
 
 Findings = dict[str, dict[str, Tensor]]  # of one block: by consumer, then by name, "channels" [units, width] among them
-Kept = dict[str, dict[str, Tensor]]  # units that stay: by full name of the block, then by consumer, int64 ascending
+Sets = Mapping[str, Mapping[str, Units]]  # by full name of the block, in the order of the model, then by consumer
 
 
 def survey(
@@ -42,11 +46,12 @@ def survey(
     names = list(structure.units)
     if not all(work.file(f"{prefix}-{index}.safetensors").is_file() for index in range(len(names))):
         for block in blocks():
-            work.tensors(f"{prefix}-{block.index}", lambda block=block: _flat(examine(block)))
+            work.tensors(f"{prefix}-{block.index}", partial(_examined, examine, block))
     return {name: _nested(work.tensors(f"{prefix}-{index}", dict)) for index, name in enumerate(names)}
 
 
-def _flat(findings: Findings) -> dict[str, Tensor]:
+def _examined(examine: Callable[["Block"], Findings], block: "Block") -> dict[str, Tensor]:
+    findings = examine(block)
     return {f"{consumer}:{name}": tensor for consumer, about in findings.items() for name, tensor in about.items()}
 
 
@@ -108,16 +113,16 @@ def enough(linear: "Linear", moments: Moments) -> bool:
 
 
 def choose(
-    units: Mapping[str, Mapping[str, Units]],
+    units: Sets,
     findings: Mapping[str, Findings],
     drop: float,
     rules: Rules,
     attention_power: float = 1,
-) -> Kept:
+) -> dict[str, dict[str, Tensor]]:
     """The units that stay, so that the share `drop` of the weights of all `units` goes.
 
-    units: by full name of the block and by consumer, in the order of the model. Scores are compared between layers only
-    by adaptive structures, so only these standardise them.
+    Scores are compared between layers only by adaptive structures, so only these standardise them. Returns sorted
+    indices by block and consumer.
     """
     pools, places = [], []
     for layer, (block, of_block) in enumerate(units.items()):
@@ -128,7 +133,42 @@ def choose(
                 raise RunError(f"{block}.{consumer}: its units have scores that are NaN or infinite; check its weights")
             pools.append(Pool(layer, each.kind, each.cost, scores))
             places.append((block, consumer))
-    kept: Kept = {block: {} for block in units}
+    kept: dict[str, dict[str, Tensor]] = {block: {} for block in units}
     for (block, consumer), stays in zip(places, kept_units(pools, drop, rules), strict=True):
         kept[block][consumer] = stays
     return kept
+
+
+def expected_counts(units: Sets, drop: float, rules: Rules) -> dict[str, dict[str, int]]:
+    """How many units stay of every set: exactly in uniform structures; in others their total, spread evenly.
+
+    Raises UsageError where the rules cannot be followed.
+    """
+    places = [(block, consumer) for block, sets in units.items() for consumer in sets]
+    pools = [
+        Pool(layer, each.kind, each.cost, torch.arange(len(each), dtype=torch.float64))
+        for layer, sets in enumerate(units.values())
+        for each in sets.values()
+    ]
+    counts = kept_counts(pools, drop, rules)
+    if rules.structure.startswith("al"):
+        counts = kept_counts(pools, drop, replace(rules, structure="ul-um", remove_groups=None, search="nearest"))
+    found: dict[str, dict[str, int]] = {block: {} for block in units}
+    for (block, consumer), count in zip(places, counts, strict=True):
+        found[block][consumer] = count
+    return found
+
+
+@dataclass(frozen=True)
+class InOrder(Slices):
+    """Chooses the units of one block after the other, on the inputs that the blocks before it give once cut."""
+
+    kept: MutableMapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # filled while blocks pass
+    examine: Callable[["Block"], Findings] = field(kw_only=True)
+    drop: float = field(kw_only=True)
+    rules: Rules = field(kw_only=True)
+
+    def __call__(self, block: "Block") -> None:
+        sets, findings = {block.name: block.units}, {block.name: self.examine(block)}
+        self.kept.update(choose(sets, findings, self.drop, self.rules))
+        super().__call__(block)

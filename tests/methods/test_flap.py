@@ -100,12 +100,13 @@ def test_a_uniform_budget_gives_every_block_the_same_shape(folders, tmp_path, fa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_planned_shapes_are_written_shapes(folders, tmp_path, family):
-    """Exactly where every block loses the same, in total where scores decide."""
+    """Exactly where every block loses the same; where scores decide, the total to half a unit."""
+    largest = max(cost for _, cost in unit_counts(folders[family]).values())
     for expression in ('flap(drop=0.3, structure="ul-um", bias="none")', 'flap(drop=0.4, bias="none")'):
         report = prune(folders[family], tmp_path / expression[10:13], expression, IDS, **CALIBRATION)
         planned = plan(folders[family], expression)
-        rel = 1e-12 if "ul-um" in expression else 0.03
-        assert planned["bytes_after"] == pytest.approx(report["totals"]["bytes"], rel=rel)
+        difference = abs(planned["bytes_after"] - report["totals"]["bytes"])
+        assert difference <= (0 if "ul-um" in expression else 4 * largest)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
