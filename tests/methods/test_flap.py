@@ -14,7 +14,6 @@ from budwood.checkpoints.source import open_source
 from budwood.checkpoints.work import Work
 from budwood.errors import UsageError
 from budwood.methods import parse_method
-from budwood.planning import plan
 from budwood.pruning import prune
 from budwood.sparsity.fluctuation import Moments
 from budwood.stream.block import Block
@@ -99,14 +98,20 @@ def test_a_uniform_budget_gives_every_block_the_same_shape(folders, tmp_path, fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_planned_shapes_are_written_shapes(folders, tmp_path, family):
-    """Exactly where every block loses the same; where scores decide, the total to half a unit."""
+def test_forecast_shapes_are_written_shapes(folders, tmp_path, family):
+    """Exactly where every block loses the same; where scores decide, the total to one unit."""
+    structure = open_source(folders[family]).structure()
     largest = max(cost for _, cost in unit_counts(folders[family]).values())
-    for expression in ('flap(drop=0.3, structure="ul-um", bias="none")', 'flap(drop=0.4, bias="none")'):
-        report = prune(folders[family], tmp_path / expression[10:13], expression, IDS, **CALIBRATION)
-        planned = plan(folders[family], expression)
-        difference = abs(planned["bytes_after"] - report["totals"]["bytes"])
-        assert difference <= (0 if "ul-um" in expression else 4 * largest)
+    for expression in ('flap(drop=0.3, structure="ul-um")', "flap(drop=0.4)", "wanda_sp(drop=0.3)"):
+        linears = prune(folders[family], tmp_path / str(len(expression)), expression, IDS, **CALIBRATION)["linears"]
+        forecast = parse_method(expression).forecast(structure)
+        if "0.4" in expression:
+            total = sum(matrix["nonzeros"] for matrix in linears.values())
+            assert abs(sum(each.nonzeros for each in forecast.values()) - total) <= largest
+        else:
+            assert {name: each.shape for name, each in forecast.items()} == {
+                name: tuple(matrix["shape"]) for name, matrix in linears.items()
+            }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
