@@ -23,7 +23,7 @@ from budwood.methods.unit_survey import (
 )
 from budwood.methods.validation import number, one_of, truth, whole
 from budwood.models.units import Units, places
-from budwood.sparsity.fluctuation import Metric, Moments, PublishedMoments, compensation
+from budwood.sparsity.fluctuation import Metric, Moments, PublishedMoments, compensation, mean_output
 from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.unit_budget import Rules, Search, Structure
 
@@ -162,38 +162,26 @@ class FlapStep(Slices):
     def __call__(self, block: "Block") -> None:
         kept = self.kept.get(block.name, {})
         means = {name: self.findings[block.name][name].get("mean") for name in kept}
-        known = {name: mean for name, mean in means.items() if mean is not None}
-        if self.bias == "recentred":
-            self._recentre(block, known)
-            return
-        biases = {}
+        known = {name: mean for name, mean in means.items() if mean is not None and self.bias != "none"}
+        biases, dense = {}, {}
         for name, mean in known.items():
-            units = block.units[name]
-            if self.bias == "plain" and len(kept[name]) < len(units):
-                columns = places(units.columns, kept[name])
-                biases[name] = compensation(block.linears[name].weight, mean, columns)
+            units, weight = block.units[name], block.linears[name].weight
+            if len(kept[name]) < len(units):
+                biases[name] = compensation(weight, mean, places(units.columns, kept[name]))
+            if self.bias == "recentred":
+                dense[name] = mean_output(weight, mean)
+        attention = [name for name in dense if block.units[name].kind == "attention"]
         super().__call__(block)
-        for name, bias in biases.items():
-            add_bias(block.linears[name], bias)
-
-    def _recentre(self, block: "Block", means: Mapping[str, Tensor]) -> None:
-        """Biases that make the mean outputs of attention and MLP those of the dense model, in this order."""
-        dense = {name: _mean_output(block.linears[name], mean) for name, mean in means.items()}
-        kinds = {name: block.units[name].kind for name in means}
-        super().__call__(block)
-        for kind in ("attention", "mlp"):  # the bias of one changes the inputs of the other
-            names = [name for name in means if kinds[name] == kind]
+        for names in (attention, dense.keys() - set(attention)):  # the bias of attention changes the inputs of an MLP
             moments = block.collect(Moments) if names else {}
-            for name in names:
+            for name in sorted(names):
                 linear = block.linears[name]
                 if enough(linear, moments[name]):
-                    add_bias(linear, (dense[name] - _mean_output(linear, moments[name].mean)).float())
-
-
-def _mean_output(linear: "Linear", mean: Tensor) -> Tensor:
-    """Mean output without bias, float64 [out], for inputs of this mean [in]."""
-    weight = linear.weight
-    return weight.double() @ mean.to(weight.device).double()
+                    biases[name] = (dense[name] - mean_output(linear.weight, moments[name].mean)).float()
+                if name in biases:
+                    add_bias(linear, biases.pop(name))
+        for name, bias in biases.items():
+            add_bias(block.linears[name], bias)
 
 
 def add_bias(linear: "Linear", bias: Tensor) -> None:

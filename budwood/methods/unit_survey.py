@@ -105,7 +105,7 @@ def enough(linear: "Linear", moments: Moments) -> bool:
     moments.check(linear.name)
     if moments.count < FEW:
         log.warning(
-            "%s: %s reached it, so its neurons are ranked by their weights and get no bias",
+            "%s: %s reached it, too few to know the mean of its inputs",
             linear.name,
             f"only {moments.count} calibration tokens" if moments.count else "no calibration token",
         )

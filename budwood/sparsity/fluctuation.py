@@ -14,6 +14,7 @@ from budwood.sparsity.statistics import refuse_broken_inputs
 
 Metric = Literal["wifv", "ifv", "wifn"]
 TOKENS = 256  # centred at once, in float64
+ROWS = 1024  # of a weight, multiplied at once in float64
 
 
 class Moments:
@@ -156,9 +157,15 @@ def compensation(weight: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
 
     weight: [out, in]. mean: [in]. kept: int64 indices of channels.
     """
-    removed = torch.ones(len(mean), dtype=torch.bool, device=weight.device)
-    removed[kept.to(weight.device)] = False
-    return (weight[:, removed].double() @ mean.to(weight.device)[removed].double()).float()
+    removed = mean.to(weight.device, torch.float64, copy=True)
+    removed[kept.to(weight.device)] = 0
+    return mean_output(weight, removed).float()
+
+
+def mean_output(weight: Tensor, mean: Tensor) -> Tensor:
+    """Mean output, float64 [out], of a linear without bias whose inputs have this mean [in]; weight: [out, in]."""
+    exact = mean.to(weight.device, torch.float64)
+    return torch.cat([rows.double() @ exact for rows in weight.split(ROWS)])
 
 
 def _moments(sequence: Tensor) -> tuple[int, Tensor, Tensor]:

@@ -141,9 +141,10 @@ def _order(pools: Sequence[Pool], rules: Rules) -> tuple[Tensor, int, Tensor]:
     scores = torch.cat([pool.scores.double() for pool in pools])
     owner = torch.repeat_interleave(torch.arange(len(pools)), torch.tensor([len(pool) for pool in pools]))
     always = torch.zeros(len(scores), dtype=torch.bool)
-    for index, pool in enumerate(pools):
-        start = int((owner < index).sum())
+    start = 0
+    for pool in pools:
         always[start + best(pool.scores, rules.least(pool))] = True
+        start += len(pool)
     order = scores.sort(descending=True, stable=True).indices
     order = torch.cat([order[always[order]], order[~always[order]]])
     return owner, int(always.sum()), order
@@ -223,8 +224,10 @@ def _levels(pool: Pool, rules: Rules) -> list[int]:
 
 
 def _nearest_level(pool: Pool, wanted: float, rules: Rules) -> int:
-    """The allowed number nearest to `wanted`, of two equally near the lower."""
-    return min(_levels(pool, rules), key=lambda level: (abs(level - wanted), level))
+    """The allowed number of neurons nearest to `wanted`, of two equally near the lower."""
+    if rules.align > 1:
+        return min(_levels(pool, rules), key=lambda level: (abs(level - wanted), level))
+    return max(rules.least(pool), min(len(pool), math.ceil(wanted - 0.5)))
 
 
 def _aligned(pools: Sequence[Pool], counts: Sequence[int], keep: float, rules: Rules) -> list[int]:

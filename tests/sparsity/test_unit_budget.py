@@ -218,6 +218,24 @@ def test_no_group_may_be_removed_by_request():
         assert kept_counts(pools, 0.25, Rules("al-mm", remove_groups=0, search=search)) == [4, 26]
 
 
+@pytest.mark.parametrize("structure", ["ul-um", "al-am"])
+def test_permuting_units_permutes_what_stays(structure):
+    random = torch.Generator().manual_seed(5)
+    scores = [torch.randn(units, generator=random) for units in (6, 90, 6, 90)]
+    orders = [torch.randperm(len(each), generator=random) for each in scores]
+
+    def kept(values):
+        pools = [
+            Pool(i // 2, kind, cost, each)
+            for i, (kind, cost, each) in enumerate(zip(["attention", "mlp"] * 2, [64, 6] * 2, values, strict=True))
+        ]
+        return lists(kept_units(pools, 0.4, Rules(structure)))
+
+    permuted = kept([each[order] for each, order in zip(scores, orders, strict=True)])
+    for mine, other, order in zip(kept(scores), permuted, orders, strict=True):
+        assert mine == sorted(order[other].tolist())
+
+
 def test_scores_that_are_no_numbers_are_refused():
     with pytest.raises(NotFinite):
         kept_units([Pool(0, "mlp", 1, torch.tensor([1.0, float("nan")]))], 0.5, Rules())
