@@ -3,7 +3,9 @@
 from budwood.methods.allocate import Allocate
 from budwood.methods.alps import Alps
 from budwood.methods.flap import Flap
+from budwood.methods.gblm import Gblm
 from budwood.methods.graft import Graft
+from budwood.methods.llm_pruner import LLMPruner
 from budwood.methods.magnitude import Magnitude
 from budwood.methods.magnitude_sp import MagnitudeSp
 from budwood.methods.method import Method
@@ -25,4 +27,6 @@ METHODS: dict[str, type[Method]] = {
     "flap": Flap,
     "wanda_sp": WandaSp,
     "magnitude_sp": MagnitudeSp,
+    "gblm": Gblm,
+    "llm_pruner": LLMPruner,
 }

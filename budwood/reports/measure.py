@@ -1,5 +1,6 @@
 """The report of a run, counted from what it wrote. Sizes in bytes, times in seconds."""
 
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -40,6 +41,7 @@ def measure(
                 "name": f"{model.path}.{index}",
                 "seconds": seconds.get(index),
                 "relative_error": writer.about(index).notes["relative_error"],
+                "units": writer.about(index).notes.get("units", {}),
             }
             for index in range(len(model))
         ],
@@ -71,6 +73,12 @@ def matrices_of(model: Model, writer: Writer) -> dict[str, MatrixReport]:
     return matrices
 
 
+def grown(model: Model, writer: Writer) -> int:
+    """How many parameters the written model has more than the source; below 0 where units were removed."""
+    shapes = [pair for index in range(len(model)) for pair in writer.about(index).shapes.items()]
+    return sum(math.prod(shape) - math.prod(model.shapes.get(name, [0])) for name, shape in shapes)
+
+
 def totals_of(model: Model, writer: Writer, matrices: Mapping[str, MatrixReport]) -> Totals:
     """Sums and means. Density, bits and the recovered share are of the weights in scope before pruning."""
     parameters, scope = model.structure.parameters, model.structure.in_scope
@@ -80,6 +88,7 @@ def totals_of(model: Model, writer: Writer, matrices: Mapping[str, MatrixReport]
     weights = max(1, scope)
     return {
         "parameters": parameters,
+        "parameters_after": parameters + grown(model, writer),
         "in_scope": scope,
         "coverage": scope / parameters,
         "density": sum(matrix["nonzeros"] for matrix in matrices.values()) / weights,

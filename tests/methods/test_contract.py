@@ -60,6 +60,7 @@ SETTINGS = {
         'allocate(wrp(density=0.05, scope="matrix"))',
         'refit(allocate(wanda("50%", scope="matrix")))',
     ],
+    "gblm": ["gblm()", 'gblm("2:4", norm="l2")', 'gblm("50%", published=True)'],
     "alps": ['alps("2:4")', 'alps("50%")', 'alps("2:4", extra=0.05)', 'alps("50%", scope="row")'],
     "graft": [
         "graft(bits=9.75)",
@@ -97,6 +98,7 @@ CHEAP = {
     "wrp": "wrp(block=8, density=0.25)",
     "refit": 'refit(sparsegpt("50%", block=16), iterations=3)',
     "allocate": 'allocate(wanda("50%", scope="matrix"))',
+    "gblm": 'gblm("2:4")',
     "alps": 'alps("2:4", rounds=8, iterations=2)',
     "graft": "graft(bits=9.75, rounds=4, iterations=2)",
 }
