@@ -41,7 +41,7 @@ class Tyr(Structured):
 
     drop: float = option(0.5, "share of the KV groups, and of the neurons, to remove")
     preset: Literal["full", "fast", "quick", "test"] = option(
-        "full", 'size of the search: "full" as published, "fast", "quick" (at most 40 forward passes), "test"'
+        "quick", 'size of the search: "full" as published, "fast", "quick" (at most 40 forward passes), "test"'
     )
     levels: Literal["search", "uniform"] = option(
         "search", "the widths of the blocks: searched, or the same share for all"
