@@ -379,9 +379,9 @@ def test_options_that_cannot_be(expression, message):
         parse_method(expression)
 
 
-@pytest.mark.parametrize("name", ["opt", "mixtral", "olmo2"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "phi3", "mixtral", "olmo2"])
 def test_other_families(name, tmp_path):
-    """Biases, experts, and heads that cannot be removed, which stay."""
+    """Biases, weights stored transposed, fused producers, experts, and heads that cannot be removed, which stay."""
     save_model(name, tmp_path / "dense")
     report = prune(tmp_path / "dense", tmp_path / "out", SMALL, IDS, **CALIBRATION)
     assert report["totals"]["parameters"] > 0
