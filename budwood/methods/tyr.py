@@ -9,16 +9,16 @@ from torch import Tensor
 
 from budwood.checkpoints.reader import Shards
 from budwood.errors import UsageError
-from budwood.methods.divergence import DENSE
-from budwood.methods.level_choice import POOL, PRESETS, Size, choose_levels, keep_chosen, mean_errors, summary
 from budwood.methods.method import Step
 from budwood.methods.option import option
-from budwood.methods.pruned_copies import Pruner
-from budwood.methods.sites import SIDE, Site, even_counts, levels_of, sites_of, spacings
 from budwood.methods.structured import Structured, alignment, forecast, refusals
-from budwood.methods.supernet import Supernet, build, predicted_bytes
 from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity.forecast import Forecast
+from budwood.supernet.divergence import DENSE
+from budwood.supernet.level_choice import POOL, PRESETS, Size, choose_levels, keep_chosen, mean_errors, summary
+from budwood.supernet.pruned_copies import Pruner
+from budwood.supernet.sites import SIDE, Site, even_counts, levels_of, sites_of, spacings
+from budwood.supernet.supernet import Supernet, build, predicted_bytes
 
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure

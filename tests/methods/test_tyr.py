@@ -15,17 +15,17 @@ from budwood.checkpoints.source import open_source
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.work import Work
 from budwood.errors import UsageError
-from budwood.methods import divergence, parse_method, supernet, tyr
-from budwood.methods.divergence import Divergence
-from budwood.methods.level_choice import POOL, PRESETS, Size, choose_levels
-from budwood.methods.pruned_copies import Copy, HeldOut, Pruner
-from budwood.methods.sites import Site, even_counts, levels_of, sites_of, spacings
-from budwood.methods.supernet import Supernet, averaged, build
 from budwood.methods.tyr import Tyr
 from budwood.planning import plan
 from budwood.pruning import prune
 from budwood.sparsity.unit_removal import outputs_of, problem_of, remove_units
 from budwood.stream.model import Model
+from budwood.supernet import divergence, parse_method, supernet, tyr
+from budwood.supernet.divergence import Divergence
+from budwood.supernet.level_choice import POOL, PRESETS, Size, choose_levels
+from budwood.supernet.pruned_copies import Copy, HeldOut, Pruner
+from budwood.supernet.sites import Site, even_counts, levels_of, sites_of, spacings
+from budwood.supernet.supernet import Supernet, averaged, build
 
 CALIBRATION = {
     "num_samples": 8,

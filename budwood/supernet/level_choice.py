@@ -10,9 +10,9 @@ from torch import Tensor
 
 from budwood.checkpoints.files import write_json
 from budwood.checkpoints.work import Work
-from budwood.methods.divergence import Divergence, samples_for
-from budwood.methods.supernet import Supernet
 from budwood.sparsity.level_search import Progress, Settings, Space, Stage, State, begin, search
+from budwood.supernet.divergence import Divergence, samples_for
+from budwood.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from budwood.stream.model import Model

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from budwood.methods.sites import Site
 from budwood.sparsity.statistics import Gram
 from budwood.sparsity.unit_removal import (
     FirstOrder,
@@ -17,6 +16,7 @@ from budwood.sparsity.unit_removal import (
     problem_of,
     repaired,
 )
+from budwood.supernet.sites import Site
 
 STEPS = {"attention": 1, "mlp": 16}  # units removed between two scorings
 ROUNDS = {"attention": 1, "mlp": 16}  # scorings of the released program

@@ -16,9 +16,9 @@ from torch import Tensor
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.work import Work
 from budwood.errors import RunError
-from budwood.methods.pruned_copies import Copy, HeldOut, Pruner
-from budwood.methods.sites import Site
 from budwood.sparsity.unit_removal import expectation
+from budwood.supernet.pruned_copies import Copy, HeldOut, Pruner
+from budwood.supernet.sites import Site
 
 if TYPE_CHECKING:
     from budwood.stream.block import Block

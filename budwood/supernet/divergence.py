@@ -15,9 +15,9 @@ from torch.nn.functional import log_softmax
 
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.work import Work
-from budwood.methods.supernet import Supernet
 from budwood.models.block_calls import record_calls
 from budwood.sparsity.level_search import State
+from budwood.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
     from budwood.stream.model import Model
