@@ -106,7 +106,9 @@ class Flap(Structured):
 
     def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
         assert windows is not None
-        findings = survey(self, model.structure, work, partial(model.survey, windows), self._examine)
+        findings = survey(
+            self, model.structure, work, partial(model.survey, windows, "survey of the dense model"), self._examine
+        )
         found = found_units(model.structure, findings)
         listed = self.listed(found)
         kept = choose(listed, findings, self.share_of(found, listed), self.rules, self.attn_power)

@@ -216,7 +216,7 @@ class TyrStep(Step):
 def refusals_of(model: "Model", windows: Tensor) -> dict[str, str]:
     """Units that the shapes promise and running a block disproves, by full name of their consumer, and the reason."""
     found = {}
-    for block in model.survey(windows[:1, :SHORT]):
+    for block in model.survey(windows[:1, :SHORT], "verifying heads and neurons"):
         promised = set(model.structure.units[block.name]) - set(block.units)
         found.update({f"{block.name}.{name}": block.refused.get(name, "it has none") for name in sorted(promised)})
     return found

@@ -57,7 +57,7 @@ class WandaSp(Structured):
             self,
             model.structure,
             work,
-            partial(model.survey, windows),
+            partial(model.survey, windows, "survey of the dense model"),
             lambda block: fluctuations(block, "wifn", block.observe),
         )
         return Slices(choose(found_units(model.structure, findings), findings, self.drop, self.rules))

@@ -147,6 +147,7 @@ class Run:
     def start(self, model: Model, arithmetic: Mapping[str, Any]) -> None:
         """Writes the recipe; from here on the folder is this run's."""
         self.model = model
+        model.progress = self.progress
         self.recipe = self.recipe.with_arithmetic(arithmetic)
         self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format)
         # Rewritten shards have an id of their own: without the work folder that says how far the rewriting came, their

@@ -20,6 +20,7 @@ from budwood.errors import RunError
 from budwood.models.block_calls import BlockCalls, record_calls
 from budwood.models.slicing import put_back
 from budwood.models.units import fit_shapes
+from budwood.progress import Progress, Silent, tracked
 from budwood.stream.activations import Activations, batch_size
 from budwood.stream.arithmetic import FLOAT32, Arithmetic
 from budwood.stream.attention import attend_in_blocks
@@ -62,6 +63,7 @@ class Model:
             attend_in_blocks(self.module)
         self.weights = source.weights(self.structure)
         self.storage = storage or storage_dtype(source.shards)
+        self.progress: Progress = Silent()  # told of surveys and gradients
         self.activations: Activations | None = None
         self.shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}  # by full name
         self._own_shapes = set(shapes_unfused(source.shapes))  # which the source's config.json does not give
@@ -131,9 +133,13 @@ class Model:
                 block.round(writer.layout)
                 self._write_block(block, writer)
 
-    def survey(self, windows: Tensor, batch: int | None = None) -> Iterator[Block]:
-        """The blocks one after the other, for a method that examines the model before pruning; nothing is written."""
-        return self.blocks(windows, batch=batch)
+    def survey(self, windows: Tensor, what: str, batch: int | None = None) -> Iterator[Block]:
+        """The blocks one after the other, for a method that examines the model before pruning; nothing is written.
+
+        what: is being done, for `progress`.
+        """
+        blocks = self.blocks(windows, batch=batch)
+        return tracked(self.progress, blocks, len(self), what, lambda block: block.name)
 
     def embed(self, windows: Tensor, batch: int | None = None) -> Activations:
         """The hidden states [windows, tokens, hidden] that enter the first block."""

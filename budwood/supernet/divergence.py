@@ -128,7 +128,7 @@ def dense_states(model: "Model", windows: Tensor, work: Work) -> Shards:
     """The dense model's hidden states after the last block, [tokens, hidden] for each window by its number, 16 bits."""
 
     def make() -> Mapping[str, Tensor]:
-        for _ in model.survey(windows):
+        for _ in model.survey(windows, "outputs of the dense model"):
             pass
         assert model.activations is not None
         hidden = model.activations.hidden

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from budwood.checkpoints.files import write_json
 from budwood.checkpoints.work import Work
+from budwood.progress import tracked
 from budwood.sparsity.level_search import Progress, Settings, Space, Stage, State, begin, search
 from budwood.supernet.divergence import Divergence, samples_for
 from budwood.supernet.supernet import Supernet
@@ -85,12 +86,19 @@ def choose_levels(
     kept = json.loads(file.read_text("utf-8")) if file.is_file() else None
     progress = begin(space, seed) if kept is None else Progress.from_json(kept["progress"])
     fitness.block_tokens = 0 if kept is None else kept["block_tokens"]
-    for _ in search(space, settings, len(pool), fitness, progress):
+    generations = search(space, settings, len(pool), fitness, progress)
+    for _ in tracked(
+        model.progress, generations, size.generations, "search, generations", lambda each: str(each.generation)
+    ):
         write_json(file, {"progress": progress.to_json(), "block_tokens": fitness.block_tokens})
     states = [space.centre, progress.parent]
     centre, winner = fitness(states, len(stages) - 1, range(samples[-1]))
     passes = fitness.passes * pool.numel() / windows.numel()
     return Choice(states[winner < centre], (centre, min(centre, winner)), progress.log, passes)
+
+
+def generation_of(progress: Progress) -> str:
+    return f"generation {progress.generation}"
 
 
 def keep_chosen(supernet: Supernet, state: State, work: Work, name: str, blocks: int) -> None:

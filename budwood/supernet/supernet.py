@@ -122,7 +122,7 @@ def build(
     period = None if pruner.published or len(windows) < 4 else min(PERIOD, len(windows))
     statistic = partial(HeldOut, period=period)
     manifest: dict[str, Any] = {}
-    for block in model.survey(windows):
+    for block in model.survey(windows, "pruning every block to several widths"):
         sites = list(supernet.at(block.index))
         dense = {name: block.linears[name].weight.clone() for _, site in sites for name in site.consumers}
         if not supernet.has(block.index):

@@ -233,7 +233,7 @@ def test_the_batch_size_changes_no_statistic(folders, tmp_path):
     found = []
     for batch in (1, 5):
         moments = {}
-        for block in Model(open_source(folders["llama"])).survey(WINDOWS, batch=batch):
+        for block in Model(open_source(folders["llama"])).survey(WINDOWS, "survey", batch):
             moments[block.index] = block.observe(Moments)["mlp.down_proj"]
         found.append(moments)
     for index in range(4):
