@@ -16,7 +16,7 @@ from budwood.checkpoints.weights import storage_dtype
 from budwood.errors import UsageError
 from budwood.formats import FORMATS, known_layout, predict
 from budwood.methods.expression import parse_method
-from budwood.methods.method import Method
+from budwood.methods.method import Method, layout_of
 from budwood.models.linears import skipped, unmatched
 from budwood.stream.arithmetic import TYPES, dtype_named, name_of
 from budwood.stream.model import DEFAULT_LIMIT
@@ -48,6 +48,7 @@ def plan(
     layout = known_layout(format, values)
     structure, config, shards = _open(source, skip, trust_remote_code)
     method.check(structure.shapes)
+    layout = layout_of(layout, method, structure)
     storage = _storage(dtype, config, shards)
 
     unpruned = _unpruned_bytes(structure, storage.itemsize)

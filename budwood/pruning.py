@@ -20,7 +20,7 @@ from budwood.evaluation.perplexity import BOS_TOKENS, bos_note, context, streame
 from budwood.formats import known_layout
 from budwood.humanize import parse_bytes
 from budwood.methods import parse_method
-from budwood.methods.method import Method
+from budwood.methods.method import Method, layout_of
 from budwood.models.linears import unmatched
 from budwood.progress import Progress
 from budwood.reports.record import Report
@@ -98,7 +98,7 @@ def prune(
             step(block)
         step.finish(run)
         base_model = None if job.source.is_local else job.source.name
-        return run.finish(type(model.module).__name__, job.source.folder, base_model, job.source.license)
+        return run.finish(base_model, job.source.license)
 
 
 @dataclass
@@ -136,6 +136,7 @@ class Job:
             raise UsageError(f"{target} is the model to prune itself; give another folder")
         structure = opened.structure(skip=skip)
         method.check(structure.shapes)
+        layout = layout_of(layout, method, structure)
         check_arithmetic(**asked)
         storage = storage_dtype(opened.shards) if dtype in (None, "auto") else dtype_named(str(dtype))
         return cls(opened, method, layout, storage, asked, device, skip, activation_limit, structure)

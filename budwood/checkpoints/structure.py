@@ -48,6 +48,11 @@ class ModelStructure:
         return {name: shape_of(module) for name, module in self.linears.items()}
 
     @property
+    def shapes_in_files(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all stored tensors as files in module names hold them, by full name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.fused.items()}
+
+    @property
     def in_scope(self) -> int:
         """Weights in the matrices in scope."""
         return sum(rows * columns for rows, columns in self.shapes.values())

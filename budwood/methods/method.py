@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -137,6 +138,14 @@ class Wrapper(Method):
 
     def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
         return self.inner.pattern_of(shape, name)
+
+
+def layout_of(layout: str, method: Method, structure: "ModelStructure") -> str:
+    """The layout to store a result in: dense in place of "auto" where no matrix is left with zeros."""
+    forecast = method.forecast(structure) if layout == "auto" else {}
+    shapes = structure.shapes if forecast else {}
+    full = [held.nonzeros >= math.prod(held.shape or shapes[name]) for name, held in forecast.items()]
+    return "dense" if full and all(full) else layout
 
 
 def inner_methods(method: Method) -> list[Method]:

@@ -126,6 +126,17 @@ def fused_state(experts: ExpertLinears, state: Mapping[str, Tensor] | None = Non
     } | others
 
 
+def can_be_fused(experts: ExpertLinears, state: Mapping[str, Tensor]) -> bool:
+    """Whether the experts with these tensors are all of one shape, with biases where the fused module has them."""
+    shapes: dict[tuple[str, str], set[tuple[int, ...]]] = {}
+    for name, tensor in state.items():
+        if match := LINEAR.fullmatch(name):
+            shapes.setdefault((match["part"], match["kind"]), set()).add(tuple(tensor.shape))
+    (fused,) = experts.activation
+    kinds = {kind for _, kind in shapes}
+    return kinds == ({"weight", "bias"} if fused.has_bias else {"weight"}) and all(len(s) == 1 for s in shapes.values())
+
+
 def linears_of(fused: nn.Module, part: str) -> nn.ModuleList:
     """The linears of `<part>_proj`, one per expert, sharing its memory."""
     weights = fused.get_parameter(f"{part}_proj")  # [experts, out, in], or [experts, in, out]

@@ -15,6 +15,7 @@ def measure(
     model: Model,
     writer: Writer,
     *,
+    needs_budwood: bool,
     source: str,
     method: str,
     data: dict[str, Any] | None,
@@ -33,7 +34,7 @@ def measure(
         "dtype": name_of(model.storage),
         "compute_dtype": name_of(model.compute),
         "format": writer.layout,
-        "needs_budwood": writer.needs_plug_in(),
+        "needs_budwood": needs_budwood,
         "totals": totals_of(model, writer, matrices),
         "blocks": [
             {

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from budwood.checkpoints.description import describe
 from budwood.checkpoints.files import TEMPORARY, write_json, write_text
 from budwood.checkpoints.reader import shard_files
 from budwood.checkpoints.work import Work
@@ -215,16 +216,19 @@ class Run:
         """The id of the shards that a rewriting makes."""
         return f"{self.recipe.id}-{name}"
 
-    def finish(self, architecture: str, source: Path, base_model: str | None, license: str | None) -> Report:
+    def finish(self, base_model: str | None, license: str | None) -> Report:
         """Writes what is outside the blocks, index, companions, documents and, last, config.json; the report.
 
-        source: the folder whose config and companions are taken. base_model: its name on the hub, or None.
+        base_model: the name of the source on the hub, or None.
         """
-        model, writer, folder = self.model, self.writer, self.folder
-        writer.write_outside(model.names_outside(), model.read_outside)
+        model, writer, folder, source = self.model, self.writer, self.folder, self.model.source.folder
+        description = describe(model.source.trial, writer.shapes(), model.structure.shapes_in_files)
+        architecture = (description.config.get("architectures") or [type(model.module).__name__])[0]
+        writer.write_outside(lambda: model.outside_in_files(writer.layout, description.zeros))
         report = measure(
             model,
             writer,
+            needs_budwood=writer.needs_plug_in(description),
             source=str(self.recipe.source["name"]),
             method=self.recipe.method or "unknown",
             data=self.recipe.data,
@@ -241,10 +245,10 @@ class Run:
         self.target.note([*documents, *copied, "config.json", "sparse.safetensors.index.json"])
         self.target.note(["model.safetensors.index.json"])
         copy_companions(source, folder)
-        writer.write_index()
+        writer.write_index(description)
         for name, text in documents.items():
             write_text(folder / name, text)
-        write_json(folder / "config.json", writer.config(source, self.recipe.method, self.recipe.dtype))
+        write_json(folder / "config.json", writer.config(description, self.recipe.method, self.recipe.dtype))
         self.target.complete()
         self.report = report
         return report

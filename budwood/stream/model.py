@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from budwood.checkpoints.meta_model import float32_names
-from budwood.checkpoints.packing import pack
+from budwood.checkpoints.packing import pack, shapes_fused
 from budwood.checkpoints.source import Source
 from budwood.checkpoints.structure import shapes_unfused
-from budwood.checkpoints.weights import storage_dtype
+from budwood.checkpoints.weights import published, storage_dtype
 from budwood.checkpoints.writer import ShardNotes, Writer
 from budwood.environment import trim_memory
 from budwood.errors import RunError
@@ -117,7 +117,7 @@ class Model:
         for index in range(len(self)):
             if writer.finished(index):
                 continue
-            stored, about = written.read(index, self.module)
+            stored, about = written.read(index, self.structure)
             with self._filled(index, stored, about):
                 block = self._block(index, stored, None)
                 block.relative_error = about.notes["relative_error"]
@@ -182,9 +182,11 @@ class Model:
         inside = f"{self.path}."
         return [name for name in self.weights.names() if name in known - tied and not name.startswith(inside)]
 
-    def read_outside(self, name: str) -> dict[str, Tensor]:
-        """One stored tensor that belongs to no block, in the storage dtype."""
-        return {full: self.stored(tensor) for full, tensor in self.weights.read([name]).items()}
+    def outside_in_files(self, layout: str, zeros: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """The stored tensors that belong to no block, and new ones of zeros (shapes by full name), in storage dtype."""
+        tensors = {name: torch.zeros(tuple(shape), dtype=self.storage) for name, shape in zeros.items()}
+        tensors |= {full: self.stored(tensor) for full, tensor in self.weights.read(self.names_outside()).items()}
+        return published(tensors, self.module) if layout == "dense" else tensors
 
     def stored(self, tensor: Tensor) -> Tensor:
         """In the storage dtype where it is a floating-point tensor."""
@@ -218,7 +220,7 @@ class Model:
             return {}, None
         prefix = f"{self.path}.{index}."
         if writer is not None and writer.finished(index):
-            return writer.read(index, self.module)
+            return writer.read(index, self.structure)
         tensors = self.weights.read(self.weights.names(prefix))
         known = {prefix + name for name in self.modules[index].state_dict()}
         if missing := sorted(known - set(tensors)):
@@ -269,6 +271,9 @@ class Model:
         weights = {linear.name: linear.stored for linear in block.linears.values()}
         rounded = {linear.name: linear.rounded for linear in block.linears.values() if linear.rounded}
         tensors, packed = pack(block.name, block.module, state, weights, writer.layout, rounded, shapes)
+        shapes = shapes_fused(shapes, tensors)
+        if writer.layout == "dense" and not shapes:
+            tensors = published(tensors, self.module)
         notes: dict[str, Any] = {
             "relative_error": block.relative_error,
             "linears": {linear.name: describe(linear) for linear in block.linears.values()},
