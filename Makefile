@@ -1,6 +1,6 @@
 # Everything runs in a virtual environment of its own; the first target that needs it makes it.
 #   make setup   the environment alone        make test   the tests        make lint   format, lint, types
-#   make demo    prune a real model seven ways and compare                  make wheel  one file that installs anywhere
+#   make demo    prune a real model three ways and compare                  make wheel  one file that installs anywhere
 #   make clean   remove what was made here
 #   make gpu-check   the GPU kernels, interpreted and compiled; no GPU is needed
 

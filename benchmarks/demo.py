@@ -1,4 +1,4 @@
-"""The demo: a real model pruned by several methods on a real text; quality and size of each. Run by `make demo`.
+"""The demo: a real model pruned by three methods on a real text; quality and size of each. Run by `make demo`.
 
 It uses the library as a user would. Everything is written to one folder; the converted model is kept there for the next
 time, the pruned models are made again.
@@ -19,19 +19,15 @@ from budwood.cli.terminal import console, stdout_to_stderr, table
 from budwood.errors import BudwoodError
 
 METHODS = {
-    "magnitude 2:4": 'magnitude("2:4")',
     "Wanda 2:4": 'wanda("2:4")',
-    "SparseGPT 2:4": 'sparsegpt("2:4")',
     "WRP 2:4": "wrp(alpha=0.25)",
     "graft 2:4": "graft(bits=9.75)",
-    "Wanda 50 %": 'wanda("50%")',
-    "graft 50 %": 'graft(bits=9.0, pattern="free")',
 }
 YARDSTICK = "Wanda 2:4"
 SHOWN = "graft 2:4"  # the model that generates a sentence
 DATA = "sotu"  # calibrates on 1947-1999 and evaluates on 2000 and later
 SAMPLES, SAMPLE_LENGTH = 8, 512
-WINDOWS, WINDOW_LENGTH = 2, 2048
+WINDOWS, WINDOW_LENGTH = 2, 1024
 PROMPT = "My fellow Americans, the state of our union is"
 
 

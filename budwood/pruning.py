@@ -136,6 +136,7 @@ class Job:
             raise UsageError(f"{target} is the model to prune itself; give another folder")
         structure = opened.structure(skip=skip)
         method.check(structure.shapes)
+        method.check_structure(structure)
         layout = layout_of(layout, method, structure)
         check_arithmetic(**asked)
         storage = storage_dtype(opened.shards) if dtype in (None, "auto") else dtype_named(str(dtype))

@@ -12,7 +12,7 @@ from budwood.reports.record import Report
 from budwood.runs.recipe import FILE, Recipe, read_recipe
 from budwood.runs.run import Run
 from budwood.stream.arithmetic import name_of
-from budwood.stream.block import Linear
+from budwood.stream.linear import Linear
 from budwood.stream.model import Model
 
 

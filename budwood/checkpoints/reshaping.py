@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from budwood.checkpoints.substitution import Substitution
 from budwood.errors import UsageError
-from budwood.models.reshape import fit_parameters
+from budwood.models.units import fit_shapes
 
 
 def reshape(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], before: Substitution) -> None:
     """Gives parameters of `model` (name in the model: shape) other shapes or adds them, and notes them in `before`."""
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in fit_parameters(model, shapes):
+    for name in fit_shapes(model, shapes):
         (before.reshaped if name in known else before.added).append(name)
 
 

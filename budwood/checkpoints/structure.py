@@ -9,8 +9,8 @@ from transformers import PretrainedConfig
 from budwood.checkpoints.meta_model import build
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import LINEAR, split_fused, unfuse
-from budwood.models.linears import prunable, read
-from budwood.models.reshape import fit_parameters
+from budwood.models.linears import prunable, read, routers
+from budwood.models.units import Units, candidates, fit_shapes
 
 
 class ModelStructure:
@@ -36,11 +36,12 @@ class ModelStructure:
         self.module = build(config, compute, trust_remote_code)
         described = self.module.state_dict()
         experts = unfuse(self.module)
-        fit_parameters(self.module, shapes_unfused(shapes or {}))
+        fit_shapes(self.module, shapes_unfused(shapes or {}))
         self.fused = tensors_in_files(described, self.module.state_dict(), experts, shapes or {})
         self.parameters = sum(parameter.numel() for parameter in self.module.parameters())
         self.path, self.modules = find_blocks(self.module)
         self.linears = prunable(self.module, skip)
+        self._routers = routers(self.module)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -48,9 +49,28 @@ class ModelStructure:
         return {name: shape_of(module) for name, module in self.linears.items()}
 
     @property
+<<<<<<< HEAD
     def shapes_in_files(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all stored tensors as files in module names hold them, by full name."""
         return {name: tuple(tensor.shape) for name, tensor in self.fused.items()}
+=======
+    def units(self) -> dict[str, dict[str, Units]]:
+        """What can be removed of every block as far as its shapes tell: by full name of the block, by consumer."""
+        return {
+            f"{self.path}.{index}": {name: options[0] for name, options in self.unit_options(index).items()}
+            for index in range(len(self.modules))
+        }
+
+    def unit_options(self, index: int) -> dict[str, list[Units]]:
+        """The possible units of block `index` by consumer, where all their linears are in scope; see `candidates`."""
+        prefix = f"{self.path}.{index}."
+        routers = [name.removeprefix(prefix) for name in self._routers if name.startswith(prefix)]
+        return {
+            name: options
+            for name, options in candidates(self.modules[index], routers).items()
+            if all(prefix + linear in self.linears for linear in options[0].linears)
+        }
+>>>>>>> main
 
     @property
     def in_scope(self) -> int:

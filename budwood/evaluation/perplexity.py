@@ -49,13 +49,13 @@ def evaluate(
     """
     progress = progress or Silent()
     start = time.perf_counter()
+    place = known_device(device or "auto")
     source = open_source(model, trust_remote_code)
     tokenizer = tokenizer_for(source.folder, data)
     seq_length = min(seq_length, context(source.config))
     windows = evaluation_windows(
         data, tokenizer, variant=variant, seq_length=seq_length, limit=limit, bos=bos, seed=seed
     )
-    place = known_device(device or "auto")
     compute = _compute_dtype(dtype, source, place)
     ids = windows.ids
     losses_of = (streamed if stream else resident)(source, compute, place)

@@ -55,7 +55,7 @@ class Alps(PatternMethod):
             dense = linear.weight
             if known is not None:
                 with naming(linear.name):
-                    keep, start = admm(dense, known.spectrum, pattern, self.rounds)
+                    keep, start = admm(dense, known.system, pattern, self.rounds)
                 fit(linear, start, keep, dense, known.moments, self.damp, self.iterations, self.tolerance)
                 kept = int(keep.sum())
             else:

@@ -8,24 +8,25 @@ from torch import Tensor
 
 from budwood.methods.metrics import reached
 from budwood.methods.validation import number, whole
-from budwood.sparsity.admm import Spectrum
+from budwood.sparsity.admm import System
 from budwood.sparsity.refit import refit
 from budwood.sparsity.statistics import Gram
 
 if TYPE_CHECKING:
-    from budwood.stream.block import Block, Linear
+    from budwood.stream.block import Block
+    from budwood.stream.linear import Linear
 
 
 class Inputs:
-    """Second moments of a linear's inputs, and their spectrum, computed on first use."""
+    """Second moments of a linear's inputs, and the system that ADMM solves, made on first use."""
 
     def __init__(self, gram: Gram, damp: float):
         self.gram, self.damp = gram, damp
         self.moments = gram.matrix().float()  # [in, in]
 
     @cached_property
-    def spectrum(self) -> Spectrum:
-        return Spectrum.of(self.moments, self.damp)
+    def system(self) -> System:
+        return System.of(self.moments, self.damp)
 
 
 def inputs_of(block: "Block", damp: float) -> Iterator[tuple["Linear", Inputs | None]]:

@@ -136,7 +136,7 @@ class Graft(PatternMethod):
             return pattern.keep(scores.magnitude(weight)), weight
         if self.select == "wanda":
             return pattern.keep(scores.wanda(weight, known.gram.norms())), weight
-        return admm(weight, known.spectrum, pattern, self.rounds)
+        return admm(weight, known.system, pattern, self.rounds)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure
     from budwood.checkpoints.work import Work
     from budwood.runs.run import Run
-    from budwood.stream.block import Block, Linear
+    from budwood.stream.block import Block
+    from budwood.stream.linear import Linear
     from budwood.stream.model import Model
 
 PatternOf = Callable[[Shape, str], Pattern]  # of the linear of this shape [out, in] and full name
@@ -42,6 +43,7 @@ class Method(Step):
     A method that needs no preparation is its own step. `str` gives the expression that `parse_method` reads.
     """
 
+    name: ClassVar[str] = ""  # in expressions, where it is not that of the class in lower case
     calibrated: ClassVar[bool] = True  # False: uses the weights alone, without a forward pass
 
     @property
@@ -54,6 +56,9 @@ class Method(Step):
 
     def check(self, linears: Mapping[str, Shape]) -> None:
         """Raises UsageError where a linear (full name: [out, in]) does not allow these options."""
+
+    def check_structure(self, structure: "ModelStructure") -> None:
+        """Raises UsageError where the model as a whole does not allow this method."""
 
     def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
         """The expected result for every matrix in scope, by full name: counts, and another shape where it changes."""
@@ -133,6 +138,9 @@ class Wrapper(Method):
     def check(self, linears: Mapping[str, Shape]) -> None:
         self.inner.check(linears)
 
+    def check_structure(self, structure: "ModelStructure") -> None:
+        self.inner.check_structure(structure)
+
     def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
         return self.inner.forecast(structure)
 
@@ -172,8 +180,8 @@ def naming(name: str) -> Iterator[None]:
 
 
 def name_of(kind: type[Method]) -> str:
-    """The name of a method in expressions: its class's, in lower case."""
-    return kind.__name__.lower()
+    """The name of a method in expressions: its own `name`, or that of its class in lower case."""
+    return kind.name or kind.__name__.lower()
 
 
 def write_method(method: Method) -> str:

@@ -10,7 +10,8 @@ from budwood.sparsity import scores
 from budwood.sparsity.statistics import Gram, PublishedNorm, SquaredNorm
 
 if TYPE_CHECKING:
-    from budwood.stream.block import Block, Linear
+    from budwood.stream.block import Block
+    from budwood.stream.linear import Linear
 
 log = logging.getLogger(__name__)
 

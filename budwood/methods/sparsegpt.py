@@ -23,7 +23,8 @@ from budwood.sparsity.statistics import Gram
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure
     from budwood.checkpoints.work import Work
-    from budwood.stream.block import Block, Linear
+    from budwood.stream.block import Block
+    from budwood.stream.linear import Linear
     from budwood.stream.model import Model
 
 log = logging.getLogger(__name__)

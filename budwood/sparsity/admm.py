@@ -5,7 +5,8 @@ Minimises tr((W - W₀) H (W - W₀)ᵀ) over the weights that a pattern allows.
 satisfies the pattern; the penalty ρ on their difference rises until the support of D no longer changes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,40 +18,56 @@ FIRST_PENALTY, LOWEST_PENALTY = 0.3, 1e-6  # the paper's 0.1 ends slightly lower
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    """Damped second moments with their inputs scaled to a diagonal of 1, and their eigen-decomposition.
+class System:
+    """Damped second moments with their inputs scaled to a diagonal of 1.
 
     One serves all penalties, and all matrices that share their input.
     """
 
     scale: Tensor  # [in], what the inputs were divided by
-    system: Tensor  # [in, in]
-    values: Tensor  # [in]
-    vectors: Tensor  # [in, in]
+    matrix: Tensor  # [in, in]
+    _inverses: dict[float, Tensor] = field(default_factory=dict)  # by penalty; matrices of one input often share them
 
     @classmethod
-    def of(cls, moments: Tensor, damp: float = 0.01) -> "Spectrum":
+    def of(cls, moments: Tensor, damp: float = 0.01) -> "System":
         """From XᵀX [in, in], in its dtype. damp: as a share of the mean diagonal."""
         diagonal = moments.diagonal() + damp * moments.diagonal().mean()
         scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
-        system = moments / scale[:, None] / scale
-        system.diagonal().copy_(torch.where(diagonal > 0, 1, 0))
-        return cls(scale, system, *torch.linalg.eigh(system))
+        matrix = moments / scale[:, None] / scale
+        matrix.diagonal().copy_(torch.where(diagonal > 0, 1, 0))
+        return cls(scale, matrix)
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [in] and eigenvectors [in, in]."""
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return values.clamp(min=0), vectors
 
     def inverted(self, penalty: float) -> Tensor:
-        """(system + penalty)⁻¹."""
-        return (self.vectors / (self.values.clamp(min=0) + penalty)) @ self.vectors.T
+        """(matrix + penalty)⁻¹; by the slower eigen-decomposition where rounding makes the sum indefinite."""
+        if penalty not in self._inverses:
+            self._inverses[penalty] = self._inverted(penalty)
+        return self._inverses[penalty]
+
+    def _inverted(self, penalty: float) -> Tensor:
+        raised = self.matrix.clone()
+        raised.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(raised)
+        if not failed:
+            return torch.cholesky_inverse(factor)
+        values, vectors = self.eigen
+        return (vectors / (values + penalty)) @ vectors.T
 
 
-def admm(weight: Tensor, spectrum: Spectrum, pattern: Pattern, iterations: int = 300) -> tuple[Tensor, Tensor]:
+def admm(weight: Tensor, system: System, pattern: Pattern, iterations: int = 300) -> tuple[Tensor, Tensor]:
     """The mask, bool [out, in], for `weight` [out, in] and the second moments of its inputs, and the last matrix of the
     search on this mask: a good start for `refit`.
 
     The pattern must keep the largest scores it may, so that its choice by magnitude is the nearest allowed matrix: N:M,
     a share of each row or of the matrix, N:M and the best of the rest.
     """
-    wanted = weight.to(spectrum.system) * spectrum.scale
-    pull = wanted @ spectrum.system  # W₀ H
+    wanted = weight.to(system.matrix) * system.scale
+    pull = wanted @ system.matrix  # W₀ H
 
     def nearest(point: Tensor) -> tuple[Tensor, Tensor]:
         keep = pattern.keep(point.abs())
@@ -60,7 +77,7 @@ def admm(weight: Tensor, spectrum: Spectrum, pattern: Pattern, iterations: int =
     near, keep = nearest(wanted)
     dual = torch.zeros_like(wanted)
     previous = keep
-    inverse = spectrum.inverted(penalty)
+    inverse = system.inverted(penalty)
     for iteration in range(1, iterations + 1):
         free = (pull + penalty * near - dual) @ inverse
         near, keep = nearest(free + dual / penalty)
@@ -83,5 +100,5 @@ def admm(weight: Tensor, spectrum: Spectrum, pattern: Pattern, iterations: int =
             near, keep = nearest(wanted)
             dual.zero_()
             previous = keep
-        inverse = spectrum.inverted(penalty)
-    return keep, near / spectrum.scale
+        inverse = system.inverted(penalty)
+    return keep, near / system.scale

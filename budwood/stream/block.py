@@ -2,85 +2,28 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from budwood.checkpoints.packing import PackedTensors, pack_named
 from budwood.errors import RunError
-from budwood.formats import FORMATS, pack_as, rounds
+from budwood.formats import pack_as, rounds
 from budwood.kernels.native import SPARSE
 from budwood.kernels.native_matrix import native_matrix
 from budwood.models.block_calls import BlockCalls
-from budwood.models.linears import read, resize, write
+from budwood.models.linears import read
+from budwood.models.slicing import same_when_sliced, verify
+from budwood.models.units import Units, places
 from budwood.stream.activations import Activations
 from budwood.stream.arithmetic import Arithmetic, name_of
 from budwood.stream.collector import Collector, Several, StopForward
+from budwood.stream.linear import Linear, all_finite, relative_error, same
 
 S = TypeVar("S")
 Kind = Callable[[int], Any]  # of statistic, made for a width
-
-
-class Linear:
-    """One prunable matrix: stored in the storage dtype, multiplied in the compute dtype, scored in float32."""
-
-    def __init__(self, name: str, module: nn.Module, stored: Tensor):
-        self.name, self.module = name, module  # in full, "model.layers.7.self_attn.q_proj"
-        self.stored = stored  # [out, in], storage dtype
-        self.recovered: int | None = None  # positions beyond the base pattern, set by methods that recover
-        self.rounded: PackedTensors | None = None  # the packed tensors, where `round` has made them
-        self.rounding_error: float | None = None  # of the pruned weight, relative in the norm
-        if not all_finite(stored):
-            raise RunError(
-                f"{name} holds NaN or infinite weights; repair the checkpoint, or skip it with --skip '{name}'"
-            )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.stored.shape[0], self.stored.shape[1]
-
-    @property
-    def weight(self) -> Tensor:
-        """[out, in] float32. In float32 storage it shares its memory with the linear: clone it to keep it."""
-        return self.stored.float()
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        """Rounded to the storage dtype. A new shape resizes the module. Raises RunError for NaN and overflow."""
-        self.stored = value.to(self.stored.dtype)
-        if not all_finite(self.stored):
-            raise RunError(f"{self.name}: the new weights do not fit {self.stored.dtype}; choose another --dtype")
-        if read(self.module).shape == self.stored.shape:
-            write(self.module, self.stored)
-        else:
-            resize(self.module, self.stored)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[out] float32."""
-        bias = getattr(self.module, "bias", None)
-        return None if bias is None else bias.detach().float()
-
-    @bias.setter
-    def bias(self, value: Tensor) -> None:
-        """Rounded to the storage dtype; added where the linear has none."""
-        held = read(self.module)
-        bias = value.to(self.stored.dtype).to(held.device, held.dtype)
-        if bias.shape != (held.shape[0],):
-            raise ValueError(f"{self.name}: a bias of {tuple(bias.shape)} does not fit {held.shape[0]} outputs")
-        if not all_finite(bias):
-            raise RunError(f"{self.name}: the new bias does not fit {self.stored.dtype}; choose another --dtype")
-        self.module.register_parameter("bias", nn.Parameter(bias, requires_grad=held.requires_grad))
-
-    def round(self, layout: str) -> None:
-        """Replaces the weight by the one that a layout with rounded values unpacks to."""
-        format, tensors = pack_named(self.name, self.stored, layout)
-        rounded = FORMATS[format].unpack(tensors, self.shape)
-        self.rounded, self.rounding_error = (format, tensors), relative_error(rounded, self.stored)
-        self.weight = rounded  # last: the linear may share the memory of what is stored
 
 
 class Block:
@@ -97,15 +40,18 @@ class Block:
         name: str,
         module: nn.Module,
         linears: Mapping[str, nn.Module],
-        stored: Mapping[str, Tensor],
+        stored: dict[str, Tensor],
         activations: Activations | None,
         calls: Callable[[int, int], BlockCalls],
+        options: Callable[[], Mapping[str, list[Units]]],
+        probe: Callable[[], tuple[Tensor, BlockCalls]],
         arithmetic: Arithmetic,
         device: torch.device,
     ):
         """linears: the matrices in scope by full name. stored: all tensors of the block in storage dtype by full name.
 
-        calls: how the model calls its blocks for a batch of [windows, tokens].
+        calls: how the model calls its blocks for a batch of [windows, tokens]. options: the possible units by consumer.
+        probe: hidden states [1, tokens, hidden] of a few tokens, and how the model calls its blocks for them.
         """
         self.index, self.name, self.module = index, name, module
         self.stored, self.activations = stored, activations
@@ -115,8 +61,9 @@ class Block:
             for full, linear in linears.items()
         }
         self.relative_error: float | None = None  # of the outputs, once `propagate` has measured it
-        self._calls = calls
+        self._calls, self._options, self._probe = calls, options, probe
         self._dense: Tensor | None = None  # outputs of the first batch before anything was changed
+        self._propagated = False  # whether a survey has computed the next block's inputs already
         self._shared: dict[Kind, dict[str, Any] | None] = {}  # statistics that are collected together
 
     def collect(self, statistic: Callable[[int], S]) -> dict[str, S]:
@@ -147,17 +94,24 @@ class Block:
             for kind in new:
                 del self._shared[kind]
 
-    def _pass(self, statistic: Callable[[int], S]) -> dict[str, S]:
+    def observe(self, statistic: Callable[[int], S]) -> dict[str, S]:
+        """As `collect`, and the next block's inputs are computed in the same pass: for surveys that change nothing."""
+        self._propagated = True
+        return self._pass(statistic, propagate=True)
+
+    def _pass(self, statistic: Callable[[int], S], propagate: bool = False) -> dict[str, S]:
         if self.activations is None:
             raise RunError(f"{self.name}: no statistics can be collected, as there are no calibration windows")
         modules = {name: linear.module for name, linear in self.linears.items()}
         widths = {name: linear.shape[1] for name, linear in self.linears.items()}
-        with Collector(modules, widths, statistic) as collector, torch.no_grad():
+        with Collector(modules, widths, statistic, whole=propagate) as collector, torch.no_grad():
             for batch in self.activations.indices():
                 collector.next_batch()
                 try:
                     outputs = self.run(batch)
-                    if batch == 0 and self._dense is None:
+                    if propagate:
+                        self._write(batch, outputs)
+                    elif batch == 0 and self._dense is None:
                         self._dense = outputs
                 except StopForward:
                     continue
@@ -189,6 +143,53 @@ class Block:
             hidden.to(self.device, copy=True),
         )
 
+    @property
+    def units(self) -> dict[str, Units]:
+        """KV groups and neurons that can be removed, by the linear that reads them; verified by running the block."""
+        return self._verified[0]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Linears that seem to read units but do not, and why: for instance because a norm spans all heads."""
+        return self._verified[1]
+
+    @cached_property
+    def _verified(self) -> tuple[dict[str, Units], dict[str, str]]:
+        return verify(self.module, self._options(), self._run_probe)
+
+    def keep(self, kept: Mapping[str, Tensor]) -> None:
+        """Cuts out all units but these: by consumer, sorted indices int64.
+
+        Producers lose rows and bias entries, the consumer columns. Raises RunError where the sliced block computes
+        something else than the block with the same units masked.
+        """
+        units = {name: self.units[name] for name in kept if len(kept[name]) < len(self.units[name])}
+        for name, each in units.items():
+            for producer, rows in each.rows.items():
+                self._select(self.linears[producer], places(rows, kept[name]))
+            consumer = self.linears[name]
+            consumer.stored = consumer.stored[:, places(each.columns, kept[name])]
+            for entry, indices in each.entries.items():
+                full = f"{self.name}.{entry}"
+                self.stored[full] = self.stored[full][places(indices, kept[name])]
+        wrong = same_when_sliced(self.module, units, kept, self._run_probe) if units else []
+        if wrong:
+            raise RunError(
+                f"{self.name}.{wrong[0]}: the block computes something else once the removed units are cut out; "
+                f"leave it whole with --skip '{self.name}.{wrong[0]}'"
+            )
+        self.__dict__.pop("_verified", None)
+
+    def _select(self, linear: Linear, rows: Tensor) -> None:
+        linear.stored = linear.stored[rows]
+        bias = f"{linear.name}.bias"
+        if bias in self.stored:
+            self.stored[bias] = self.stored[bias][rows]
+
+    def _run_probe(self) -> Tensor:
+        hidden, calls = self._probe()
+        return self.forward(hidden, calls=calls)
+
     def round(self, layout: str) -> None:
         """Rounds the matrices to what will be stored, where the layout rounds values; before the block runs again."""
         self.take_in_changes()
@@ -205,7 +206,7 @@ class Block:
 
     def propagate(self, first_batch_only: bool = False) -> None:
         """Computes the next block's inputs; measures the error of the first batch where its dense outputs are known."""
-        if self.activations is None:
+        if self.activations is None or self._propagated:
             return
         linears = self.linears.values() if self.arithmetic.sparse_products else ()
         with torch.no_grad(), sparse_products(linears):
@@ -214,13 +215,17 @@ class Block:
                 if batch == 0 and self._dense is not None:
                     self.relative_error = relative_error(outputs, self._dense)
                     self._dense = None
-                if not all_finite(outputs):
-                    raise RunError(
-                        f"the outputs of {self.name} hold NaN or infinite values in "
-                        f"{name_of(self.arithmetic.compute)}; compute in float32 (prune: --compute-dtype, evaluate: "
-                        "--dtype), or check the checkpoint"
-                    )
-                self.activations.write(batch, outputs)
+                self._write(batch, outputs)
+
+    def _write(self, batch: int, outputs: Tensor) -> None:
+        """The outputs of a batch become inputs of the next block. Raises RunError for NaN and infinite values."""
+        assert self.activations is not None
+        if not all_finite(outputs):
+            raise RunError(
+                f"the outputs of {self.name} hold NaN or infinite values in {name_of(self.arithmetic.compute)}; "
+                "compute in float32 (prune: --compute-dtype, evaluate: --dtype), or check the checkpoint"
+            )
+        self.activations.write(batch, outputs)
 
     def state(self, storage: torch.dtype) -> dict[str, Tensor]:
         """All tensors of the block in the storage dtype, as its modules store them, by full name.
@@ -256,30 +261,3 @@ def sparse_products(linears: Iterable[Linear]) -> Iterator[None]:
     finally:
         for module in replaced:
             del module.forward  # the class has its own
-
-
-def same(stored: Tensor, held: Tensor) -> bool:
-    """Whether a tensor in the compute dtype is the stored one."""
-    return stored.shape == held.shape and torch.equal(stored.to(held.device, held.dtype), held)
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity. Minimum and maximum show it, in one pass and without a mask as large as the tensor."""
-    return bool(torch.stack(tensor.aminmax()).isfinite().all()) if tensor.numel() else True
-
-
-def relative_error(changed: Tensor, before: Tensor) -> float:
-    """Norm of the difference over the norm before; 0 where nothing changed."""
-    difference = (changed.float() - before.float()).norm()
-    return (difference / before.float().norm()).item() if difference else 0.0
-
-
-def describe(linear: Linear) -> dict[str, Any]:
-    """The figures of one pruned matrix, JSON-plain."""
-    nonzeros = int(torch.count_nonzero(linear.stored))
-    return {
-        "shape": list(linear.shape),
-        "nonzeros": nonzeros,
-        "recovered": linear.recovered,
-        "rounding_error": linear.rounding_error,
-    }

@@ -42,12 +42,18 @@ class Collector:
     """Forward hooks on linears, inside a `with` block.
 
     Linears that are called with the same tensor object (q, k, v; gate, up) share one statistic, updated once.
-    The last linear of a block need not multiply: from the second batch on the pass ends at its input. This requires
-    that every linear is called once per batch, so it does not apply to experts.
+    The last linear of a block need not multiply: from the second batch on the pass ends at its input, unless it is to
+    be `whole`. This requires that every linear is called once per batch, so it does not apply to experts.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module], widths: Mapping[str, int], statistic: Callable[[int], Any]):
-        self.linears, self.widths, self.statistic = linears, widths, statistic
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Module],
+        widths: Mapping[str, int],
+        statistic: Callable[[int], Any],
+        whole: bool = False,
+    ):
+        self.linears, self.widths, self.statistic, self.whole = linears, widths, statistic, whole
         self.found: dict[str, Any] = {}
         self.calls: list[str] = []
         self.last: str | None = None
@@ -69,7 +75,7 @@ class Collector:
 
     def next_batch(self) -> None:
         """Drops the inputs of the previous batch; after the first batch the last call is known."""
-        if self.calls and sorted(self.calls) == sorted(self.linears):
+        if not self.whole and self.calls and sorted(self.calls) == sorted(self.linears):
             self.last = self.calls[-1]
         self.calls = []
         self._inputs.clear()

@@ -18,14 +18,17 @@ from budwood.checkpoints.writer import ShardNotes, Writer
 from budwood.environment import trim_memory
 from budwood.errors import RunError
 from budwood.models.block_calls import BlockCalls, record_calls
-from budwood.models.reshape import fit_parameters, note_sizes
+from budwood.models.slicing import put_back
+from budwood.models.units import fit_shapes
 from budwood.stream.activations import Activations, batch_size
 from budwood.stream.arithmetic import FLOAT32, Arithmetic
 from budwood.stream.attention import attend_in_blocks
-from budwood.stream.block import Block, describe
+from budwood.stream.block import Block
+from budwood.stream.linear import describe
 
 BATCH = 4096  # tokens per batch, times the bytes of a value
 TRIMMED = 64 * 2**20  # bytes of a block from which its memory is returned to the system; smaller ones are reused soon
+PROBE = 16  # tokens on which a block is run to verify its units
 DEFAULT_LIMIT = 4 * 2**30  # bytes of hidden states kept in memory
 
 
@@ -127,6 +130,10 @@ class Model:
                 block.round(writer.layout)
                 self._write_block(block, writer)
 
+    def survey(self, windows: Tensor, batch: int | None = None) -> Iterator[Block]:
+        """The blocks one after the other, for a method that examines the model before pruning; nothing is written."""
+        return self.blocks(windows, batch=batch)
+
     def embed(self, windows: Tensor, batch: int | None = None) -> Activations:
         """The hidden states [windows, tokens, hidden] that enter the first block."""
         count, tokens = windows.shape
@@ -154,6 +161,22 @@ class Model:
     def calls(self, batch: int, tokens: int) -> BlockCalls:
         """How the model calls its blocks for a batch of this shape, which must have passed `embed`."""
         return self._calls[batch, tokens]
+
+    def _probe(self, activations: Activations | None) -> tuple[Tensor, BlockCalls]:
+        """Hidden states of a few tokens [1, tokens, hidden] and how the model calls its blocks for them.
+
+        They are the first ones of the calibration windows; without windows they are random.
+        """
+        tokens = PROBE if activations is None else min(PROBE, activations.shape[1])
+        if (1, tokens) not in self._calls:
+            with self.outside():
+                ids = torch.ones(1, tokens, dtype=torch.long, device=self.device)
+                self._calls[1, tokens] = record_calls(self.module, self.modules, ids)
+                if activations is None:
+                    self._random = torch.randn_like(self._calls[1, tokens].embed(ids))
+        if activations is None:
+            return self._random, self._calls[1, tokens]
+        return activations.hidden[:1, :tokens].to(self.device), self._calls[1, tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[batch, tokens, hidden] after the last block -> [batch, tokens, vocabulary]; needs `outside`."""
@@ -200,7 +223,7 @@ class Model:
             if parameter is not None and not f"{path}.".startswith(f"{self.path}.")
         ]
 
-    def _block(self, index: int, stored: Mapping[str, Tensor], activations: Activations | None) -> Block:
+    def _block(self, index: int, stored: dict[str, Tensor], activations: Activations | None) -> Block:
         name = f"{self.path}.{index}"
         return Block(
             index=index,
@@ -210,6 +233,8 @@ class Model:
             stored=stored,
             activations=activations,
             calls=self.calls,
+            options=lambda: self.structure.unit_options(index),
+            probe=lambda: self._probe(activations),
             arithmetic=self.arithmetic,
             device=self.device,
         )
@@ -241,15 +266,11 @@ class Model:
         prefix = f"{self.path}.{index}."
         try:
             if written is not None:
-                fit_parameters(module, {name.removeprefix(prefix): shape for name, shape in written.shapes.items()})
+                fit_shapes(module, {name.removeprefix(prefix): shape for name, shape in written.shapes.items()})
             self._assign(module, stored, prefix)
             yield
         finally:
-            for owner, parameters in before:
-                owner._parameters.clear()
-                owner._parameters.update(parameters)
-                if parameters.get("weight") is not None:
-                    note_sizes(owner)
+            put_back(before)
 
     def _assign(self, module: nn.Module, stored: Mapping[str, Tensor], prefix: str) -> None:
         state = {}

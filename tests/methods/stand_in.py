@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from budwood.stream import block
-from budwood.stream.block import Linear
+from budwood.stream.linear import Linear
 
 
 class Block(block.Block):

@@ -20,7 +20,8 @@ from budwood.methods.method import Wrapper
 from budwood.planning import plan
 from budwood.pruning import prune
 from budwood.sparsity.statistics import Gram, SquaredNorm
-from budwood.stream.block import Block, Linear
+from budwood.stream.block import Block
+from budwood.stream.linear import Linear
 from budwood.stream.model import Model
 
 SETTINGS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from budwood.sparsity.admm import Spectrum, admm
+from budwood.sparsity.admm import System, admm
 from budwood.sparsity.patterns import NM, Share, Top
 from budwood.sparsity.recovery import Recovered
 from budwood.sparsity.refit import refit
@@ -30,7 +30,7 @@ def test_it_keeps_as_many_weights_as_by_score_with_a_smaller_error(pattern):
     for seed in range(4):
         weight, moments = problem(seed)
         by_score = pattern.keep(weight.abs() * moments.diagonal().sqrt())
-        keep, near = admm(weight, Spectrum.of(moments), pattern)
+        keep, near = admm(weight, System.of(moments), pattern)
         assert keep.sum() == by_score.sum()
         assert torch.equal(pattern.keep(keep.float()), keep)  # the pattern allows it
         assert not near[~keep].any()
@@ -42,7 +42,7 @@ def test_it_keeps_as_many_weights_as_by_score_with_a_smaller_error(pattern):
 def test_it_ends_near_the_best_values():
     """Far nearer than the dense weights on the same mask: a refit from there needs few steps."""
     weight, moments = problem(0)
-    keep, near = admm(weight, Spectrum.of(moments), NM(2, 4))
+    keep, near = admm(weight, System.of(moments), NM(2, 4))
     error = lambda found: float(((found - weight).double() @ moments.double() * (found - weight)).sum())
     best = left(weight, moments, keep)
     assert error(near) - best < 0.1 * (error(weight * keep) - best)
@@ -53,7 +53,7 @@ def test_independent_inputs_lose_little_over_the_best_mask():
     weight, _ = problem(0)
     scale = torch.linspace(0.5, 2, weight.shape[1])
     lost = lambda keep: float((weight * ~keep * scale).square().sum())
-    keep, _ = admm(weight, Spectrum.of(torch.diag(scale.square())), NM(2, 4))
+    keep, _ = admm(weight, System.of(torch.diag(scale.square())), NM(2, 4))
     assert lost(keep) <= 1.05 * lost(NM(2, 4).keep(weight.abs() * scale))
 
 
@@ -61,11 +61,11 @@ def test_independent_inputs_lose_little_over_the_best_mask():
 def test_dead_inputs_and_missing_rank(dead):
     weight, moments = problem(1, tokens=5)
     moments[:dead], moments[:, :dead] = 0, 0
-    keep, _ = admm(weight, Spectrum.of(moments, damp=0), NM(2, 4))
+    keep, _ = admm(weight, System.of(moments, damp=0), NM(2, 4))
     assert keep.sum() == weight.numel() / 2
 
 
 def test_it_is_deterministic():
     weight, moments = problem(2)
-    for one, other in zip(*(admm(weight, Spectrum.of(moments), Share(0.5)) for _ in range(2)), strict=True):
+    for one, other in zip(*(admm(weight, System.of(moments), Share(0.5)) for _ in range(2)), strict=True):
         assert torch.equal(one, other)

@@ -8,7 +8,7 @@ from budwood.checkpoints.source import open_source
 from budwood.errors import RunError
 from budwood.sparsity.statistics import Gram, SquaredNorm
 from budwood.stream.arithmetic import Arithmetic
-from budwood.stream.block import all_finite, relative_error, same
+from budwood.stream.linear import all_finite, relative_error, same
 from budwood.stream.model import Model
 
 
