@@ -48,11 +48,8 @@ def plan(
     layout = known_layout(format, values)
     structure, config, shards = _open(source, skip, trust_remote_code)
     method.check(structure.shapes)
-<<<<<<< HEAD
-    layout = layout_of(layout, method, structure)
-=======
     method.check_structure(structure)
->>>>>>> main
+    layout = layout_of(layout, method, structure)
     storage = _storage(dtype, config, shards)
 
     unpruned = _unpruned_bytes(structure, storage.itemsize)
