@@ -49,11 +49,9 @@ class ModelStructure:
         return {name: shape_of(module) for name, module in self.linears.items()}
 
     @property
-<<<<<<< HEAD
     def shapes_in_files(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all stored tensors as files in module names hold them, by full name."""
         return {name: tuple(tensor.shape) for name, tensor in self.fused.items()}
-=======
     def units(self) -> dict[str, dict[str, Units]]:
         """What can be removed of every block as far as its shapes tell: by full name of the block, by consumer."""
         return {
@@ -70,7 +68,6 @@ class ModelStructure:
             for name, options in candidates(self.modules[index], routers).items()
             if all(prefix + linear in self.linears for linear in options[0].linears)
         }
->>>>>>> main
 
     @property
     def in_scope(self) -> int:

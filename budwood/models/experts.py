@@ -6,7 +6,7 @@ expert, each in the orientation it is stored in, so that splitting takes views a
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
 
@@ -52,6 +52,7 @@ class ExpertLinears(nn.Module):
             self.add_module(name, child)
         # The activation between the linears is the fused module's own method, which needs everything but the weights.
         self.activation = (weightless(fused),)  # in a tuple, so that it does not become a child
+        self.observer: Callable[[list[int], Tensor, Tensor], None] | None = None  # see `models/routing.py`
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """hidden [tokens, hidden], the experts of each token and their weights [tokens, k] -> [tokens, hidden]."""
@@ -60,6 +61,8 @@ class ExpertLinears(nn.Module):
         rows, weights = hidden[order // chosen.shape[-1]], weights.reshape(-1)[order, None]
         counts = torch.bincount(experts, minlength=self.num_experts).tolist()
         outputs = torch.cat([self.outputs(expert, part) for expert, part in enumerate(rows.split(counts)) if len(part)])
+        if self.observer is not None:
+            self.observer(counts, outputs, weights)
         weighted = outputs * weights  # [tokens * k, hidden]
         weighted = torch.empty_like(weighted).index_copy(0, order, weighted)
         return weighted.view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
