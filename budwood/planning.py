@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ def plan(
     layout = layout_of(layout, method, structure)
     storage = _storage(dtype, config, shards)
 
-    unpruned = _unpruned_bytes(structure, storage.itemsize)
-    formats = {name: _total(name, structure, method, storage.itemsize, unpruned) for name in (*FORMATS, layout)}
+    reduced = method.reduced(structure)
+    dense = structure.in_scope * storage.itemsize + _unpruned_bytes(structure, storage.itemsize)
+    unpruned = _unpruned_bytes(reduced, storage.itemsize)
+    formats = {name: _total(name, structure, method, storage.itemsize, unpruned, dense) for name in (*FORMATS, layout)}
     chosen = formats[layout]
     if chosen is None:
         fitting = ", ".join(name for name, sizes in formats.items() if sizes)
@@ -63,13 +66,14 @@ def plan(
         "method": str(method),
         "dtype": name_of(storage),
         "parameters": structure.parameters,
+        "parameters_after": _parameters_after(structure, reduced, method),
         "in_scope": structure.in_scope,
         "coverage": structure.in_scope / structure.parameters,
         "linears": _rows(structure),
         "skipped": _group_by_reason(skipped(structure.module, skip)),
         "formats": {name: sizes for name, sizes in formats.items() if name in FORMATS},
         "chosen": layout if layout in FORMATS else _most_common_format(layout, structure, method, storage.itemsize),
-        "bytes_dense": structure.in_scope * storage.itemsize + unpruned,
+        "bytes_dense": dense,
         "bytes_after": chosen["bytes"],
         "bits_per_weight": chosen["bits_per_weight"],
         "memory_peak": _memory(structure, method, storage.itemsize, num_samples * seq_length, config),
@@ -111,15 +115,21 @@ def _unpruned_bytes(structure: ModelStructure, itemsize: int) -> int:
     )
 
 
+def _parameters_after(structure: ModelStructure, reduced: ModelStructure, method: Method) -> int:
+    """Parameters of the written model, zeros included."""
+    shapes = structure.shapes
+    left = sum(prod(held.shape or shapes[name]) for name, held in method.forecast(structure).items())
+    return reduced.parameters - reduced.in_scope + left
+
+
 def _total(
-    layout: str, structure: ModelStructure, method: Method, itemsize: int, unpruned: int
+    layout: str, structure: ModelStructure, method: Method, itemsize: int, unpruned: int, dense: int
 ) -> dict[str, Any] | None:
     """Bytes of the whole model in one layout; None where the layout cannot hold a matrix."""
     try:
         linears = sum(size * count for _, size, count in _packed(layout, structure, method, itemsize))
     except UsageError:
         return None
-    dense = structure.in_scope * itemsize + unpruned
     return {
         "bytes": linears + unpruned,
         "share_of_dense": (linears + unpruned) / dense,

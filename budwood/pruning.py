@@ -94,7 +94,8 @@ def prune(
             run.note(sentence)
         model = job.model(run)
         step = job.method.prepare(model, job.ids, run.work)
-        for block in run.blocks(job.ids, f"pruning with {job.method}"):
+        run.stream(step.model(model))
+        for block in run.blocks(step.inputs(job.ids), f"pruning with {job.method}"):
             step(block)
         step.finish(run)
         base_model = None if job.source.is_local else job.source.name

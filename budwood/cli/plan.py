@@ -64,6 +64,8 @@ def show(prediction: Mapping[str, Any]) -> None:
         f"{prediction['parameters']:,} weights, {prediction['in_scope']:,} of them in scope "
         f"({humanize.share(prediction['coverage'], 1)})"
     )
+    if prediction["parameters_after"] != prediction["parameters"]:
+        out.print(f"{prediction['parameters_after']:,} weights afterwards")
     out.print(
         table(
             ("matrix", "shape", "count", "pruned"),

@@ -29,6 +29,14 @@ PatternOf = Callable[[Shape, str], Pattern]  # of the linear of this shape [out,
 class Step:
     """A prepared method: called once for every block, in order, then finished once."""
 
+    def model(self, model: "Model") -> "Model":
+        """The model to stream: the given one, or one without some of its blocks or experts."""
+        return model
+
+    def inputs(self, windows: Tensor | None) -> Tensor | None:
+        """The windows whose hidden states the blocks of the stream need [windows, tokens]; None for none at all."""
+        return windows
+
     def __call__(self, block: "Block") -> None:
         """Changes one block: weights and biases of its linears, or any other parameter of its module."""
         raise NotImplementedError
@@ -63,6 +71,10 @@ class Method(Step):
     def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
         """The expected result for every matrix in scope, by full name: counts, and another shape where it changes."""
         raise NotImplementedError
+
+    def reduced(self, structure: "ModelStructure") -> "ModelStructure":
+        """The structure of the model that is left, where whole blocks or experts are removed; else the given one."""
+        return structure
 
     def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
         """The pattern that a matrix [out, in] satisfies afterwards; None where the method guarantees none."""

@@ -2,9 +2,11 @@
 
 from budwood.methods.allocate import Allocate
 from budwood.methods.alps import Alps
+from budwood.methods.drop_blocks import DropBlocks
 from budwood.methods.graft import Graft
 from budwood.methods.magnitude import Magnitude
 from budwood.methods.method import Method
+from budwood.methods.reap import Reap
 from budwood.methods.refit import Refit
 from budwood.methods.sparsegpt import SparseGPT
 from budwood.methods.wanda import Wanda
@@ -19,4 +21,6 @@ METHODS: dict[str, type[Method]] = {
     "alps": Alps,
     "graft": Graft,
     "allocate": Allocate,
+    "reap": Reap,
+    "drop_blocks": DropBlocks,
 }

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.writer import Writer
 from budwood.environment import installed, machine, peak_memory
 from budwood.reports.record import MatrixReport, Report, Totals
@@ -15,6 +16,7 @@ def measure(
     model: Model,
     writer: Writer,
     *,
+    dense: ModelStructure,
     needs_budwood: bool,
     source: str,
     method: str,
@@ -22,7 +24,7 @@ def measure(
     seconds: Mapping[int, float],
     notes: list[str],
 ) -> Report:
-    """Everything that was measured. seconds: by block, for the blocks that this process pruned."""
+    """Everything that was measured. dense: the model before pruning. seconds: by block, for the blocks that this process pruned."""
     matrices = matrices_of(model, writer)
     return {
         "budwood": installed("budwood"),
@@ -35,7 +37,7 @@ def measure(
         "compute_dtype": name_of(model.compute),
         "format": writer.layout,
         "needs_budwood": needs_budwood,
-        "totals": totals_of(model, writer, matrices),
+        "totals": totals_of(dense, model, writer, matrices),
         "blocks": [
             {
                 "name": f"{model.path}.{index}",
@@ -72,9 +74,9 @@ def matrices_of(model: Model, writer: Writer) -> dict[str, MatrixReport]:
     return matrices
 
 
-def totals_of(model: Model, writer: Writer, matrices: Mapping[str, MatrixReport]) -> Totals:
+def totals_of(dense: ModelStructure, model: Model, writer: Writer, matrices: Mapping[str, MatrixReport]) -> Totals:
     """Sums and means. Density, bits and the recovered share are of the weights in scope before pruning."""
-    parameters, scope = model.structure.parameters, model.structure.in_scope
+    parameters, scope = dense.parameters, dense.in_scope
     counts = [matrix["shape"][0] * matrix["shape"][1] for matrix in matrices.values()]
     shares = [matrix["recovered"] for matrix in matrices.values() if matrix["recovered"] is not None]
     known = bool(shares) and len(shares) == len(matrices)

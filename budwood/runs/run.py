@@ -147,17 +147,22 @@ class Run:
 
     def start(self, model: Model, arithmetic: Mapping[str, Any]) -> None:
         """Writes the recipe; from here on the folder is this run's."""
-        self.model = model
+        self.dense = model.structure
         self.recipe = self.recipe.with_arithmetic(arithmetic)
+        self.stream(model)
+        for file in self.folder.glob(f".*{TEMPORARY}"):
+            file.unlink()  # of a process that was killed: the folder is locked
+        write_json(self.folder / FILE, self.recipe.to_json())
+
+    def stream(self, model: Model) -> None:
+        """The model whose blocks are written from here on: the one that the run started with, or a reduced one."""
+        self.model = model
         self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format)
         # Rewritten shards have an id of their own: without the work folder that says how far the rewriting came, their
         # blocks are done again from the start.
         self.writer.accepted |= {self._rewrite_id(file.stem) for file in self.work.folder.glob("rewrite-*.ready")}
         shards = [self.writer.shard(index).name for index in range(-1, len(model))]
-        for file in self.folder.glob(f".*{TEMPORARY}"):
-            file.unlink()  # of a process that was killed: the folder is locked
         self.target.note([FILE, MANIFEST, *shards])
-        write_json(self.folder / FILE, self.recipe.to_json())
         model.scratch = self.folder  # hidden states beyond the limit are kept on the disk that is written to anyway
 
     def blocks(self, windows: Tensor | None, what: str) -> Iterator[Block]:
@@ -228,6 +233,7 @@ class Run:
         report = measure(
             model,
             writer,
+            dense=self.dense,
             needs_budwood=writer.needs_plug_in(description),
             source=str(self.recipe.source["name"]),
             method=self.recipe.method or "unknown",

@@ -67,14 +67,15 @@ class Model:
         self._own_shapes = set(shapes_unfused(source.shapes))  # which the source's config.json does not give
         self._float32 = float32_names(self.module, self.compute)
         self._calls: dict[tuple[int, int], BlockCalls] = {}
+        self._random: Tensor | None = None  # hidden states for blocks without calibration inputs
 
     def __len__(self) -> int:
         return len(self.modules)
 
-    def copy(self) -> "Model":
-        """Another stream over the same source with the same arithmetic."""
+    def copy(self, source: Source | None = None) -> "Model":
+        """Another stream with the same arithmetic, over the same source or another one."""
         return Model(
-            self.source,
+            source or self.source,
             storage=self.storage,
             arithmetic=self.arithmetic,
             device=self.device,
@@ -111,6 +112,13 @@ class Model:
                 del stored, block
                 if large:
                     trim_memory()
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """In this context one block is loaded, without calibration inputs."""
+        stored, _ = self._read_block(index, None)
+        with self._filled(index, stored, None):
+            yield self._block(index, stored, None)
 
     def rewrite(self, written: Writer, writer: Writer) -> Iterator[Block]:
         """Yields the blocks that `written` holds, to be changed; the changed blocks go to `writer`.
@@ -168,13 +176,15 @@ class Model:
         They are the first ones of the calibration windows; without windows they are random.
         """
         tokens = PROBE if activations is None else min(PROBE, activations.shape[1])
-        if (1, tokens) not in self._calls:
+        if (1, tokens) not in self._calls or (activations is None and self._random is None):
             with self.outside():
                 ids = torch.ones(1, tokens, dtype=torch.long, device=self.device)
                 self._calls[1, tokens] = record_calls(self.module, self.modules, ids)
                 if activations is None:
-                    self._random = torch.randn_like(self._calls[1, tokens].embed(ids))
+                    like, random = self._calls[1, tokens].embed(ids), torch.Generator().manual_seed(0)
+                    self._random = torch.randn(like.shape, generator=random).to(like)
         if activations is None:
+            assert self._random is not None
             return self._random, self._calls[1, tokens]
         return activations.hidden[:1, :tokens].to(self.device), self._calls[1, tokens]
 
