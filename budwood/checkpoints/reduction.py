@@ -187,7 +187,7 @@ def _with_blocks(trial: Trial, count: int, kept: Sequence[int]) -> Iterator[Tria
             repairs.append({key: sum(index < value for index in kept)})
         if isinstance(value, list) and all(type(entry) is int and 0 <= entry < count for entry in value):
             repairs.append({key: [place[entry] for entry in value if entry in place]})
-    for base in trial.changed(**lists).with_number(count, len(kept)):
+    for base in trial.with_number(count, len(kept), **lists):
         yield base
         yield from (base.changed(**repair) for repair in repairs)
         yield base.changed(**{key: value for repair in repairs for key, value in repair.items()})

@@ -75,12 +75,15 @@ class Trial:
     def whole_numbers(self) -> dict[str, int]:
         return {key: value for key, value in self.fields().items() if type(value) is int and value > 0}
 
-    def with_number(self, old: int, new: int) -> "Iterator[Trial]":
-        """One trial for every field that is `old`, with `new` in its place; then one with all of those in the file."""
+    def with_number(self, old: int, new: int, **others: Any) -> "Iterator[Trial]":
+        """One trial for every field that is `old`, with `new` in its place; then one with all of those in the file.
+
+        others: fields that are changed as well.
+        """
         fields = [key for key, value in self.whole_numbers().items() if value == old]
         for key in fields:
-            yield self.changed(**{key: new})
-        yield self.changed(**{key: new for key in fields if key in self.content})
+            yield self.changed(**others, **{key: new})
+        yield self.changed(**others, **{key: new for key in fields if key in self.content})
 
     def computes_like(self, other: "Trial") -> bool:
         """Whether tables and constants are those of another model; sizes of parameters may differ."""

@@ -87,9 +87,10 @@ class DropBlocks(Reduction):
                 f"no configuration describes {model.source.name} without its blocks {listed(gone)}; protect those whose "
                 "shapes differ from the others'"
             )
-        turned = f"; they turn the hidden states by {max(scores[i] for i in gone if i < len(scores)):.3g} at most"
-        notes = [f"blocks {listed(gone)} of {blocks} are removed{'' if self.consecutive else turned}"]
-        return ReducedStep(model, Kept(kept, {}), trial, notes)
+        turned = scores[gone[0]] if self.consecutive else max(scores[index] for index in gone)
+        what = "together they turn" if self.consecutive else "each turns"
+        note = f"removed of {blocks} blocks: {listed(gone)}; {what} the hidden states by {turned:.3g} (1 - cosine)"
+        return ReducedStep.of(model, Kept(kept, {}), trial, [note if self.consecutive else f"{note} at most"])
 
 
 @lru_cache(maxsize=1)  # asked for once per format by `plan`

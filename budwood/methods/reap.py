@@ -100,7 +100,7 @@ class Reap(Reduction):
         notes = [f"{new} of {old} experts stay in each of {len(names)} layers"]
         if unreached:
             notes.append(f"{unreached} of {old * len(names)} experts got no calibration token; they are the first to go")
-        return ReducedStep(model, Kept(range(len(model)), kept), trial, notes)
+        return ReducedStep.of(model, Kept(range(len(model)), kept), trial, notes)
 
 
 @lru_cache(maxsize=1)  # asked for once per format by `plan`

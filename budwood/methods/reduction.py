@@ -16,6 +16,7 @@ from budwood.methods.method import Method, Step
 from budwood.models.routing import mixtures, unrouted
 from budwood.models.slicing import close, removed
 from budwood.sparsity.forecast import Forecast
+from budwood.stream.arithmetic import FLOAT32
 
 if TYPE_CHECKING:
     from budwood.runs.run import Run
@@ -32,7 +33,7 @@ class Reduction(Method):
 
 
 def structure_of(trial: Trial, whole: ModelStructure) -> ModelStructure:
-    """The structure of a reduced model."""
+    """The structure of a reduced model. whole: the structure before."""
     return ModelStructure(
         trial.config, compute=whole.compute, skip=whole.skip, trust_remote_code=trial.trust_remote_code
     )
@@ -42,16 +43,21 @@ def structure_of(trial: Trial, whole: ModelStructure) -> ModelStructure:
 class ReducedStep(Step):
     """Writes the blocks of the reduced model; each is compared with the block of the whole model that it was.
 
-    whole: the model before. trial: the configuration of the reduced model. notes: for the report.
+    whole: the model before, in float32. trial: the configuration of the reduced model. notes: for the report.
     """
 
     whole: "Model"
     kept: Kept
     trial: Trial
-    notes: list[str | None] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: "Model", kept: Kept, trial: Trial, notes: list[str]) -> "ReducedStep":
+        return cls(model.copy(arithmetic=FLOAT32), kept, trial, notes)
 
     def model(self, model: "Model") -> "Model":
-        return model.copy(Reduced.of(model.source, self.kept, self.trial))
+        """In float32: in 16 bits a router ties experts, and which of them it then takes depends on their number."""
+        return model.copy(Reduced.of(model.source, self.kept, self.trial), FLOAT32)
 
     def inputs(self, windows: Tensor | None) -> None:
         """No block changes what it computes, so nothing need be run."""

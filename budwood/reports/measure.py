@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.writer import Writer
 from budwood.environment import installed, machine, peak_memory
 from budwood.reports.record import MatrixReport, Report, Totals
@@ -16,7 +15,7 @@ def measure(
     model: Model,
     writer: Writer,
     *,
-    dense: ModelStructure,
+    dense: Model,
     needs_budwood: bool,
     source: str,
     method: str,
@@ -34,10 +33,10 @@ def measure(
         "machine": machine(),
         "data": data,
         "dtype": name_of(model.storage),
-        "compute_dtype": name_of(model.compute),
+        "compute_dtype": name_of(dense.compute),
         "format": writer.layout,
         "needs_budwood": needs_budwood,
-        "totals": totals_of(dense, model, writer, matrices),
+        "totals": totals_of(dense, writer, matrices),
         "blocks": [
             {
                 "name": f"{model.path}.{index}",
@@ -74,9 +73,9 @@ def matrices_of(model: Model, writer: Writer) -> dict[str, MatrixReport]:
     return matrices
 
 
-def totals_of(dense: ModelStructure, model: Model, writer: Writer, matrices: Mapping[str, MatrixReport]) -> Totals:
+def totals_of(dense: Model, writer: Writer, matrices: Mapping[str, MatrixReport]) -> Totals:
     """Sums and means. Density, bits and the recovered share are of the weights in scope before pruning."""
-    parameters, scope = dense.parameters, dense.in_scope
+    parameters, scope = dense.structure.parameters, dense.structure.in_scope
     counts = [matrix["shape"][0] * matrix["shape"][1] for matrix in matrices.values()]
     shares = [matrix["recovered"] for matrix in matrices.values() if matrix["recovered"] is not None]
     known = bool(shares) and len(shares) == len(matrices)
@@ -89,6 +88,6 @@ def totals_of(dense: ModelStructure, model: Model, writer: Writer, matrices: Map
         "recovered": sum(s * c for s, c in zip(shares, counts, strict=True)) / weights if known else None,
         "recovered_unweighted": sum(shares) / len(shares) if known else None,
         "bytes": writer.total_bytes(),
-        "bytes_dense": parameters * model.storage.itemsize,
+        "bytes_dense": parameters * dense.storage.itemsize,
         "bits_per_weight": 8 * sum(matrix["bytes"] for matrix in matrices.values()) / weights,
     }

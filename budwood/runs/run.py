@@ -147,7 +147,7 @@ class Run:
 
     def start(self, model: Model, arithmetic: Mapping[str, Any]) -> None:
         """Writes the recipe; from here on the folder is this run's."""
-        self.dense = model.structure
+        self.dense = model
         self.recipe = self.recipe.with_arithmetic(arithmetic)
         self.stream(model)
         for file in self.folder.glob(f".*{TEMPORARY}"):

@@ -72,12 +72,12 @@ class Model:
     def __len__(self) -> int:
         return len(self.modules)
 
-    def copy(self, source: Source | None = None) -> "Model":
-        """Another stream with the same arithmetic, over the same source or another one."""
+    def copy(self, source: Source | None = None, arithmetic: Arithmetic | None = None) -> "Model":
+        """Another stream, over the same source and with the same arithmetic unless others are given."""
         return Model(
             source or self.source,
             storage=self.storage,
-            arithmetic=self.arithmetic,
+            arithmetic=arithmetic or self.arithmetic,
             device=self.device,
             skip=self.skip,
             activation_limit=self.activation_limit,
