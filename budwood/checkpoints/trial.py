@@ -4,6 +4,7 @@ Which field of a configuration holds a count is not looked up by name. A field i
 parameters are compared.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -118,10 +119,12 @@ def scaled(value: int, old: int, new: int) -> int | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """In this context transformers does not log what it finds unusual in a configuration."""
+    """In this context nothing is logged or warned of that is unusual in a configuration."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(before)
