@@ -10,19 +10,17 @@ model in nats, mean over the tokens of each text's first window. Use another fol
 """
 
 import argparse
-import json
 import math
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from cells import Cell, filled, kept, pruned
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -50,8 +48,6 @@ ROWS = {
 YARDSTICK = "Wanda 2:4"
 DTYPE = "bfloat16"  # of the written weights
 
-Cell = dict[str, Any]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,18 +65,11 @@ def main() -> None:
     parser.add_argument("--cells", type=int, help="stop after so many new ones")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
-    asked.folder.mkdir(parents=True, exist_ok=True)
     file = asked.folder / "cells.jsonl"
-    cells = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    if not asked.table:
-        texts = {"sotu": "sotu:2000-"} | dict(text.split("=", 1) for text in asked.text)
-        known = {(cell["row"], cell["draw"]) for cell in cells}
-        wanted = [(row, draw) for draw in range(asked.draws) for row in asked.row or ROWS if draw == 0 or ROWS[row]]
-        for row, draw in [place for place in wanted if place not in known][: asked.cells]:
-            cells.append({"row": row, "draw": draw} | measured(row, draw, texts, asked))
-            with file.open("a") as lines:
-                lines.write(json.dumps(cells[-1]) + "\n")
-            print(json.dumps(cells[-1]), file=sys.stderr, flush=True)
+    texts = {"sotu": "sotu:2000-"} | dict(text.split("=", 1) for text in asked.text)
+    wanted = [(row, draw) for draw in range(asked.draws) for row in asked.row or ROWS if draw == 0 or ROWS[row]]
+    measure = partial(measured, texts=texts, asked=asked)
+    cells = kept(file) if asked.table else filled(file, wanted, measure, asked.cells)
     print(table(cells))
 
 
@@ -93,16 +82,8 @@ def measured(row: str, draw: int, texts: Mapping[str, str], asked: argparse.Name
     target = asked.folder / f"{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}-{draw}"
     folder = asked.model
     if method:
-        options = {
-            "--num-samples": asked.num_samples,
-            "--seq-length": asked.seq_length,
-            "--seed": draw,
-            "--dtype": DTYPE,
-        }
-        command = [sys.executable, "-m", "budwood", "prune", asked.model, str(target), "--method", method, "--quiet"]
-        command += ["--data", asked.calibration, *(str(word) for option in options.items() for word in option)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        report = json.loads((target / "report.json").read_text())
+        size = {"num_samples": asked.num_samples, "seq_length": asked.seq_length}
+        report = pruned(asked.model, target, method, asked.calibration, **size, seed=draw, dtype=DTYPE)
         folder = str(target)
         pruning = {
             "bits": report["totals"]["bits_per_weight"],

@@ -43,8 +43,9 @@ def bench(
 ) -> dict[str, Any]:
     """Time `model`, a pruned folder; returns the figures, which are also added to its `report.json` and model card.
 
-    against: the dense model. rows: numbers of activation rows (tokens at once) to time each matrix with. threads:
-    number of torch's threads. Raises UsageError where the model has no packed matrix, or a number of rows is below 1.
+    against: the dense model; needed where no matrix is packed, as after the removal of heads and neurons. rows:
+    numbers of activation rows (tokens at once) to time each matrix with. threads: number of torch's threads.
+    Raises UsageError where there is nothing to compare, or a number of rows is below 1.
     """
     if not rows or min(rows) < 1:
         raise UsageError(f"rows must be positive numbers such as 1,8,64,512; got {','.join(map(str, rows))}")
@@ -67,8 +68,10 @@ def _bench(
     pruned = load(model, dtype=dtype)
     seconds = time.perf_counter() - start
     layers = group_by_shape(pruned)
-    if not layers:
-        raise UsageError(f"{model} holds no packed matrix; give a folder that budwood prune wrote")
+    if not layers and against is None:
+        raise UsageError(
+            f"{model} holds no packed matrix, so only whole models can be compared; give the dense model with --against"
+        )
     report: dict[str, Any] = {
         "machine": machine(),
         "kernels": native.why(),
@@ -78,12 +81,14 @@ def _bench(
         "matrices": [],
         "model": {},
     }
-    progress.start(len(layers), "timing matrices")
+    if layers:
+        progress.start(len(layers), "timing matrices")
     for index, (shape, same) in enumerate(sorted(layers.items())):
         start = time.perf_counter()
         report["matrices"] += [time_matrix(shape, same, count) for count in rows]
         progress.block(index, f"{shape[0]} x {shape[1]}", time.perf_counter() - start)
-    progress.finish()
+    if layers:
+        progress.finish()
     models = {"pruned": pruned}
     if against is not None:
         models["dense"] = load(against, dtype=pruned.dtype)
@@ -172,11 +177,21 @@ def time_models(models: Mapping[str, PreTrainedModel], progress: Progress) -> di
             "decode_tokens_per_second": 1 / statistics.median(decode[name]),
             "decode_seconds": spread(decode[name]),
             "bytes": sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values()),
+            "read_per_token": bytes_read(model),
         }
     if "dense" in models:
         result["decode_times_dense"] = ratio(decode["dense"], decode["pruned"])
         result["prefill_times_dense"] = ratio(times["dense", "prefill"], times["pruned", "prefill"])
+        result["fewer_bytes_read"] = result["dense"]["read_per_token"] / result["pruned"]["read_per_token"]
     return result
+
+
+def bytes_read(model: PreTrainedModel) -> int:
+    """Bytes of the parameters that every token reads: all but input embeddings that are not the head as well."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    unread = {parameter.data_ptr() for parameter in embeddings.parameters()}
+    unread -= {parameter.data_ptr() for parameter in head.parameters()}
+    return sum({p.data_ptr(): p.nbytes for p in model.parameters() if p.data_ptr() not in unread}.values())
 
 
 def generate(model: PreTrainedModel, prompt: Tensor, tokens: int) -> Tensor:

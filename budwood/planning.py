@@ -58,6 +58,8 @@ def plan(
     unpruned = _unpruned_bytes(reduced, storage.itemsize)
     formats = {name: _total(name, structure, method, storage.itemsize, unpruned, dense) for name in (*FORMATS, layout)}
     chosen = formats[layout]
+    weights = _weights(structure, method)
+    fewer_experts = reduced is not structure and len(reduced.modules) == len(structure.modules)  # a token has as many
     if chosen is None:
         fitting = ", ".join(name for name, sizes in formats.items() if sizes)
         raise UsageError(f"{layout} cannot hold the result of {method}; choose one of {fitting}")
@@ -66,15 +68,18 @@ def plan(
         "method": str(method),
         "dtype": name_of(storage),
         "parameters": structure.parameters,
-        "parameters_after": _parameters_after(structure, reduced, method),
         "in_scope": structure.in_scope,
         "coverage": structure.in_scope / structure.parameters,
+        "parameters_after": reduced.parameters - reduced.in_scope + weights + method.added_parameters(structure),
+        "blocks": _blocks(structure, method),
+        "speed_up": _speed_up(structure, weights) if weights < structure.in_scope and not fewer_experts else None,
         "linears": _rows(structure),
         "skipped": _group_by_reason(skipped(structure.module, skip)),
         "formats": {name: sizes for name, sizes in formats.items() if name in FORMATS},
         "chosen": layout if layout in FORMATS else _most_common_format(layout, structure, method, storage.itemsize),
         "bytes_dense": dense,
-        "bytes_after": chosen["bytes"],
+        "bytes_after": chosen["bytes"] + method.added_parameters(structure) * storage.itemsize,
+        "work_bytes": method.work_bytes(structure, storage.itemsize),
         "bits_per_weight": chosen["bits_per_weight"],
         "memory_peak": _memory(structure, method, storage.itemsize, num_samples * seq_length, config),
         "seconds": _seconds(structure, method, num_samples * seq_length),
@@ -115,13 +120,6 @@ def _unpruned_bytes(structure: ModelStructure, itemsize: int) -> int:
     )
 
 
-def _parameters_after(structure: ModelStructure, reduced: ModelStructure, method: Method) -> int:
-    """Parameters of the written model, zeros included."""
-    shapes = structure.shapes
-    left = sum(prod(held.shape or shapes[name]) for name, held in method.forecast(structure).items())
-    return reduced.parameters - reduced.in_scope + left
-
-
 def _total(
     layout: str, structure: ModelStructure, method: Method, itemsize: int, unpruned: int, dense: int
 ) -> dict[str, Any] | None:
@@ -142,6 +140,34 @@ def _packed(layout: str, structure: ModelStructure, method: Method, itemsize: in
     shapes = structure.shapes
     kinds = Counter((forecast, forecast.shape or shapes[name]) for name, forecast in method.forecast(structure).items())
     return [(*predict(shape, forecast, itemsize, layout), count) for (forecast, shape), count in kinds.items()]
+
+
+def _weights(structure: ModelStructure, method: Method) -> int:
+    """Places of all matrices in scope after pruning, zeros among them."""
+    return sum(prod(found.shape or structure.shapes[name]) for name, found in method.forecast(structure).items())
+
+
+def _blocks(structure: ModelStructure, method: Method) -> list[dict[str, Any]]:
+    """Per block the units of each kind that are expected to stay, and of how many; empty where none are removed."""
+    found = method.forecast(structure)
+    rows: list[dict[str, Any]] = []
+    removed = False
+    for name, sets in structure.units.items():
+        counts: dict[str, list[int]] = {}
+        for units in sets.values():
+            shape = getattr(found.get(f"{name}.{units.consumer}"), "shape", None)
+            stay = len(units) if shape is None else shape[1] // units.columns.shape[1]
+            removed |= stay < len(units)
+            kept, of = counts.get(units.kind, [0, 0])
+            counts[units.kind] = [kept + stay, of + len(units)]
+        rows.append({"name": name, **counts})
+    return rows if removed else []
+
+
+def _speed_up(structure: ModelStructure, after: int) -> float:
+    """How many times fewer weights are read for a token: those of the blocks and of the head."""
+    head = structure.module.get_output_embeddings().weight.numel()
+    return (structure.in_scope + head) / (after + head)
 
 
 def _most_common_format(layout: str, structure: ModelStructure, method: Method, itemsize: int) -> str:

@@ -70,24 +70,25 @@ def show(result: Mapping[str, Any]) -> None:
             ]
         )
     )
-    out.print(
-        table(
-            ("matrix", "rows", "kernel", "pruned, us", "dense, us", "times dense", "share of read"),
-            [
-                (
-                    humanize.shape(matrix["shape"]),
-                    matrix["rows"],
-                    matrix["kernel"],
-                    microseconds(matrix["seconds"]["pruned"]),
-                    microseconds(matrix["seconds"]["dense"]),
-                    f"{matrix['times_dense']:.2f}",
-                    f"{matrix['share_of_read']:.2f}" if "share_of_read" in matrix else None,
-                )
-                for matrix in result["matrices"]
-            ],
-            text_columns=("kernel",),
+    if result["matrices"]:
+        out.print(
+            table(
+                ("matrix", "rows", "kernel", "pruned, us", "dense, us", "times dense", "share of read"),
+                [
+                    (
+                        humanize.shape(matrix["shape"]),
+                        matrix["rows"],
+                        matrix["kernel"],
+                        microseconds(matrix["seconds"]["pruned"]),
+                        microseconds(matrix["seconds"]["dense"]),
+                        f"{matrix['times_dense']:.2f}",
+                        f"{matrix['share_of_read']:.2f}" if "share_of_read" in matrix else None,
+                    )
+                    for matrix in result["matrices"]
+                ],
+                text_columns=("kernel",),
+            )
         )
-    )
     out.print(
         table(
             (
@@ -111,7 +112,8 @@ def show(result: Mapping[str, Any]) -> None:
     if "decode_times_dense" in models:
         out.print(
             f"against dense: decode {models['decode_times_dense']:.2f} times as fast, "
-            f"prefill {models['prefill_times_dense']:.2f}"
+            f"prefill {models['prefill_times_dense']:.2f}; a token reads {models['fewer_bytes_read']:.2f} times "
+            "fewer bytes"
         )
     for sentence in result["warnings"]:
         out.print(f"note: {sentence}")

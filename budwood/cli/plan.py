@@ -1,6 +1,6 @@
 """`budwood plan`: what a method would do to a model, from its config and headers alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +8,8 @@ from budwood import humanize
 from budwood.cli import options
 from budwood.cli.checks import check_format, check_method, check_model
 from budwood.cli.terminal import console, print_result, stdout_to_stderr, table
+
+KINDS = {"attention": "KV groups", "mlp": "neurons"}
 
 
 def plan(
@@ -64,8 +66,6 @@ def show(prediction: Mapping[str, Any]) -> None:
         f"{prediction['parameters']:,} weights, {prediction['in_scope']:,} of them in scope "
         f"({humanize.share(prediction['coverage'], 1)})"
     )
-    if prediction["parameters_after"] != prediction["parameters"]:
-        out.print(f"{prediction['parameters_after']:,} weights afterwards")
     out.print(
         table(
             ("matrix", "shape", "count", "pruned"),
@@ -81,6 +81,14 @@ def show(prediction: Mapping[str, Any]) -> None:
             text_columns=("pruned",),
         )
     )
+    if prediction["blocks"]:
+        out.print(table(("block", *KINDS.values()), unit_rows(prediction["blocks"])))
+    after = prediction["parameters_after"]
+    if after != prediction["parameters"]:
+        times = prediction["speed_up"]
+        fewer = "as many" if times is None else f"{times:.2f} times fewer"
+        share = humanize.share(after / prediction["parameters"], 1)
+        out.print(f"{after:,} weights are left ({share}); a token reads {fewer}")
     out.print(
         table(
             ("format", "bytes", "of dense", "bits per weight"),
@@ -98,8 +106,22 @@ def show(prediction: Mapping[str, Any]) -> None:
     out.print(
         f"estimate: {humanize.size(prediction['memory_peak'])} of memory, {humanize.seconds(prediction['seconds'])}"
     )
+    if prediction["work_bytes"]:
+        out.print(f"intermediate results: {humanize.size(prediction['work_bytes'])} on disk until the run is finished")
     for note in prediction["notes"]:
         out.print(f"note: {note}")
+
+
+def unit_rows(blocks: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Name and units of every block; successive blocks with the same numbers are one row."""
+    rows: list[tuple[str, ...]] = []
+    for block in blocks:
+        counts = tuple("{:,} of {:,}".format(*block.get(kind, (0, 0))) for kind in KINDS)
+        if rows and rows[-1][1:] == counts:
+            rows[-1] = (f"{rows[-1][0].partition(' to ')[0]} to {block['name'].rpartition('.')[2]}", *counts)
+        else:
+            rows.append((block["name"], *counts))
+    return rows
 
 
 def sizes_row(sizes: Mapping[str, Any] | None) -> tuple[str | None, str | None, str | None]:

@@ -76,6 +76,14 @@ class Method(Step):
         """The structure of the model that is left, where whole blocks or experts are removed; else the given one."""
         return structure
 
+    def added_parameters(self, structure: "ModelStructure") -> int:
+        """How many parameters are added that the model does not have, such as biases."""
+        return 0
+
+    def work_bytes(self, structure: "ModelStructure", itemsize: int) -> int:
+        """Bytes on disk of intermediate results, which stay until the run is finished. itemsize: of a weight."""
+        return 0
+
     def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
         """The pattern that a matrix [out, in] satisfies afterwards; None where the method guarantees none."""
         return None
@@ -155,6 +163,12 @@ class Wrapper(Method):
 
     def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
         return self.inner.forecast(structure)
+
+    def added_parameters(self, structure: "ModelStructure") -> int:
+        return self.inner.added_parameters(structure)
+
+    def work_bytes(self, structure: "ModelStructure", itemsize: int) -> int:
+        return self.inner.work_bytes(structure, itemsize)
 
     def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
         return self.inner.pattern_of(shape, name)

@@ -3,7 +3,9 @@
 from budwood.methods.allocate import Allocate
 from budwood.methods.alps import Alps
 from budwood.methods.drop_blocks import DropBlocks
+from budwood.methods.gblm import Gblm
 from budwood.methods.graft import Graft
+from budwood.methods.llm_pruner import LLMPruner
 from budwood.methods.magnitude import Magnitude
 from budwood.methods.method import Method
 from budwood.methods.reap import Reap
@@ -23,4 +25,6 @@ METHODS: dict[str, type[Method]] = {
     "allocate": Allocate,
     "reap": Reap,
     "drop_blocks": DropBlocks,
+    "gblm": Gblm,
+    "llm_pruner": LLMPruner,
 }

@@ -108,7 +108,8 @@ def render_speed(speed: Mapping[str, Any]) -> str:
         )
         for found in speed["matrices"]
     ]
-    lines.append(table(("matrix", "pruned, us", "dense, us", "times as fast"), rows))
+    if rows:
+        lines.append(table(("matrix", "pruned, us", "dense, us", "times as fast"), rows))
     for name, words in (("pruned", "This model"), ("dense", "Dense")):
         if name in model:
             lines.append(

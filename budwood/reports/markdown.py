@@ -44,13 +44,19 @@ def render_report(report: Report) -> str:
     if report["notes"]:
         parts += ["## Notes", "\n".join(f"- {escape(note)}" for note in report["notes"])]
     if report["blocks"]:
+        kinds = {"attention": "KV groups", "mlp": "neurons"} if any(map(units, report["blocks"])) else {}
         parts += [
             "## Blocks",
             "Output error: the norm of what pruning changed in a block's output, over that output's norm.",
             table(
-                ("block", "seconds", "output error"),
+                ("block", "seconds", "output error", *kinds.values()),
                 [
-                    (code(block["name"]), figure(block["seconds"]), humanize.share(block["relative_error"]))
+                    (
+                        code(block["name"]),
+                        figure(block["seconds"]),
+                        humanize.share(block["relative_error"]),
+                        *("{:,} of {:,}".format(*units(block).get(kind, (0, 0))) for kind in kinds),
+                    )
                     for block in report["blocks"]
                 ],
             ),
@@ -78,6 +84,11 @@ def render_report(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def units(block: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
+    """How many units of a block stayed, of how many, by kind; empty where none were removed."""
+    return block.get("units") or {}
+
+
 def rounding(report: Report) -> list[float]:
     """The relative errors of the matrices whose values were rounded."""
     errors = [matrix.get("rounding_error") for matrix in report["linears"].values()]
@@ -99,8 +110,12 @@ def totals(report: Report) -> list[tuple[str, str]]:
         ("bytes of all weights", f"{total['bytes']:,} ({humanize.size(total['bytes'])})"),
         ("share of the dense model", humanize.share(total["bytes"] / total["bytes_dense"], 1)),
     ]
+    after = total.get("parameters_after", total["parameters"])
+    if after != total["parameters"]:
+        left = humanize.share(after / total["parameters"], 1)
+        rows.insert(1, ("weights that are left", f"{after:,} ({left})"))
     if total["recovered"] is not None:
-        rows.insert(3, ("recovered beyond 2:4", humanize.share(total["recovered"], 3)))
+        rows.insert(-3, ("recovered beyond 2:4", humanize.share(total["recovered"], 3)))
     return rows
 
 

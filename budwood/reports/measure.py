@@ -1,9 +1,11 @@
 """The report of a run, counted from what it wrote. Sizes in bytes, times in seconds."""
 
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from budwood.checkpoints.description import Description
 from budwood.checkpoints.writer import Writer
 from budwood.environment import installed, machine, peak_memory
 from budwood.reports.record import MatrixReport, Report, Totals
@@ -16,14 +18,18 @@ def measure(
     writer: Writer,
     *,
     dense: Model,
-    needs_budwood: bool,
+    description: Description,
     source: str,
     method: str,
     data: dict[str, Any] | None,
     seconds: Mapping[int, float],
     notes: list[str],
 ) -> Report:
-    """Everything that was measured. dense: the model before pruning. seconds: by block, for the blocks that this process pruned."""
+    """Everything that was measured.
+
+    dense: the model before pruning. model: the one whose blocks were written; it may have fewer. description: what of
+    them the configuration gives. seconds: by block, for the blocks that this process pruned.
+    """
     matrices = matrices_of(model, writer)
     return {
         "budwood": installed("budwood"),
@@ -35,13 +41,14 @@ def measure(
         "dtype": name_of(model.storage),
         "compute_dtype": name_of(dense.compute),
         "format": writer.layout,
-        "needs_budwood": needs_budwood,
-        "totals": totals_of(dense, writer, matrices),
+        "needs_budwood": writer.needs_plug_in(description),
+        "totals": totals_of(dense, model, writer, description, matrices),
         "blocks": [
             {
                 "name": f"{model.path}.{index}",
                 "seconds": seconds.get(index),
                 "relative_error": writer.about(index).notes["relative_error"],
+                "units": writer.about(index).notes.get("units", {}),
             }
             for index in range(len(model))
         ],
@@ -73,7 +80,16 @@ def matrices_of(model: Model, writer: Writer) -> dict[str, MatrixReport]:
     return matrices
 
 
-def totals_of(dense: Model, writer: Writer, matrices: Mapping[str, MatrixReport]) -> Totals:
+def parameters_of(model: Model, writer: Writer, description: Description) -> int:
+    """Parameters of the written model, of which `model` was streamed."""
+    before = {**model.shapes, **model.structure.shapes_in_files}
+    grown = sum(math.prod(shape) - math.prod(before.get(name, [0])) for name, shape in writer.shapes().items())
+    return model.structure.parameters + grown + sum(map(math.prod, description.zeros.values()))
+
+
+def totals_of(
+    dense: Model, model: Model, writer: Writer, description: Description, matrices: Mapping[str, MatrixReport]
+) -> Totals:
     """Sums and means. Density, bits and the recovered share are of the weights in scope before pruning."""
     parameters, scope = dense.structure.parameters, dense.structure.in_scope
     counts = [matrix["shape"][0] * matrix["shape"][1] for matrix in matrices.values()]
@@ -82,6 +98,7 @@ def totals_of(dense: Model, writer: Writer, matrices: Mapping[str, MatrixReport]
     weights = max(1, scope)
     return {
         "parameters": parameters,
+        "parameters_after": parameters_of(model, writer, description),
         "in_scope": scope,
         "coverage": scope / parameters,
         "density": sum(matrix["nonzeros"] for matrix in matrices.values()) / weights,

@@ -16,7 +16,8 @@ CARD = "README.md"
 class Totals(TypedDict):
     """Sums and means over the pruned matrices; `recovered` is weighted by parameters."""
 
-    parameters: int  # of the dense model
+    parameters: int  # of the source
+    parameters_after: NotRequired[int]  # fewer where units were removed
     in_scope: int  # weights of the matrices in scope, dense
     coverage: float  # in_scope / parameters
     density: float  # non-zero weights / weights in scope
@@ -31,6 +32,7 @@ class BlockReport(TypedDict):
     name: str
     seconds: float | None  # None for a block that an earlier, interrupted run finished
     relative_error: float | None  # of its outputs on the first batch
+    units: NotRequired[dict[str, list[int]]]  # by kind: how many stayed, of how many; empty where none were removed
 
 
 class MatrixReport(TypedDict):

@@ -234,7 +234,7 @@ class Run:
             model,
             writer,
             dense=self.dense,
-            needs_budwood=writer.needs_plug_in(description),
+            description=description,
             source=str(self.recipe.source["name"]),
             method=self.recipe.method or "unknown",
             data=self.recipe.data,

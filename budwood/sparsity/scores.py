@@ -15,6 +15,15 @@ def wanda(weight: Tensor, norms: Tensor) -> Tensor:
     return weight.float().abs().mul_(norms.float().to(weight.device))  # [out, in] * [in]
 
 
+def gblm(weight: Tensor, norms: Tensor, gradients: Tensor, alpha: float) -> Tensor:
+    """|W| (X_j + alpha G): weights, norms X [in] of their inputs, norms G [out, in] of their gradients over samples.
+
+    GBLM-Pruner (Das, Sun, Ma, Shen, arXiv 2311.04902, equation 5).
+    """
+    scores = gradients.float() * alpha  # [out, in]
+    return scores.add_(norms.float().to(scores.device)).to(weight.device).mul_(weight.float().abs())
+
+
 def obs(weight: Tensor, factor: Factor) -> Tensor:
     """Loss of removing one weight when the rest of its row is adjusted: W² / diag(H⁻¹), H damped.
 

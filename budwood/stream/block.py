@@ -60,6 +60,7 @@ class Block:
             full.removeprefix(f"{name}."): Linear(full, linear, read(linear, stored[f"{full}.weight"]))
             for full, linear in linears.items()
         }
+        self.kept_units: dict[str, list[int]] = {}  # by kind: how many stayed, of how many
         self.relative_error: float | None = None  # of the outputs, once `propagate` has measured it
         self._calls, self._options, self.probe = calls, options, probe
         self._dense: Tensor | None = None  # outputs of the first batch before anything was changed
@@ -179,6 +180,7 @@ class Block:
         something else than the block with the same units masked.
         """
         units = {name: self.units[name] for name in kept if len(kept[name]) < len(self.units[name])}
+        self.kept_units = {}
         for name, each in units.items():
             for producer, rows in each.rows.items():
                 self._select(self.linears[producer], places(rows, kept[name]))
@@ -187,6 +189,10 @@ class Block:
             for entry, indices in each.entries.items():
                 full = f"{self.name}.{entry}"
                 self.stored[full] = self.stored[full][places(indices, kept[name])]
+        for name, units_of in self.units.items():
+            count = self.kept_units.setdefault(units_of.kind, [0, 0])
+            count[0] += len(kept.get(name, units_of.columns))
+            count[1] += len(units_of)
         wrong = same_when_sliced(self.module, units, kept, self._run_probe) if units else []
         if wrong:
             raise RunError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Model:
         self.weights = source.weights(self.structure)
         self.storage = storage or storage_dtype(source.shards)
         self.activations: Activations | None = None
-        self._shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
+        self.shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}  # by full name
         self._own_shapes = set(shapes_unfused(source.shapes))  # which the source's config.json does not give
         self._float32 = float32_names(self.module, self.compute)
         self._calls: dict[tuple[int, int], BlockCalls] = {}
@@ -132,6 +132,7 @@ class Model:
             with self._filled(index, stored, about):
                 block = self._block(index, stored, None)
                 block.relative_error = about.notes["relative_error"]
+                block.kept_units = about.notes.get("units", {})
                 for linear in block.linears.values():
                     linear.recovered = about.notes["linears"][linear.name]["recovered"]
                 yield block
@@ -207,6 +208,23 @@ class Model:
         finally:
             for _, owner, attribute, parameter in meta:
                 owner._parameters[attribute] = parameter
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """In this context `module` holds all parameters in the compute dtype; after it they are on meta again."""
+        with ExitStack() as stack:
+            stack.enter_context(self.outside())
+            for index in range(len(self)):
+                stack.enter_context(self.loaded(index))
+            yield
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        """In this context one dense block holds its parameters in the compute dtype, as in `resident`."""
+        stored, written = self._read_block(index, None)
+        with self._filled(index, stored, written):
+            del stored  # the block has its own where the dtypes differ
+            yield
 
     def names_outside(self) -> list[str]:
         """Names of the stored tensors that belong to no block, without those that are tied to another."""
@@ -308,9 +326,10 @@ class Model:
         notes: dict[str, Any] = {
             "relative_error": block.relative_error,
             "linears": {linear.name: describe(linear) for linear in block.linears.values()},
+            "units": block.kept_units,
         }
         writer.write(block.index, tensors, packed, shapes, notes)
 
     def _reshaped(self, name: str, tensor: Tensor) -> bool:
         """Whether config.json gives a tensor another shape, or none."""
-        return self._shapes.get(name) != list(tensor.shape) or name in self._own_shapes
+        return self.shapes.get(name) != list(tensor.shape) or name in self._own_shapes

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from budwood.errors import UsageError
 from budwood.methods import METHODS, parse_method
 from budwood.methods.magnitude import Magnitude
-from budwood.methods.method import Wrapper
+from budwood.methods.method import Wrapper, name_of
 from budwood.methods.refit import Refit
 from budwood.methods.sparsegpt import SparseGPT
 from budwood.methods.wanda import Wanda
@@ -54,7 +54,7 @@ def test_only_what_differs_is_written(method, text):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_name_alone_has_defaults_unless_it_wraps_a_method(name):
-    assert name == METHODS[name].__name__.lower()
+    assert name == name_of(METHODS[name])
     if issubclass(METHODS[name], Wrapper):
         with pytest.raises(UsageError, match=f"{name} needs inner"):
             parse_method(name)

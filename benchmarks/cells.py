@@ -1,0 +1,37 @@
+"""What the benchmarks that fill a table share: cells that are kept as they are finished, and pruning in a process."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Cell = dict[str, Any]
+Place = tuple[str, int]  # row and draw
+
+
+def filled(file: Path, wanted: Iterable[Place], measure: Callable[[str, int], Cell], most: int | None) -> list[Cell]:
+    """All cells of `file`, a line of JSON each, after the wanted ones were measured that it lacks; `most` of them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cells = kept(file)
+    known = {(cell["row"], cell["draw"]) for cell in cells}
+    for row, draw in [place for place in wanted if place not in known][:most]:
+        cells.append({"row": row, "draw": draw} | measure(row, draw))
+        with file.open("a") as lines:
+            lines.write(json.dumps(cells[-1]) + "\n")
+        print(json.dumps(cells[-1]), file=sys.stderr, flush=True)
+    return cells
+
+
+def kept(file: Path) -> list[Cell]:
+    """The cells that are there already."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def pruned(source: str, target: Path, method: str, calibration: str, **options: object) -> dict[str, Any]:
+    """Prunes in a process of its own, so that time and memory are its own; the report. options: of `budwood prune`."""
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "budwood", "prune", source, str(target), "--method", method]
+    subprocess.run([*command, "--data", calibration, "--quiet", *words], check=True, stdout=subprocess.DEVNULL)
+    return dict(json.loads((target / "report.json").read_text()))

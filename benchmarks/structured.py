@@ -1,0 +1,193 @@
+"""Structured pruning compared: every method at several shares of removed weights, on several draws of the text.
+
+    python benchmarks/structured.py MODEL CALIBRATION FOLDER --text wikitext2=wiki.test.raw --drop 0.25 --drop 0.5
+
+`drop` is the share of the weights of the linear layers in the blocks. Every finished cell is written at once as a line
+of FOLDER/cells.jsonl; the same command continues an interrupted run. A text is NAME=DATA as `budwood evaluate --data`
+reads it; `sotu=sotu:2000-` is always included. Perplexity: variant plain, the first windows of every text.
+
+Repetition: the share of 4-grams of tokens that occurred before in the same text, in greedy continuations of the
+starts of the first text's windows. Pruned models that still choose well among given answers may only repeat themselves.
+Speed: prefill of 128 and decoding of 32 tokens, pruned and dense in turns in this process, medians, as times of dense;
+`promised` is how many times fewer bytes a token reads. Passes: seconds of pruning over those of one plain forward pass
+of the dense model over the calibration windows, timed in the same process.
+"""
+
+import argparse
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from cells import Cell, filled, kept, pruned
+from torch import Tensor
+
+import budwood
+from budwood.benchmarking import time_models
+from budwood.checkpoints.source import open_source
+from budwood.checkpoints.tokenizer import load_tokenizer
+from budwood.data.evaluation import evaluation_windows
+from budwood.data.windows import calibration_windows
+from budwood.progress import Silent
+from budwood.stream.model import Model
+
+METHODS = {
+    "magnitude_sp": "magnitude_sp(drop={drop})",
+    "wanda_sp": "wanda_sp(drop={drop})",
+    "drop_blocks": "drop_blocks(drop={drop})",
+    "FLAP, no bias": 'flap(drop={drop}, bias="none", align=16)',
+    "FLAP": "flap(drop={drop}, align=16)",
+    "LLM-Pruner": "llm_pruner(drop={drop})",
+    "Tyr": 'tyr(drop={drop}, preset="quick")',
+}
+DTYPE = "bfloat16"  # of the written weights
+PROMPT, NEW = 32, 128  # tokens of the continuations that are searched for repetition
+GRAM = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=DATA")
+    parser.add_argument("--drop", action="append", type=float, default=[])
+    parser.add_argument("--draws", type=int, default=1)
+    parser.add_argument("--method", action="append", choices=list(METHODS), help="only these")
+    parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=4, help="of 2048 tokens, of each text")
+    parser.add_argument("--continuations", type=int, default=32, help="0 leaves the search for repetition out")
+    parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--dtype", default="float32", help="of the forward passes that are measured")
+    parser.add_argument("--cells", type=int, help="stop after so many new ones")
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    file = asked.folder / "cells.jsonl"
+    texts = dict(text.split("=", 1) for text in asked.text) | {"sotu": "sotu:2000-"}
+    rows = [f"{name} {drop:g}" for drop in asked.drop or (0.125, 0.25, 0.375, 0.5) for name in asked.method or METHODS]
+    wanted = [("dense 0", 0), *((row, draw) for draw in range(asked.draws) for row in rows)]
+    cells = (
+        kept(file) if asked.table else filled(file, wanted, partial(measured, texts=texts, asked=asked), asked.cells)
+    )
+    print(table(cells))
+
+
+def measured(row: str, draw: int, texts: Mapping[str, str], asked: argparse.Namespace) -> Cell:
+    name, _, drop = row.rpartition(" ")
+    folder, report = asked.model, None
+    if name in METHODS:
+        target = asked.folder / f"{row}-{draw}".lower().replace(" ", "-").replace(",", "")
+        size = {"num_samples": asked.num_samples, "seq_length": asked.seq_length}
+        method = METHODS[name].format(drop=drop)
+        report = pruned(asked.model, target, method, asked.calibration, **size, seed=draw, dtype=DTYPE)
+        folder = str(target)
+    plain = seconds_of_a_pass(asked)
+    perplexity = {
+        text: budwood.evaluate(folder, data, seq_length=2048, limit=asked.windows, dtype=asked.dtype)["perplexity"]
+        for text, data in texts.items()
+    }
+    model = budwood.load(folder, dtype=asked.dtype)
+    found: Cell = {
+        "perplexity": perplexity,
+        "parameters": sum({p.data_ptr(): p.numel() for p in model.parameters()}.values()),
+        "bytes": sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")),
+        "repetition": repetition(model, asked, next(iter(texts.values()))) if asked.continuations else None,
+        "passes": None if report is None else report["seconds"]["total"] / plain,
+        "needs_budwood": None if report is None else report["needs_budwood"],
+        "calibration": f"{asked.calibration}, {asked.num_samples} x {asked.seq_length}, random by the draw",
+        "evaluation": f"plain, {asked.windows} x 2048, {asked.dtype}",
+    }
+    if report is not None and not asked.no_speed:
+        models = {"pruned": model, "dense": budwood.load(asked.model, dtype=asked.dtype)}
+        with torch.no_grad():
+            times = time_models(models, Silent())
+        found |= {key: times[key] for key in ("prefill_times_dense", "decode_times_dense", "fewer_bytes_read")}
+    if report is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def seconds_of_a_pass(asked: argparse.Namespace) -> float:
+    """One streamed forward pass of the dense model over the calibration windows, in float32."""
+    source = open_source(asked.model)
+    tokenizer = load_tokenizer(source.folder)
+    windows = calibration_windows(
+        asked.calibration, tokenizer, num_samples=asked.num_samples, seq_length=asked.seq_length
+    )
+    start = time.perf_counter()
+    for _ in Model(source).blocks(windows.ids):
+        pass
+    return time.perf_counter() - start
+
+
+def repetition(model: torch.nn.Module, asked: argparse.Namespace, data: str) -> float:
+    """The mean share of repeated 4-grams in the continuations."""
+    tokenizer = load_tokenizer(Path(asked.model))
+    windows = evaluation_windows(data, tokenizer, seq_length=PROMPT, limit=asked.continuations).ids
+    shares = []
+    for prompts in windows.split(8):
+        with torch.no_grad():
+            tokens = model.generate(  # type: ignore[operator]
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        shares += [repeated(answer[PROMPT:]) for answer in tokens]
+    return statistics.fmean(shares)
+
+
+def repeated(tokens: Tensor) -> float:
+    """The share of 4-grams of tokens [n] that occurred before."""
+    grams = [tuple(gram) for gram in tokens.unfold(0, GRAM, 1).tolist()]
+    return 1 - len(set(grams)) / len(grams)
+
+
+def table(cells: list[Cell]) -> str:
+    """One line a row: means over draws, standard deviations in brackets."""
+    dense = next((cell for cell in cells if cell["row"] == "dense 0"), None)
+    if dense is None:
+        return "nothing yet: the dense model comes first"
+    texts = list(dense["perplexity"])
+    head = ["method", "drop", "parameters", *(f"ppl {text}" for text in texts), "D", "repetition", "MB", "passes"]
+    head += ["prefill", "decode", "promised"]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in dict.fromkeys(cell["row"] for cell in cells):
+        found = [cell for cell in cells if cell["row"] == row]
+        distances = [
+            statistics.fmean(math.log(cell["perplexity"][text] / dense["perplexity"][text]) for text in texts)
+            for cell in found
+        ]
+        name, _, drop = row.rpartition(" ")
+        line = [
+            name,
+            drop if name in METHODS else "",
+            spread([cell["parameters"] / 1e6 for cell in found], 1) + " M",
+            *(spread([cell["perplexity"][text] for cell in found], 2) for text in texts),
+            spread(distances, 3),
+            spread([cell["repetition"] for cell in found if cell["repetition"] is not None], 2),
+            f"{statistics.fmean(cell['bytes'] for cell in found) / 1e6:.1f}",
+            spread([cell["passes"] for cell in found if cell["passes"] is not None], 1),
+        ]
+        for key in ("prefill_times_dense", "decode_times_dense", "fewer_bytes_read"):
+            line.append(spread([cell[key] for cell in found if key in cell], 2))
+        lines.append(f"| {' | '.join(line)} |")
+    return "\n".join([*lines, "", f"{cells[-1]['calibration']}; {cells[-1]['evaluation']}; weights in {DTYPE}"])
+
+
+def spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ({statistics.stdev(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
