@@ -61,7 +61,8 @@ def _is_apart(name: str, known: Mapping[str, Shape]) -> bool:
 def _starts(source: Trial) -> Iterator[Trial]:
     """Configurations of the same model: as it is, with the size of heads in its own field, in a general class."""
     yield source
-    size = next((m.head_dim for m in source.model.modules() if type(getattr(m, "head_dim", None)) is int), None)
+    modules = [] if source.model is None else source.model.modules()
+    size = next((module.head_dim for module in modules if type(getattr(module, "head_dim", None)) is int), None)
     explicit = source if size is None else source.changed(head_dim=size)
     if explicit.shapes == source.shapes and explicit.content != source.content:
         yield explicit
@@ -103,8 +104,8 @@ def _changes(current: Trial, wrong: set[tuple[str, int]], target: Mapping[str, S
         {(current.shapes[name][d], target[name][d]) for name, d in wrong if d >= 0}  # as they are, as they should be
     )
     for key, value in current.whole_numbers().items():
-        for new in sorted({scaled(value, *size) for size in sizes} - {None, value}):
-            yield {key: new}
+        found = {new for size in sizes if (new := scaled(value, *size)) is not None}
+        yield from ({key: new} for new in sorted(found - {value}))
     for key in (key for key, value in current.fields().items() if value is None):  # a size by default from others
         yield from ({key: new} for _, new in sizes)
     if any(d < 0 for _, d in wrong):

@@ -58,9 +58,7 @@ class Reduced(Source):
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {
-            name: torch.empty(shape, device="meta") for name, shape in shapes_unfused(self.whole.shapes).items()
-        }
+        shapes = {name: torch.empty(shape, device="meta") for name, shape in shapes_unfused(self.whole.shapes).items()}
         mapped = self._names.mapped(shapes)
         return {name: tuple(tensor.shape) for name, tensor in mapped.items()}
 

@@ -1,8 +1,8 @@
 """Depth pruning: whole blocks are removed, those that turn the hidden states least (arXiv 2403.03853, 2403.17887)."""
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -84,8 +84,8 @@ class DropBlocks(Reduction):
         trial = with_blocks(model.source.trial, model.path, blocks, kept)
         if trial is None:
             raise RunError(
-                f"no configuration describes {model.source.name} without its blocks {listed(gone)}; protect those whose "
-                "shapes differ from the others'"
+                f"no configuration describes {model.source.name} without its blocks {listed(gone)}; protect those that "
+                "have other shapes"
             )
         turned = scores[gone[0]] if self.consecutive else max(scores[index] for index in gone)
         what = "together they turn" if self.consecutive else "each turns"
@@ -117,26 +117,30 @@ def survey(model: "Model", windows: Tensor, span: int) -> list[float]:
     windows: [windows, tokens]. A single block's score is a mean over all tokens, that of a run over SAMPLED tokens that
     are evenly spaced.
     """
-    stride = 1 if span == 1 else max(1, windows.numel() // SAMPLED)
     scores: list[float] = []
-    states: list[Tensor] = []  # hidden states that entered the last blocks
+    if span == 1:
+        for block in model.survey(windows):
+            turned: list[Tensor] = []  # by batch
+            block.advance(partial(_note_turns, turned))
+            scores.append(float(torch.cat(turned).mean()))
+        return scores
+    stride = max(1, windows.numel() // SAMPLED)
+    entered: list[Tensor] = []  # hidden states that entered the last blocks
     for block in model.survey(windows):
-        means: list[Tensor] = []
-        entered: list[Tensor] = []
-        left: list[Tensor] = []
-
-        def seen(inputs: Tensor, outputs: Tensor) -> None:
-            if span == 1:
-                means.append(turns(inputs, outputs).flatten())
-            else:
-                entered.append(inputs.flatten(0, -2)[::stride].clone())
-                left.append(outputs.flatten(0, -2)[::stride].clone())
-
-        block.advance(seen)
-        if span == 1:
-            scores.append(float(torch.cat(means).mean()))
-            continue
-        states = [*states, torch.cat(entered)][-span:]
-        if len(states) == span:
-            scores.append(float(turns(states[0], torch.cat(left)).mean()))
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+        block.advance(partial(_note_states, inputs, outputs, stride))
+        entered = [*entered, torch.cat(inputs)][-span:]
+        if len(entered) == span:
+            scores.append(float(turns(entered[0], torch.cat(outputs)).mean()))
     return scores
+
+
+def _note_turns(turned: list[Tensor], inputs: Tensor, outputs: Tensor) -> None:
+    turned.append(turns(inputs, outputs).flatten())
+
+
+def _note_states(before: list[Tensor], after: list[Tensor], stride: int, inputs: Tensor, outputs: Tensor) -> None:
+    """Every `stride`-th token of a batch."""
+    before.append(inputs.flatten(0, -2)[::stride].clone())
+    after.append(outputs.flatten(0, -2)[::stride].clone())

@@ -58,8 +58,8 @@ class Reap(Reduction):
         least = max(experts_per_token(parent, path) for path, parent in first(structure.module))
         if not least <= count <= numbers[0]:
             raise UsageError(
-                f"{self} leaves {count} of {numbers[0]} experts, and {name} routes every token to {least}; keep {least} "
-                f"to {numbers[0]}"
+                f"{self} leaves {count} of {numbers[0]} experts, and {name} routes every token to {least}; "
+                f"keep {least} to {numbers[0]}"
             )
         if count % groups:
             raise UsageError(
@@ -99,7 +99,9 @@ class Reap(Reduction):
         unreached = sum(int((sums[name][0] == 0).sum()) for name in names)
         notes = [f"{new} of {old} experts stay in each of {len(names)} layers"]
         if unreached:
-            notes.append(f"{unreached} of {old * len(names)} experts got no calibration token; they are the first to go")
+            notes.append(
+                f"{unreached} of {old * len(names)} experts got no calibration token; they are the first to go"
+            )
         return ReducedStep.of(model, Kept(range(len(model)), kept), trial, notes)
 
 
@@ -111,8 +113,8 @@ def _reduced(method: Reap, structure: ModelStructure) -> ModelStructure:
     trial = with_experts(structure.trial, experts, method.count(experts))
     if trial is None:
         raise UsageError(
-            f"no number in the configuration of {type(structure.module).__name__} makes {method.count(experts)} experts "
-            f"of {experts}; choose another number, or another method"
+            f"no number in the configuration of {type(structure.module).__name__} makes {experts} experts "
+            f"{method.count(experts)}; choose another number, or another method"
         )
     return structure_of(trial, structure)
 

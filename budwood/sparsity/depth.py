@@ -1,7 +1,7 @@
 """Which blocks of a model matter least, by how much they turn the hidden states.
 
-Single blocks: the block influence of ShortGPT (Men et al. 2024, arXiv 2403.03853). A run of blocks: the distance between
-its inputs and its outputs (Gromov et al., ICLR 2025, arXiv 2403.17887).
+Single blocks: the block influence of ShortGPT (Men et al. 2024, arXiv 2403.03853). A run of blocks: the distance
+between its inputs and its outputs (Gromov et al., ICLR 2025, arXiv 2403.17887).
 """
 
 from collections.abc import Collection, Sequence

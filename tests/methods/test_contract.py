@@ -117,7 +117,9 @@ def mentions(expression, words):
 
 
 def test_every_method_is_tested():
-    structured = {name for name, kind in METHODS.items() if issubclass(kind, Structured | Reduction)}  # each in a file of its own
+    structured = {
+        name for name, kind in METHODS.items() if issubclass(kind, Structured | Reduction)
+    }  # each in a file of its own
     assert set(SETTINGS) == set(CHEAP) == set(METHODS) - structured
 
 

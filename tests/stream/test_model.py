@@ -1,5 +1,7 @@
 """The streamed model is the resident one, block by block, and keeps nothing of it."""
 
+from functools import partial
+
 import pytest
 import torch
 from families import BLOCKS, build, save_model, token_ids
@@ -137,7 +139,7 @@ def test_the_names_outside_are_all_that_blocks_do_not_hold(tmp_path):
         own = {name for name, _ in build(family).named_parameters() if ".layers." not in name}
         assert set(model.names_outside()) == own
         writer = Writer(tmp_path, "run", BLOCKS, "auto")
-        writer.write_outside(lambda: model.outside_in_files("auto", {}))
+        writer.write_outside(partial(model.outside_in_files, "auto", {}))
         written = load_file(writer.shard(OUTSIDE))
         assert set(written) == own
         assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
