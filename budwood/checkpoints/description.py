@@ -46,7 +46,7 @@ def describe(source: Trial, written: Mapping[str, Sequence[int]], known: Mapping
     with quiet():
         for start in _starts(source):
             found = _search(start, target)
-            if found is not None and found.computes_like(start):
+            if found is not None:
                 zeros = {name: found.shapes[name] for name in sorted(found.shapes.keys() - target.keys())}
                 return Description(found.content, zeros=zeros)
     return unexplained
@@ -86,16 +86,20 @@ def _search(start: Trial, target: Mapping[str, Shape]) -> Trial | None:
 
 
 def _step(current: Trial, wrong: set[tuple[str, int]], target: Mapping[str, Shape]) -> Trial | None:
-    """A changed field, or two that are refused alone, which corrects some shapes and spoils none."""
+    """A changed field, or two that are refused alone, which corrects some shapes and spoils none.
+
+    Heads of half the size have the shapes of half as many heads; tables and constants tell them apart.
+    """
     refused: list[Json] = []
     for change in _changes(current, wrong, target):
         trial = current.changed(**change)
         if trial.model is None:
             refused.append(change)
-        elif _wrong(trial, target) < wrong:
+        elif _wrong(trial, target) < wrong and trial.computes_like(current):
             return trial
     trials = (current.changed(**one, **other) for one, other in combinations(refused, 2) if one.keys() != other.keys())
-    return next((trial for trial in trials if trial.shapes and _wrong(trial, target) < wrong), None)
+    fitting = (trial for trial in trials if trial.shapes and _wrong(trial, target) < wrong)
+    return next((trial for trial in fitting if trial.computes_like(current)), None)
 
 
 def _changes(current: Trial, wrong: set[tuple[str, int]], target: Mapping[str, Shape]) -> Iterator[Json]:
