@@ -11,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from budwood.checkpoints.trial import Json, Shape, Trial, differences, linear_biases, quiet, scaled
-from budwood.models.experts import FUSED
+from budwood.models.experts import FUSED, LINEAR
 
 # Classes of transformers with a size of heads of its own and a switch for every bias. One of them is taken where the
 # source's class has no such field and both compute the same, which is tried.
@@ -40,7 +40,7 @@ def describe(source: Trial, written: Mapping[str, Sequence[int]], known: Mapping
     unexplained = Description(source.content, {name: list(shape) for name, shape in written.items()})
     if not written:
         return Description(source.content)
-    target = {**known, **{name: tuple(shape) for name, shape in written.items()}}
+    target = _with_fused(known, source.shapes, written) | {name: tuple(shape) for name, shape in written.items()}
     if any(_is_apart(name, known) for name in written):
         return unexplained  # experts of different shapes
     with quiet():
@@ -50,6 +50,16 @@ def describe(source: Trial, written: Mapping[str, Sequence[int]], known: Mapping
                 zeros = {name: found.shapes[name] for name in sorted(found.shapes.keys() - target.keys())}
                 return Description(found.content, zeros=zeros)
     return unexplained
+
+
+def _with_fused(
+    known: Mapping[str, Shape], described: Mapping[str, Shape], written: Mapping[str, Sequence[int]]
+) -> dict[str, Shape]:
+    """The shapes `known`, with experts that were apart and are written fused under the names of the class."""
+    paths = {name.rpartition(".")[0] for name in written if FUSED.fullmatch(name)}
+    parts = {name for path in paths for name in known if LINEAR.fullmatch(name.removeprefix(f"{path}."))}
+    fused = {name: shape for name, shape in described.items() if name.rpartition(".")[0] in paths}
+    return {name: shape for name, shape in known.items() if name not in parts} | fused
 
 
 def _is_apart(name: str, known: Mapping[str, Shape]) -> bool:
