@@ -196,7 +196,7 @@ def test_permuted_experts_permute_what_stays(tmp_path):
 
 
 def starve(model):
-    """Sends no token to expert 3. A logit is one feature, so that a product with fewer rows rounds it no differently."""
+    """Sends no token to expert 3. A logit is one feature, so that fewer rows do not round it differently."""
     for layer in model.model.layers:
         router = layer.mlp.router
         router.weight.data = torch.eye(*router.weight.shape)
