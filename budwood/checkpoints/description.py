@@ -41,8 +41,8 @@ def describe(source: Trial, written: Mapping[str, Sequence[int]], known: Mapping
     if not written:
         return Description(source.content)
     target = _with_fused(known, source.shapes, written) | {name: tuple(shape) for name, shape in written.items()}
-    if any(_is_apart(name, known) for name in written):
-        return unexplained  # experts of different shapes
+    if any(_is_apart(name, known) for name in written) or not _is_uniform(known, target):
+        return unexplained  # experts or blocks of different shapes
     with quiet():
         for start in _starts(source):
             found = _search(start, target)
@@ -50,6 +50,18 @@ def describe(source: Trial, written: Mapping[str, Sequence[int]], known: Mapping
                 zeros = {name: found.shapes[name] for name in sorted(found.shapes.keys() - target.keys())}
                 return Description(found.content, zeros=zeros)
     return unexplained
+
+
+def _is_uniform(known: Mapping[str, Shape], target: Mapping[str, Shape]) -> bool:
+    """Whether tensors that differ by the number of their block alone, and had one shape, have one shape again.
+
+    Configurations give blocks different sizes only where they did before.
+    """
+    shapes: dict[tuple[str, Shape | None], set[Shape]] = {}
+    for name, shape in target.items():
+        role = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        shapes.setdefault((role, known.get(name)), set()).add(shape)
+    return all(len(found) == 1 for found in shapes.values())
 
 
 def _with_fused(
@@ -120,8 +132,9 @@ def _changes(current: Trial, wrong: set[tuple[str, int]], target: Mapping[str, S
     for key, value in current.whole_numbers().items():
         found = {new for size in sizes if (new := scaled(value, *size)) is not None}
         yield from ({key: new} for new in sorted(found - {value}))
+    news = sorted({new for _, new in sizes})
     for key in (key for key, value in current.fields().items() if value is None):  # a size by default from others
-        yield from ({key: new} for _, new in sizes)
+        yield from ({key: new} for new in news)
     if any(d < 0 for _, d in wrong):
         yield from ({key: True} for key in _switches(current, False))
 
