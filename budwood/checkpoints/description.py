@@ -95,8 +95,9 @@ def _starts(source: Trial) -> Iterator[Trial]:
 def _search(start: Trial, target: Mapping[str, Shape]) -> Trial | None:
     """A configuration that gives all of `target`, and beyond it only biases of linears; None where none is found."""
     current, wrong = start, _wrong(start, target)
+    idle: set[str] = set()
     while wrong:
-        step = _step(current, wrong, target)
+        step = _step(current, wrong, target, idle)
         if step is None:
             return None
         current, wrong = step, _wrong(step, target)
@@ -107,16 +108,21 @@ def _search(start: Trial, target: Mapping[str, Shape]) -> Trial | None:
     return current
 
 
-def _step(current: Trial, wrong: set[tuple[str, int]], target: Mapping[str, Shape]) -> Trial | None:
+def _step(current: Trial, wrong: set[tuple[str, int]], target: Mapping[str, Shape], idle: set[str]) -> Trial | None:
     """A changed field, or two that are refused alone, which corrects some shapes and spoils none.
 
-    Heads of half the size have the shapes of half as many heads; tables and constants tell them apart.
+    Heads of half the size have the shapes of half as many heads; tables and constants tell them apart. idle: fields
+    that change no shape, which are found here and not tried again.
     """
     refused: list[Json] = []
     for change in _changes(current, wrong, target):
+        if change.keys() <= idle:
+            continue
         trial = current.changed(**change)
         if trial.model is None:
             refused.append(change)
+        elif trial.shapes == current.shapes:
+            idle.update(change)
         elif _wrong(trial, target) < wrong and trial.computes_like(current):
             return trial
     trials = (current.changed(**one, **other) for one, other in combinations(refused, 2) if one.keys() != other.keys())
