@@ -1,25 +1,49 @@
-"""Loads a folder in a process that cannot import this package."""
+"""Loads folders in a process that cannot import this package; one process for all tests of a session."""
 
+import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import torch
 from safetensors.torch import load_file
 
 PROGRAM = """
-import sys
+import json, sys
 sys.modules["budwood"] = None  # an import of it raises
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", output_loading_info=True)
-assert not any(report.values()), report
-assert type(model).__module__.startswith("transformers."), type(model)
-ids = torch.tensor(eval(sys.argv[2]))
-with torch.no_grad():
-    save_file({"logits": model.eval()(ids, use_cache=False).logits.contiguous()}, sys.argv[3])
+
+def answer(folder, ids, output):
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(model).__module__.startswith("transformers."), type(model)
+    with torch.no_grad():
+        save_file({"logits": model.eval()(torch.tensor(ids), use_cache=False).logits.contiguous()}, output)
+
+for line in sys.stdin:
+    try:
+        answer(*json.loads(line))
+        print("done", flush=True)
+    except BaseException as error:
+        print(repr(error), flush=True)
 """
+
+
+@cache
+def process() -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd="/",
+        env={**environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+    )
 
 
 def logits_without_budwood(folder, ids, output) -> torch.Tensor:
@@ -27,11 +51,8 @@ def logits_without_budwood(folder, ids, output) -> torch.Tensor:
 
     output: a file that may be written.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), repr(ids.tolist()), str(output)],
-        check=True,
-        cwd=output.parent,
-        env={**environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-    )
+    running = process()
+    running.stdin.write(json.dumps([str(folder), ids.tolist(), str(output)]) + "\n")
+    running.stdin.flush()
+    assert running.stdout.readline().strip() == "done"
     return load_file(output)["logits"]

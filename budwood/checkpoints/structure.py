@@ -11,7 +11,8 @@ from budwood.checkpoints.trial import Trial
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import LINEAR, split_fused, unfuse
 from budwood.models.linears import prunable, read, routers
-from budwood.models.units import Units, candidates, fit_shapes
+from budwood.models.units import candidates, fit_shapes
+from budwood.sparsity.units import Units
 
 
 class ModelStructure:

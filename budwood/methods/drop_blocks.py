@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from budwood.checkpoints.reduction import Kept, with_blocks
-from budwood.checkpoints.structure import ModelStructure
 from budwood.errors import RunError, UsageError
 from budwood.methods.method import Step
 from budwood.methods.option import option
-from budwood.methods.reduction import ReducedStep, Reduction, structure_of
+from budwood.methods.reduction import Reduction
 from budwood.methods.validation import number, truth, whole
 from budwood.sparsity.depth import lowest, lowest_run, turns
 
 if TYPE_CHECKING:
+    from budwood.checkpoints.structure import ModelStructure
     from budwood.checkpoints.work import Work
     from budwood.stream.model import Model
 
@@ -50,7 +49,7 @@ class DropBlocks(Reduction):
     def protected(self, blocks: int) -> set[int]:
         return {index % blocks for index in self.protect}
 
-    def check_structure(self, structure: ModelStructure) -> None:
+    def check_structure(self, structure: "ModelStructure") -> None:
         blocks, name = len(structure.modules), type(structure.module).__name__
         outside = [index for index in self.protect if not -blocks <= index < blocks]
         if outside:
@@ -69,12 +68,15 @@ class DropBlocks(Reduction):
             return lowest_run(scores[: blocks - count + 1], count, protected)
         return lowest(scores, count, protected)
 
-    def reduced(self, structure: ModelStructure) -> ModelStructure:
+    def reduced(self, structure: "ModelStructure") -> "ModelStructure":
         """Without the last blocks that are not protected: which ones will go is known after the survey only."""
         return _reduced(self, structure)
 
     def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
         """One survey pass over the windows, whose scores `work` keeps."""
+        from budwood.checkpoints.reduction import Kept, with_blocks
+        from budwood.methods.reduced_step import ReducedStep
+
         assert windows is not None
         blocks = len(model)
         span = self.number(blocks) if self.consecutive else 1
@@ -94,7 +96,10 @@ class DropBlocks(Reduction):
 
 
 @lru_cache(maxsize=1)  # asked for once per format by `plan`
-def _reduced(method: DropBlocks, structure: ModelStructure) -> ModelStructure:
+def _reduced(method: DropBlocks, structure: "ModelStructure") -> "ModelStructure":
+    from budwood.checkpoints.reduction import with_blocks
+    from budwood.methods.reduced_step import structure_of
+
     blocks = len(structure.modules)
     gone = method.removed([0.0] * blocks, blocks)
     kept = [index for index in range(blocks) if index not in gone]

@@ -22,10 +22,10 @@ from budwood.methods.unit_survey import (
     survey,
 )
 from budwood.methods.validation import number, one_of, truth, whole
-from budwood.models.units import Units, places
 from budwood.sparsity.fluctuation import Metric, Moments, PublishedMoments, compensation, mean_output
 from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.unit_budget import Rules, Search, Structure
+from budwood.sparsity.units import Units, places
 
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure

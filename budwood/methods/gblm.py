@@ -15,11 +15,9 @@ from budwood.methods.method import PatternMethod, Step, naming, prune
 from budwood.methods.metrics import norm_statistic, reached
 from budwood.methods.option import option
 from budwood.methods.validation import number, one_of, truth
-from budwood.models.linears import read
 from budwood.sparsity import scores
 from budwood.sparsity.patterns import NM, LowPrunes, Pattern, Shape, parse_pattern
 from budwood.sparsity.statistics import PublishedNorm, SquaredNorm
-from budwood.training.gradients import Sums, gradients
 
 if TYPE_CHECKING:
     from budwood.checkpoints.work import Work
@@ -83,6 +81,9 @@ def save_gradients(model: "Model", windows: Tensor, work: "Work", norm: str) -> 
     l1: (1/N) Σ |g|. l2: sqrt((1/N) Σ g²). N windows, g of the mean loss of one window. Raises RunError where a loss is
     not finite.
     """
+    from budwood.models.linears import read
+    from budwood.training.gradients import Sums, gradients
+
     kind = {"l1": "magnitude", "l2": "square"}[norm]
     sums = Sums(kind)
 

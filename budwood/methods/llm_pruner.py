@@ -15,8 +15,6 @@ from budwood.methods.method import Step
 from budwood.methods.option import option
 from budwood.methods.structured import Slices, Structured
 from budwood.methods.validation import number, one_of, truth
-from budwood.models.linears import read
-from budwood.models.units import Units
 from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.taylor import GRADIENT, SQUARE, Order, Reduction, salience, slice_scores, unit_scores
 from budwood.sparsity.unit_shares import (
@@ -27,7 +25,7 @@ from budwood.sparsity.unit_shares import (
     program_ranked_counts,
     ranked_counts,
 )
-from budwood.training.gradients import Sums, block_of, gradients
+from budwood.sparsity.units import Units
 
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure
@@ -119,6 +117,8 @@ class LLMPruner(Structured):
         return even_counts(pools, weights)
 
     def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
+        from budwood.training.gradients import block_of
+
         assert windows is not None
         name = f"{self.name}-{hashlib.sha256(str(self).encode()).hexdigest()[:8]}"
         found = work.tensors(name, lambda: self.kept_units(model, windows))
@@ -148,6 +148,9 @@ class LLMPruner(Structured):
 
     def scores(self, model: "Model", windows: Tensor, sets: Sets) -> dict[str, Tensor]:
         """The importance of every unit, float64 [units], by full name of the consumer; one backward pass per window."""
+        from budwood.models.linears import read
+        from budwood.training.gradients import Sums, gradients
+
         names = [
             f"{model.path}.{index}.{name}"
             for index, block in sets.items()

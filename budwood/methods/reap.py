@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from budwood.checkpoints.reduction import Kept, with_experts
-from budwood.checkpoints.structure import ModelStructure
 from budwood.errors import UsageError
 from budwood.methods.method import Step
 from budwood.methods.option import option
-from budwood.methods.reduction import ReducedStep, Reduction, structure_of
+from budwood.methods.reduction import Reduction
 from budwood.methods.validation import one_of, truth
-from budwood.models.routing import experts_per_token, groups_of, mixtures, observed
 from budwood.sparsity.experts import SCORES, ExpertSums, choose, super_experts
 
 if TYPE_CHECKING:
+    from budwood.checkpoints.structure import ModelStructure
     from budwood.checkpoints.work import Work
     from budwood.stream.model import Model
 
@@ -46,7 +44,9 @@ class Reap(Reduction):
         """How many of a layer's experts stay."""
         return self.keep if isinstance(self.keep, int) else round(self.keep * experts)
 
-    def check_structure(self, structure: ModelStructure) -> None:
+    def check_structure(self, structure: "ModelStructure") -> None:
+        from budwood.models.routing import experts_per_token, groups_of, mixtures
+
         name = type(structure.module).__name__
         found = mixtures(structure.module)
         numbers = sorted({experts.num_experts for experts in found.values()})
@@ -69,7 +69,9 @@ class Reap(Reduction):
         if count < numbers[0]:
             self._check_router(self.reduced(structure))
 
-    def _check_router(self, reduced: ModelStructure) -> None:
+    def _check_router(self, reduced: "ModelStructure") -> None:
+        from budwood.models.routing import experts_per_token
+
         try:
             for path, parent in first(reduced.module):
                 experts_per_token(parent, path)
@@ -77,11 +79,15 @@ class Reap(Reduction):
             reason = str(error).splitlines()[0]
             raise UsageError(f"{self} leaves too few experts for the router ({reason}); keep more") from error
 
-    def reduced(self, structure: ModelStructure) -> ModelStructure:
+    def reduced(self, structure: "ModelStructure") -> "ModelStructure":
         return _reduced(self, structure)
 
     def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
         """One survey pass over the windows, whose sums `work` keeps."""
+        from budwood.checkpoints.reduction import Kept, with_experts
+        from budwood.methods.reduced_step import ReducedStep
+        from budwood.models.routing import groups_of
+
         assert windows is not None
         sums = work.tensors("experts", lambda: survey(model, windows))
         holders = parents(model.module)
@@ -106,7 +112,11 @@ class Reap(Reduction):
 
 
 @lru_cache(maxsize=1)  # asked for once per format by `plan`
-def _reduced(method: Reap, structure: ModelStructure) -> ModelStructure:
+def _reduced(method: Reap, structure: "ModelStructure") -> "ModelStructure":
+    from budwood.checkpoints.reduction import with_experts
+    from budwood.methods.reduced_step import structure_of
+    from budwood.models.routing import mixtures
+
     experts = next(iter(mixtures(structure.module).values())).num_experts
     if method.count(experts) == experts:
         return structure
@@ -121,6 +131,8 @@ def _reduced(method: Reap, structure: ModelStructure) -> ModelStructure:
 
 def parents(module: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold experts and their router, by the name of the experts."""
+    from budwood.models.routing import mixtures
+
     return {name: module.get_submodule(name.rpartition(".")[0]) for name in mixtures(module)}
 
 
@@ -131,6 +143,8 @@ def first(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def survey(model: "Model", windows: Tensor) -> dict[str, Tensor]:
     """The sums [5, experts] of `ExpertSums` by full name of the experts: one pass over windows [windows, tokens]."""
+    from budwood.models.routing import mixtures, observed
+
     found: dict[str, Tensor] = {}
     for block in model.survey(windows, "survey of the dense model"):
         with ExitStack() as observers:

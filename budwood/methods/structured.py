@@ -9,8 +9,8 @@ from torch import Tensor
 
 from budwood.errors import UsageError
 from budwood.methods.method import Method, Step
-from budwood.models.units import Units
 from budwood.sparsity.forecast import Forecast
+from budwood.sparsity.units import Units
 
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure

@@ -14,11 +14,10 @@ from budwood.methods.option import option
 from budwood.methods.structured import Structured, alignment, forecast, refusals
 from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity.forecast import Forecast
-from budwood.supernet.divergence import DENSE
 from budwood.supernet.level_choice import POOL, PRESETS, Size, choose_levels, keep_chosen, mean_errors, summary
 from budwood.supernet.pruned_copies import Pruner
 from budwood.supernet.sites import SIDE, Site, even_counts, levels_of, sites_of, spacings
-from budwood.supernet.supernet import Supernet, build, predicted_bytes
+from budwood.supernet.supernet import DENSE, Supernet, build, predicted_bytes
 
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure

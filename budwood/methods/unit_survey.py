@@ -13,9 +13,9 @@ from torch import Tensor
 from budwood.errors import RunError
 from budwood.methods.method import Method
 from budwood.methods.structured import Slices
-from budwood.models.units import Units
 from budwood.sparsity.fluctuation import Metric, Moments, channel_scores, column_norms, unit_scores
 from budwood.sparsity.unit_budget import Pool, Rules, kept_counts, kept_units
+from budwood.sparsity.units import Units
 
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure

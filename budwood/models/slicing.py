@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from budwood.models.linears import read, resize
 from budwood.models.reshape import note_sizes, replace
-from budwood.models.units import Units, count_heads, places
+from budwood.models.units import count_heads
+from budwood.sparsity.units import Units, close, places, removed
 
 Run = Callable[[], Tensor]
 
@@ -137,13 +138,6 @@ def same_when_sliced(block: nn.Module, units: Mapping[str, Units], kept: Mapping
     return wrong if wrong or close(after, before) else list(units)
 
 
-def removed(count: int, kept: Tensor) -> Tensor:
-    """The indices below `count` that are not in `kept`, sorted."""
-    gone = torch.ones(count, dtype=torch.bool)
-    gone[kept] = False
-    return gone.nonzero().flatten()
-
-
 def consumer_inputs(block: nn.Module, consumers: Iterable[str], run: Run) -> tuple[dict[str, Tensor], Tensor]:
     """The inputs [..., in] of these linears in one run, and its outputs; linears that are not called are missing."""
     inputs: dict[str, Tensor] = {}
@@ -166,10 +160,3 @@ def _feeds(units: Units, kept: Tensor, expected: Tensor, found: Tensor) -> bool:
     gone = places(units.columns, removed(len(units), kept))
     stay = places(units.columns, kept)
     return not found[..., gone].any() and close(found[..., stay], expected[..., stay])
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    """Equal up to the rounding of their dtype, relative to the norm."""
-    tolerance = 1e-4 if one.dtype == torch.float32 else 0.05
-    difference = (one.float() - other.float()).norm()
-    return bool(difference <= tolerance * other.float().norm() + 1e-12)

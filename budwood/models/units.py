@@ -8,8 +8,6 @@ its columns zero at the consumer's input.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,42 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from budwood.models.heads import head_size, set_heads
 from budwood.models.linears import read
 from budwood.models.reshape import fit_parameters
+from budwood.sparsity.units import Units
 
 EXPERT = re.compile(r"(?P<path>.*)\.(?P<part>\w+)\.(?P<expert>\d+)")  # a linear of unfused experts
-
-
-@dataclass(frozen=True)
-class Units:
-    """The units of one set of linears. Names are those inside the block; indices are int64.
-
-    kind: "attention" for KV groups, "mlp" for neurons, also those of one expert. columns: [units, width], of the
-    consumer. rows: [units, n], by producer. entries: [units, n], of parameters with one entry per head. cost: weights
-    and bias entries that leave with one unit.
-    """
-
-    kind: Literal["attention", "mlp"]
-    consumer: str
-    columns: Tensor
-    rows: Mapping[str, Tensor]
-    entries: Mapping[str, Tensor]
-    cost: int
-
-    def __len__(self) -> int:
-        return len(self.columns)
-
-    @property
-    def linears(self) -> list[str]:
-        """Producers and consumer."""
-        return [*self.rows, self.consumer]
-
-    def fold(self, values: Tensor) -> Tensor:
-        """Values per column of the consumer [..., in] -> [..., units, width]."""
-        return values[..., self.columns]
-
-
-def places(indices: Tensor, kept: Tensor) -> Tensor:
-    """The rows, columns or entries [units, n] that belong to the units `kept`, in the order of the matrix."""
-    return indices[kept].flatten().sort().values
 
 
 def candidates(block: nn.Module, without: Iterable[str] = ()) -> dict[str, list[Units]]:

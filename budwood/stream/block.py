@@ -16,7 +16,7 @@ from budwood.kernels.native_matrix import native_matrix
 from budwood.models.block_calls import BlockCalls
 from budwood.models.linears import read
 from budwood.models.slicing import same_when_sliced, verify
-from budwood.models.units import Units, places
+from budwood.sparsity.units import Units, places
 from budwood.stream.activations import Activations
 from budwood.stream.arithmetic import Arithmetic, name_of
 from budwood.stream.collector import Collector, Several, StopForward

@@ -17,13 +17,12 @@ from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.work import Work
 from budwood.models.block_calls import record_calls
 from budwood.sparsity.level_search import State
-from budwood.supernet.supernet import Supernet
+from budwood.supernet.supernet import DENSE, Supernet
 
 if TYPE_CHECKING:
     from budwood.stream.model import Model
 
 CHUNK = 256  # tokens whose logits are computed at a time
-DENSE = "tyr-dense"  # name of the stored hidden states
 
 
 @dataclass

@@ -12,7 +12,6 @@ from budwood.checkpoints.files import write_json
 from budwood.checkpoints.work import Work
 from budwood.progress import tracked
 from budwood.sparsity.level_search import Progress, Settings, Space, Stage, State, begin, search
-from budwood.supernet.divergence import Divergence, samples_for
 from budwood.supernet.supernet import Supernet
 
 if TYPE_CHECKING:
@@ -74,6 +73,8 @@ def choose_levels(
     windows: token ids [windows, tokens]. The winner is compared with the centre once more, on the first windows of the
     pool, and must not be worse there: generations are compared on different windows.
     """
+    from budwood.supernet.divergence import Divergence, samples_for
+
     pool = windows[: max(1, POOL // windows.shape[1])]
     tokens = size.stage_tokens(pool.numel())
     fitness = Divergence(model, pool, tokens, work, supernet)

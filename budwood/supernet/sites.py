@@ -2,10 +2,8 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from budwood.models.units import Units
+from budwood.sparsity.units import Units
 
 SIDE = 4  # levels on each side of the centre
 FIRST = 8  # the spacing of the first round is this part of the units
@@ -35,7 +33,7 @@ class Site:
         return self.units - self.grain
 
 
-def sites_of(units: Mapping[str, Mapping[str, "Units"]], align: int = 1) -> list[Site]:
+def sites_of(units: Mapping[str, Mapping[str, Units]], align: int = 1) -> list[Site]:
     """The sites of a model, in order. units: by full name of the block, by consumer.
 
     align: the grain of MLPs whose number of neurons is a multiple of it.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Accumulate = Literal["expectation", "centre", "uniform", "none"]
+DENSE = "tyr-dense"  # name of the dense model's stored hidden states, to which candidates are compared
 PERIOD = 8  # of as many windows one is held out
 CACHE = 2**30  # bytes of copies kept in memory
 HEADER = 360  # bytes that the names, shapes and errors of a copy take in a file, about

@@ -15,12 +15,13 @@ from budwood.checkpoints.source import open_source
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.work import Work
 from budwood.errors import UsageError
+from budwood.methods import parse_method, tyr
 from budwood.methods.tyr import Tyr
 from budwood.planning import plan
 from budwood.pruning import prune
 from budwood.sparsity.unit_removal import outputs_of, problem_of, remove_units
 from budwood.stream.model import Model
-from budwood.supernet import divergence, parse_method, supernet, tyr
+from budwood.supernet import divergence, supernet
 from budwood.supernet.divergence import Divergence
 from budwood.supernet.level_choice import POOL, PRESETS, Size, choose_levels
 from budwood.supernet.pruned_copies import Copy, HeldOut, Pruner

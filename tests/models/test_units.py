@@ -11,10 +11,9 @@ from budwood.checkpoints.source import open_source
 from budwood.evaluation.perplexity import evaluate
 from budwood.methods.method import Method
 from budwood.methods.option import option
-from budwood.models.slicing import removed
-from budwood.models.units import places
 from budwood.pruning import prune
 from budwood.sparsity.forecast import Forecast
+from budwood.sparsity.units import places, removed
 from budwood.stream.model import Model
 
 IDS = token_ids(1, 400) % 90 + 3
