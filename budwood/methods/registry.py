@@ -6,6 +6,7 @@ from budwood.methods.gblm import Gblm
 from budwood.methods.graft import Graft
 from budwood.methods.llm_pruner import LLMPruner
 from budwood.methods.magnitude import Magnitude
+from budwood.methods.matched import Matched
 from budwood.methods.method import Method
 from budwood.methods.refit import Refit
 from budwood.methods.sparsegpt import SparseGPT
@@ -22,5 +23,6 @@ METHODS: dict[str, type[Method]] = {
     "graft": Graft,
     "allocate": Allocate,
     "gblm": Gblm,
+    "matched": Matched,
     "llm_pruner": LLMPruner,
 }
