@@ -9,6 +9,7 @@ from budwood.methods.magnitude import Magnitude
 from budwood.methods.matched import Matched
 from budwood.methods.method import Method
 from budwood.methods.refit import Refit
+from budwood.methods.sds import Sds
 from budwood.methods.sparsegpt import SparseGPT
 from budwood.methods.wanda import Wanda
 from budwood.methods.wrp import Wrp
@@ -24,5 +25,6 @@ METHODS: dict[str, type[Method]] = {
     "allocate": Allocate,
     "gblm": Gblm,
     "matched": Matched,
+    "sds": Sds,
     "llm_pruner": LLMPruner,
 }

@@ -277,7 +277,7 @@ def test_other_parameters_may_be_replaced_and_set(folders):
     block.set_parameter(name, value)
     assert torch.equal(block.run(0), changed)
     assert torch.equal(block.state(torch.bfloat16)[f"{block.name}.{name}"], value.to(torch.bfloat16))
-    with pytest.raises(RunError, match="input_layernorm.weight: the new values do not fit"):
+    with pytest.raises(RunError, match=r"input_layernorm\.weight: the new values"):
         block.set_parameter(name, value * float("nan"))
 
 
