@@ -25,7 +25,8 @@ def prune(
         typer.Option(
             metavar="D",
             help="Calibration text: a file (.txt .raw .jsonl .jsonl.gz .parquet), a folder of texts, "
-            "token ids (.npy .safetensors), or sotu, wikitext2, c4, hf:REPO[:CONFIG]:SPLIT[:FIELD].",
+            "token ids (.npy .safetensors), or sotu, wikitext2, c4, hf:REPO[:CONFIG]:SPLIT[:FIELD]; "
+            "or a mix with shares of the windows: 'c4:3,[sotu:1950-]:1'.",
         ),
     ] = None,
     recipe: Annotated[

@@ -1,18 +1,19 @@
 """Reads `data`, which is a list, a tensor, a name, a file or a folder, as `Texts` or `TokenIds`."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from budwood.data.files import PICKLES, TEXT_READERS, read_ids, read_texts, suffix_of, token_ids
 from budwood.data.hub import C4_EVALUATION, C4_TRAINING, HubRows, hub_rows, wikitext2
+from budwood.data.mix import mix_of
 from budwood.data.speeches import speeches
 from budwood.data.texts import Purpose, Texts, TokenIds
 from budwood.errors import UsageError
 
-Data = str | Path | Sequence[str] | Tensor
+Data = str | Path | Sequence[str] | Tensor | Mapping[str, float]  # the last is a mix, see `mix_of`
 ID_SUFFIXES = (".npy", ".safetensors")
 NAMES = ("sotu", "wikitext2", "c4", "hf:REPO[:CONFIG]:SPLIT[:FIELD]")
 
@@ -25,6 +26,8 @@ def read(data: Data, purpose: Purpose, characters: float | None = None) -> Texts
     """
     if isinstance(data, Tensor):
         return token_ids("token ids", data)
+    if mix := mix_of(data):
+        raise UsageError(f"{str(mix)!r} is a mix, which serves for calibration only; give one text")
     if not isinstance(data, str | Path):
         documents = tuple(data)
         if not all(isinstance(document, str) for document in documents):
@@ -47,6 +50,8 @@ def read(data: Data, purpose: Purpose, characters: float | None = None) -> Texts
 
 def are_token_ids(data: Data) -> bool:
     """Whether the data need no tokenizer."""
+    if mix := mix_of(data):
+        return all(are_token_ids(name) for name, _ in mix.parts)
     return isinstance(data, Tensor) or (isinstance(data, str | Path) and Path(data).suffix in ID_SUFFIXES)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from budwood.data.mix import Mix, interleaved, mix_of
 from budwood.data.sources import Data, read
 from budwood.data.texts import Texts
 from budwood.data.tokens import Bos, known_ids, start_token, tokenise
@@ -41,11 +42,14 @@ def calibration_windows(
     """A selection of the windows into which the documents, joined by empty lines and tokenised as one string, are cut.
 
     `consecutive` takes the first, `random` draws with the seed and keeps the order of the text. Windows never
-    overlap; where the text holds fewer than `num_samples`, all are taken and a warning is logged. Raises
-    UsageError when the data cannot be read or do not fill one window.
+    overlap; where the text holds fewer than `num_samples`, all are taken and a warning is logged. Of a mix (see
+    `mix_of`) each text gives its share of the windows. Raises UsageError when the data cannot be read or do not fill
+    one window.
     """
     if num_samples < 1:
         raise UsageError(f"the number of samples must be at least 1, not {num_samples}")
+    if mix := mix_of(data):
+        return mixed(mix, tokenizer, num_samples, seq_length=seq_length, sampling=sampling, seed=seed, bos=bos)
     if sampling not in ("random", "consecutive"):
         raise UsageError(f"sampling is random or consecutive, not {sampling!r}")
     prefix = start_token(tokenizer, bos)
@@ -81,6 +85,27 @@ def calibration_windows(
         "sha256": digest(ids),
     }
     return Windows(ids, record)
+
+
+def mixed(mix: Mix, tokenizer: Any, num_samples: int, **options: Any) -> Windows:
+    """The windows of all texts of a mix, each by the same options, in turn according to their shares."""
+    parts = [
+        calibration_windows(name, tokenizer, num_samples=count, **options)
+        for (name, _), count in zip(mix.parts, mix.counts(num_samples), strict=True)
+    ]
+    records = [part.record for part in parts]
+    shares = [share for _, share in mix.parts]
+    read_as = Mix(tuple((record["data"], share) for record, share in zip(records, shares, strict=True)))
+    ids = torch.cat([part.ids for part in parts])[interleaved([len(part.ids) for part in parts])]
+    whole = {
+        "data": str(read_as),
+        "documents": sum(record["documents"] for record in records),
+        "tokens_available": sum(record["tokens_available"] for record in records),
+        "num_samples": len(ids),
+        "mix": {record["data"]: record["num_samples"] for record in records},
+        "sha256": digest(ids),
+    }
+    return Windows(ids, {**records[0], **whole})
 
 
 def cut(rows: Tensor, seq_length: int, prefix: Tensor, name: str) -> Tensor:

@@ -15,14 +15,13 @@ from budwood.methods.allocation import kept_counts
 from budwood.methods.fitting import Inputs, check_fit, fit, inputs_of
 from budwood.methods.method import PatternMethod, PatternOf, Step, naming
 from budwood.methods.option import option
-from budwood.methods.reconstruction import reconstruct_block
+from budwood.methods.reconstruction import LOSS, MOVE, RATE, TARGET, TOKENS, BlockFit, check_block_fit
 from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity import scores
 from budwood.sparsity.admm import admm
 from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.patterns import NM, Pattern, Shape, Top
 from budwood.sparsity.recovery import Recovered
-from budwood.stream.dense_stream import DenseStream
 
 if TYPE_CHECKING:
     from budwood.checkpoints.work import Work
@@ -51,8 +50,12 @@ class Graft(PatternMethod):
     damp: float = option(0.01, "pull towards the dense weights, as in alps")
     iterations: int = option(8, "most steps of the fit, which starts near the solution")
     tolerance: float = option(3e-3, "a row is fitted when its gradient has shrunk to this share")
-    steps: int = option(0, "steps of gradient descent of each block as a whole towards the dense model's outputs")
-    rate: float = option(0.002, "of the first of these steps, relative to the typical size of a matrix's weights")
+    steps: int = option(0, "steps of gradient descent of each block as a whole, as in matched")
+    rate: float = option(0.002, RATE)
+    target: float | str = option("pruned", TARGET)
+    move: str = option("weights+biases+norms", MOVE)
+    loss: str = option("relative", LOSS)
+    tokens: int = option(1024, TOKENS)
 
     def __post_init__(self) -> None:
         one_of("pattern", self.pattern, ("2:4", "free"))
@@ -61,8 +64,7 @@ class Graft(PatternMethod):
         number("bits", self.bits, 0, 16)
         truth("fit", self.fit)
         whole("rounds", self.rounds, 1)
-        whole("steps", self.steps, 0)
-        number("rate", self.rate, 0, 1)
+        check_block_fit(self.steps, 0, self.rate, self.target, self.move, self.loss, self.tokens)
         check_fit(self.damp, self.iterations, self.tolerance)
 
     @property
@@ -112,7 +114,8 @@ class Graft(PatternMethod):
         if self.allocate == "global":
             total = sum(self.count_for(shape) for shape in model.structure.shapes.values())
             counts = kept_counts(model, windows, work, self, self.pattern_for, self.base, total)
-        return GraftStep(self, counts, DenseStream(model, windows) if self.steps else None)
+        options = (self.steps, self.rate, self.target, self.move, self.loss, self.tokens)
+        return GraftStep(self, counts, BlockFit(model, windows, *options) if self.steps else None)
 
     def prune_block(self, block: "Block", pattern_for: PatternOf) -> None:
         for linear, known in inputs_of(block, self.damp):
@@ -143,12 +146,12 @@ class Graft(PatternMethod):
 class GraftStep(Step):
     """counts: weights that a linear keeps, by full name; for others the method's own count.
 
-    dense: the stream to whose outputs the whole block is fitted at the end, where `steps` is above 0.
+    block_fit: of the whole block at the end, where `steps` is above 0.
     """
 
     method: Graft
     counts: Mapping[str, int]
-    dense: DenseStream | None
+    block_fit: BlockFit | None
 
     def __call__(self, block: "Block") -> None:
         method = self.method
@@ -156,6 +159,8 @@ class GraftStep(Step):
         def pattern_for(shape: Shape, name: str) -> Pattern:
             return method.keeping_count(shape, self.counts.get(name, method.count_for(shape)))
 
+        if self.block_fit is not None:
+            self.block_fit.before(block)
         method.prune_block(block, pattern_for)
-        if self.dense is not None:
-            reconstruct_block(block, self.dense, method.steps, method.rate)
+        if self.block_fit is not None:
+            self.block_fit.fit(block)

@@ -9,9 +9,11 @@ from budwood.methods.graft import Graft
 from budwood.methods.llm_pruner import LLMPruner
 from budwood.methods.magnitude import Magnitude
 from budwood.methods.magnitude_sp import MagnitudeSp
+from budwood.methods.matched import Matched
 from budwood.methods.method import Method
 from budwood.methods.reap import Reap
 from budwood.methods.refit import Refit
+from budwood.methods.sds import Sds
 from budwood.methods.sparsegpt import SparseGPT
 from budwood.methods.tyr import Tyr
 from budwood.methods.wanda import Wanda
@@ -33,6 +35,8 @@ METHODS: dict[str, type[Method]] = {
     "wanda_sp": WandaSp,
     "magnitude_sp": MagnitudeSp,
     "gblm": Gblm,
+    "matched": Matched,
+    "sds": Sds,
     "llm_pruner": LLMPruner,
     "tyr": Tyr,
 }

@@ -145,4 +145,10 @@ def described(data: Mapping[str, Any] | None) -> str:
     """The record of the calibration data in one line."""
     if data is None:
         return "none needed"
-    return escape(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in data.items() if value is not None))
+    texts = {key: shares(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+    return escape(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in texts.items() if value is not None))
+
+
+def shares(mix: Mapping[str, Any]) -> str:
+    """The windows that each text of a mix gave."""
+    return " and ".join(f"{count} of {name}" for name, count in mix.items())

@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -36,6 +37,13 @@ class Activations:
 
     def __len__(self) -> int:
         return math.ceil(self.shape[0] / self.batch)
+
+    def part(self, windows: slice, batch: int | None = None) -> "Activations":
+        """Some of the windows, as a view of the same memory, in batches of the same size or of `batch`."""
+        part = copy(self)
+        part.hidden = self.hidden[windows]
+        part.shape, part.batch = (len(part.hidden), *self.shape[1:]), batch or self.batch
+        return part
 
     def span(self, index: int) -> slice:
         """The windows of batch `index`."""

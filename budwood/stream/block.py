@@ -82,6 +82,17 @@ class Block:
         return dict(self._shared[statistic] or {})
 
     @contextmanager
+    def limited_to(self, windows: slice) -> Iterator[None]:
+        """In this context the block has only these calibration windows: statistics and `run` see no others."""
+        whole = self.activations
+        assert whole is not None
+        self.activations = whole.part(windows)
+        try:
+            yield
+        finally:
+            self.activations = whole
+
+    @contextmanager
     def sharing(self, *statistics: Kind) -> Iterator[None]:
         """In this context the first `collect` of one of these collects all of them, with the weights at that moment.
 
@@ -138,21 +149,50 @@ class Block:
         assert self.activations is not None
         return self.forward(self.activations.read(batch, self.device))
 
+    def write_outputs(self, into: Activations) -> None:
+        """The outputs with the present weights for all calibration windows; the next block's inputs are left alone."""
+        assert self.activations is not None
+        with torch.no_grad():
+            for batch in self.activations.indices():
+                outputs = self.run(batch)
+                if batch == 0 and self._dense is None:
+                    self._dense = outputs
+                into.write(batch, outputs)
+
+    def set_parameter(self, name: str, value: Tensor) -> None:
+        """Gives a parameter of the module, such as that of a norm, other values; rounded to the storage dtype.
+
+        Raises RunError for NaN and overflow.
+        """
+        parameter = self.module.get_parameter(name)
+        stored = self.stored.get(f"{self.name}.{name}", parameter)
+        rounded = value.detach().to(stored.dtype)
+        if not all_finite(rounded):
+            raise RunError(f"{self.name}.{name}: the new values do not fit {stored.dtype}; choose another --dtype")
+        with torch.no_grad():
+            parameter.copy_(rounded)
+
     def forward(
-        self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None, calls: BlockCalls | None = None
+        self,
+        hidden: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        calls: BlockCalls | None = None,
+        others: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Outputs for hidden states [batch, tokens, hidden] of a shape that the batches have.
+        """Outputs for hidden states [batch, tokens, hidden].
 
         weights: matrices [out, in] to compute with in place of the block's own, by name inside the block; gradients
-        flow to them. calls: how the model calls the block for another shape of batch.
+        flow to them. others: the same for other parameters of the module, by their names. calls: how the model calls
+        the block, where that is not known for the shape of a batch.
         """
         calls = calls or self._calls(hidden.shape[0], hidden.shape[1])
-        if weights is None:
+        if weights is None and others is None:
             return calls.run(self.index, self.module, hidden)
         own = {
-            f"{name}.weight": read(self.linears[name].module, weight.to(self.arithmetic.compute))
-            for name, weight in weights.items()
+            f"{name}.weight": read(self.linears[name].module, weight.to(self.device, self.arithmetic.compute))
+            for name, weight in (weights or {}).items()
         }
+        own |= {name: value.to(self.module.get_parameter(name).dtype) for name, value in (others or {}).items()}
         return calls.run(
             self.index,
             lambda *args, **kwargs: functional_call(self.module, own, args, kwargs),
@@ -234,7 +274,7 @@ class Block:
             for batch in [0] if first_batch_only else self.activations.indices():
                 outputs = self.run(batch)
                 if batch == 0 and self._dense is not None:
-                    self.relative_error = relative_error(outputs, self._dense)
+                    self.relative_error = relative_error(outputs[: len(self._dense)], self._dense)
                     self._dense = None
                 self._write(batch, outputs)
 

@@ -69,7 +69,7 @@ class Model:
         self._own_shapes = set(shapes_unfused(source.shapes))  # which the source's config.json does not give
         self._float32 = float32_names(self.module, self.compute)
         self._calls: dict[tuple[int, int], BlockCalls] = {}
-        self._random: Tensor | None = None  # hidden states for blocks without calibration inputs
+        self._random: Tensor | None = None  # hidden states to verify units with where there are no windows
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -174,7 +174,11 @@ class Model:
         return batch_size(windows.shape[0], windows.shape[1], BATCH // self.compute.itemsize)
 
     def calls(self, batch: int, tokens: int) -> BlockCalls:
-        """How the model calls its blocks for a batch of this shape, which must have passed `embed`."""
+        """How the model calls its blocks for a batch of this shape; recorded once, at the latest here."""
+        if (batch, tokens) not in self._calls:
+            with self.outside():
+                ids = torch.ones(batch, tokens, dtype=torch.long, device=self.device)
+                self._calls[batch, tokens] = record_calls(self.module, self.modules, ids)
         return self._calls[batch, tokens]
 
     def _probe(self, activations: Activations | None) -> tuple[Tensor, BlockCalls]:
@@ -183,17 +187,15 @@ class Model:
         They are the first ones of the calibration windows; without windows they are random.
         """
         tokens = PROBE if activations is None else min(PROBE, activations.shape[1])
-        if (1, tokens) not in self._calls or (activations is None and self._random is None):
+        calls = self.calls(1, tokens)
+        if activations is not None:
+            return activations.hidden[:1, :tokens].to(self.device), calls
+        if self._random is None:
             with self.outside():
                 ids = torch.ones(1, tokens, dtype=torch.long, device=self.device)
-                self._calls[1, tokens] = record_calls(self.module, self.modules, ids)
-                if activations is None:
-                    like, random = self._calls[1, tokens].embed(ids), torch.Generator().manual_seed(0)
-                    self._random = torch.randn(like.shape, generator=random).to(like)
-        if activations is None:
-            assert self._random is not None
-            return self._random, self._calls[1, tokens]
-        return activations.hidden[:1, :tokens].to(self.device), self._calls[1, tokens]
+                like, random = calls.embed(ids), torch.Generator().manual_seed(0)
+                self._random = torch.randn(like.shape, generator=random).to(like)
+        return self._random, calls
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[batch, tokens, hidden] after the last block -> [batch, tokens, vocabulary]; needs `outside`."""

@@ -68,19 +68,30 @@ SETTINGS = {
         'graft(bits=9.0, pattern="free")',
         'graft(bits=9.75, allocate="uniform")',
         'graft(bits=9.5, allocate="uniform", select="wanda", fit=False)',
-        'graft(bits=9.75, allocate="uniform", steps=3, rate=0.01)',
+        'graft(bits=9.75, allocate="uniform", steps=3, rate=0.01, move="weights")',
+    ],
+    "sds": [
+        'sds(wanda("2:4"))',
+        'sds(wrp(alpha=0.5), regrow="regularised")',
+        'sds(sparsegpt("50%", block=16), adjust="dynamic", steps=60, rounds=2)',
+        'sds(allocate(wanda("50%", scope="matrix")), regrow=None, adjust="frozen")',
+    ],
+    "matched": [
+        'matched(magnitude("2:4"), steps=3, move="weights")',
+        'matched(wrp(alpha=0.5), steps=2, target="dense", move="weights", loss="plain")',
+        'matched(refit(wanda("50%")), steps=3, target=0.5, move="weights", tokens=48)',
     ],
 }
 EXPRESSIONS = [pytest.param(expression, id=expression) for settings in SETTINGS.values() for expression in settings]
 # Settings whose count depends on the scores, or changes by a rank in all rows: coarse at 32 inputs.
 ROUGH = ("alpha", "parity", "density=0.05)")
-CHANGING = ("sparsegpt", "refit", "alps", "graft")  # methods that change the weights they keep
+CHANGING = ("sparsegpt", "refit", "alps", "graft", "matched", "sds")  # methods that change the weights they keep
 DIVIDING = (
     "allocate(",
     "graft(bits=9.75)",
     'graft(bits=9.0, pattern="free")',
 )  # matrices keep different shares
-TWO_STREAMS = ("steps=", "target=")  # these read the dense model's hidden states as well as the pruned one's
+TWO_STREAMS = ("steps=", "target=", "sds(")  # these need more hidden states than those that enter linears
 CALIBRATION = {
     "num_samples": 6,
     "seq_length": 24,
@@ -102,6 +113,8 @@ CHEAP = {
     "gblm": 'gblm("2:4")',
     "alps": 'alps("2:4", rounds=8, iterations=2)',
     "graft": "graft(bits=9.75, rounds=4, iterations=2)",
+    "matched": 'matched(wanda("50%"), steps=2)',
+    "sds": 'sds(wanda("2:4"), growth=5, steps=9)',
 }
 FEW = ("magnitude", "sparsegpt", "wrp", "graft")  # for the family that differs least from the one above
 OTHERS_CHEAP = [

@@ -7,6 +7,7 @@ from families import BLOCKS, save_model, token_ids
 from budwood.checkpoints.source import open_source
 from budwood.errors import RunError
 from budwood.sparsity.statistics import Gram, SquaredNorm
+from budwood.stream.activations import Activations
 from budwood.stream.arithmetic import Arithmetic
 from budwood.stream.linear import all_finite, relative_error, same
 from budwood.stream.model import Model
@@ -241,3 +242,50 @@ def test_all_finite():
     assert all_finite(torch.tensor([[1.0, -2.0]]))
     for value in (float("nan"), float("inf"), -float("inf")):
         assert not all_finite(torch.tensor([[1.0, value], [2.0, 3.0]]))
+
+
+def test_a_part_of_the_windows_is_all_that_statistics_see(folder):
+    block = first_block(folder)
+    whole = block.activations
+    with block.limited_to(slice(0, 1)):
+        norms = block.collect(SquaredNorm)
+        assert block.run(0).shape[0] == 1
+        assert block.activations.hidden.data_ptr() == whole.hidden.data_ptr()
+    assert block.activations is whole
+    attention = next(iter(block.linears))
+    assert norms[attention].count == whole.shape[1]
+    block.propagate()  # the error of the dense outputs that are known, fewer than a batch
+    assert block.relative_error is not None
+
+
+def test_another_shape_of_batch_runs_too(folder):
+    block = first_block(folder)
+    batch, hidden = block.run(0), block.activations.read(0, torch.device("cpu"))
+    rows = torch.cat([hidden, hidden, hidden[:1]])
+    with torch.no_grad():
+        torch.testing.assert_close(block.forward(rows)[:2], batch, rtol=1e-4, atol=1e-4)
+
+
+def test_other_parameters_may_be_replaced_and_set(folders):
+    block = first_block(folders["llama"])
+    name = "input_layernorm.weight"
+    value = block.module.get_parameter(name).detach().float() * 1.3
+    hidden, before = block.activations.read(0, torch.device("cpu")), block.run(0)
+    changed = block.forward(hidden, others={name: value.to(torch.bfloat16)})
+    assert not torch.equal(changed, before)
+    assert torch.equal(block.run(0), before)
+    block.set_parameter(name, value)
+    assert torch.equal(block.run(0), changed)
+    assert torch.equal(block.state(torch.bfloat16)[f"{block.name}.{name}"], value.to(torch.bfloat16))
+    with pytest.raises(RunError, match=r"input_layernorm\.weight: the new values"):
+        block.set_parameter(name, value * float("nan"))
+
+
+def test_outputs_are_written_without_changing_the_inputs(folder):
+    block = first_block(folder)
+    before = block.activations.hidden.clone()
+    into = Activations(block.activations.shape, before.dtype, 2, 2**20)
+    block.write_outputs(into)
+    assert torch.equal(block.activations.hidden, before)
+    block.propagate()
+    assert torch.equal(block.activations.hidden, into.hidden)

@@ -2,7 +2,7 @@
 
 import torch
 
-from budwood.training.reconstruct import reconstruct
+from budwood.training.reconstruct import LOSSES, reconstruct
 
 
 def network(weights, hidden):
@@ -56,3 +56,33 @@ def test_no_steps_and_an_empty_matrix():
     assert torch.equal(reconstruct(pruned, network, inputs, targets, steps=0, rate=0.02)["up"], pruned["up"])
     found = reconstruct(pruned, network, inputs, targets, steps=3, rate=0.02)
     assert not found["down"].any()
+
+
+def test_zeros_of_other_parameters_may_move():
+    _, pruned, inputs, targets = problem(4)
+    found = reconstruct(pruned, network, inputs, targets, steps=10, rate=0.02, sparse=["up"])
+    assert torch.equal(found["up"] != 0, pruned["up"] != 0)
+    assert bool((found["down"] != 0).all())
+    assert distance(found, inputs, targets) < distance(pruned, inputs, targets)
+
+
+def test_a_plain_error_sees_little_but_the_largest_token():
+    _, pruned, inputs, targets = problem(5)
+    found = {
+        name: reconstruct(pruned, network, inputs, targets, steps=60, rate=0.02, loss=loss)
+        for name, loss in LOSSES.items()
+    }
+    assert distance(found["relative"], inputs, targets) < distance(found["plain"], inputs, targets)
+    random = torch.Generator().manual_seed(0)
+    outputs, wanted = torch.randn(2, 3, 4, generator=random), torch.randn(2, 3, 4, generator=random)
+    assert torch.allclose(LOSSES["plain"](outputs, wanted), (outputs - wanted).square().mean())
+    assert torch.allclose(LOSSES["relative"](7 * outputs, 7 * wanted), LOSSES["relative"](outputs, wanted))
+
+
+def test_a_size_replaces_that_of_the_values():
+    """The first step of Adam is as long as its rate."""
+    _, pruned, inputs, targets = problem(6)
+    found = reconstruct(pruned, network, inputs, targets, steps=1, rate=0.01, sizes={"up": 3.0})
+    steps = (found["up"] - pruned["up"])[pruned["up"] != 0].abs()
+    assert torch.allclose(steps[steps > 0.003], torch.tensor(0.03), rtol=1e-3)
+    assert float(steps.max()) <= 0.0301
