@@ -7,6 +7,7 @@ from budwood.methods.graft import Graft
 from budwood.methods.llm_pruner import LLMPruner
 from budwood.methods.magnitude import Magnitude
 from budwood.methods.method import Method
+from budwood.methods.perp import Perp
 from budwood.methods.refit import Refit
 from budwood.methods.sparsegpt import SparseGPT
 from budwood.methods.wanda import Wanda
@@ -23,4 +24,5 @@ METHODS: dict[str, type[Method]] = {
     "allocate": Allocate,
     "gblm": Gblm,
     "llm_pruner": LLMPruner,
+    "perp": Perp,
 }

@@ -14,7 +14,7 @@ id in every shard, and `config.json`, which is written last.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,6 +52,8 @@ class Run:
         self.recorded: Mapping[str, Any] | None = None
         self.work = Work(target.work)
         self.notes: list[str] = []
+        self.sections: dict[str, Any] = {}  # of the report, in addition to what is counted
+        self.outside: dict[str, Callable[[Tensor], Tensor]] = {}  # changes of tensors outside the blocks, by full name
         self._began = time.perf_counter()
         self._seconds: dict[int, float] = {}
         self._rewrites = 0
@@ -221,7 +223,7 @@ class Run:
         source: the folder whose config and companions are taken. base_model: its name on the hub, or None.
         """
         model, writer, folder = self.model, self.writer, self.folder
-        writer.write_outside(model.names_outside(), model.read_outside)
+        writer.write_outside(model.names_outside(), self._read_outside)
         report = measure(
             model,
             writer,
@@ -231,6 +233,7 @@ class Run:
             seconds=self._seconds,
             notes=self.notes,
         )
+        report.update(self.sections)  # type: ignore[typeddict-item]
         report["seconds"]["total"] = time.perf_counter() - self._began
         documents = {
             "report.json": json.dumps(report, indent=2) + "\n",
@@ -248,6 +251,11 @@ class Run:
         self.target.complete()
         self.report = report
         return report
+
+    def _read_outside(self, name: str) -> dict[str, Tensor]:
+        """One stored tensor that belongs to no block, as it was changed."""
+        read = self.model.read_outside(name)
+        return {full: self.outside[full](tensor) if full in self.outside else tensor for full, tensor in read.items()}
 
 
 def _recipe_in(folder: Path, tolerant: bool) -> Recipe | None:

@@ -160,7 +160,11 @@ class Model:
         return batch_size(windows.shape[0], windows.shape[1], BATCH // self.compute.itemsize)
 
     def calls(self, batch: int, tokens: int) -> BlockCalls:
-        """How the model calls its blocks for a batch of this shape, which must have passed `embed`."""
+        """How the model calls its blocks for a batch of this shape; recorded where none such has passed `embed`."""
+        if (batch, tokens) not in self._calls:
+            with self.outside():
+                ids = torch.ones(batch, tokens, dtype=torch.long, device=self.device)
+                self._calls[batch, tokens] = record_calls(self.module, self.modules, ids)
         return self._calls[batch, tokens]
 
     def _probe(self, activations: Activations | None) -> tuple[Tensor, BlockCalls]:
@@ -200,18 +204,21 @@ class Model:
                 owner._parameters[attribute] = parameter
 
     @contextmanager
-    def resident(self) -> Iterator[None]:
-        """In this context `module` holds all parameters in the compute dtype; after it they are on meta again."""
+    def resident(self, writer: Writer | None = None) -> Iterator[None]:
+        """In this context `module` holds all parameters in the compute dtype; after it they are on meta again.
+
+        writer: blocks that it has finished are read from there.
+        """
         with ExitStack() as stack:
             stack.enter_context(self.outside())
             for index in range(len(self)):
-                stack.enter_context(self.loaded(index))
+                stack.enter_context(self.loaded(index, writer))
             yield
 
     @contextmanager
-    def loaded(self, index: int) -> Iterator[None]:
-        """In this context one dense block holds its parameters in the compute dtype, as in `resident`."""
-        stored, written = self._read_block(index, None)
+    def loaded(self, index: int, writer: Writer | None = None) -> Iterator[None]:
+        """In this context one block holds its parameters in the compute dtype, as in `resident`."""
+        stored, written = self._read_block(index, writer)
         with self._filled(index, stored, written):
             del stored  # the block has its own where the dtypes differ
             yield
