@@ -33,9 +33,14 @@ class AdaptedProduct(torch.autograd.Function):
 def adapted(x: Tensor, weight: Tensor, adapter: Adapter, parameters: Sequence[Tensor], dense: bool = False) -> Tensor:
     """x [..., in] times the weight [out, in] as the adapter changes it; gradients flow to x and the parameters.
 
-    The mask is where the weight is not zero; everywhere with `dense`.
+    The mask is where the weight is not zero; everywhere with `dense`. Under autocast the product has its dtype.
     """
-    return AdaptedProduct.apply(x, weight, dense, adapter, *parameters)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        product: Tensor = AdaptedProduct.apply(x, weight, dense, adapter, *parameters)
+    return product
 
 
 def _keep(weight: Tensor, dense: bool) -> Tensor:
