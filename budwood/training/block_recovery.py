@@ -1,5 +1,6 @@
 """Fits a small set of tensors of one pruned block to the outputs of the dense block for the same inputs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,17 +39,21 @@ def outputs_of(block: "Block", limit: int) -> Activations:
     return outputs
 
 
-def recover_block(block: "Block", targets: Activations, recovery: BlockRecovery) -> tuple[Curve, int]:
+def recover_block(
+    block: "Block", targets: Activations, recovery: BlockRecovery, start: Mapping[str, Tensor] | None = None
+) -> tuple[Curve, int]:
     """Trains a block in place, its matrices merged; unchanged where the held-out error did not fall. The curve, and how
     many numbers were trained.
 
     targets: what it should give for its inputs. The loss is the mean squared error over tokens and features.
+    start: trained tensors to begin with, by key, where not as usual.
     """
     assert block.activations is not None
     inputs = block.activations.hidden
     own, out = split(len(inputs)) if recovery.hold_out else (list(range(len(inputs))), [])
     batches = [own[start : start + recovery.batch] for start in range(0, len(own), recovery.batch)]
     trainable = trainable_of(block, recovery)
+    trainable.load({**trainable.values(), **(start or {})})
 
     def error(windows: list[int]) -> Tensor:
         hidden = block.forward(inputs[windows].to(block.device))
