@@ -20,7 +20,7 @@ from budwood.runs.run import Run
 from budwood.stream.arithmetic import Arithmetic, check_arithmetic, choose_arithmetic, known_device, name_of
 from budwood.stream.model import Model
 from budwood.training.descent import Descent
-from budwood.training.move import check_head, parse_move
+from budwood.training.move import check_move, parse_move
 from budwood.training.recovery import Recovery
 
 MOVE = "biases+norms+masklora"
@@ -65,7 +65,7 @@ def retrain(
         raise UsageError(f"{target} is the folder to retrain itself; give another folder")
     made = recipe_of(opened)
     structure = opened.structure(skip=made.skip)
-    check_head(recovery.move, structure.module)
+    check_move(recovery.move, structure.module)
     check_arithmetic(compute_dtype, "off", "fused")
     placed = known_device(device)
     if (opened.folder / INDEX_NAME).is_file():

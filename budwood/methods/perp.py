@@ -14,7 +14,7 @@ from budwood.methods.recovery import recover
 from budwood.methods.validation import number, one_of, whole
 from budwood.training.block_recovery import BlockRecovery, outputs_of, record_of, recover_block
 from budwood.training.descent import Descent
-from budwood.training.move import Move, check_head, parse_move, vectors
+from budwood.training.move import Move, check_move, parse_move, vectors
 from budwood.training.recovery import Recovery
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Perp(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("reconstruct", self.reconstruct, ("none", "block"))
+        parse_move(self.move)
         whole("rank", self.rank, 1)
         number("alpha", self.alpha, 0, 1e6)
         whole("steps", self.steps, 0)
@@ -84,7 +85,7 @@ class Perp(Wrapper):
 
     def check_structure(self, structure: "ModelStructure") -> None:
         super().check_structure(structure)
-        check_head(self.moves, structure.module)
+        check_move(self.moves, structure.module)
 
     def work_bytes(self, structure: "ModelStructure", itemsize: int) -> int:
         """A checkpoint of the training, and the blocks that are written a second time."""

@@ -113,8 +113,6 @@ def apply(block: "Block", move: Move, values: dict[str, Tensor]) -> None:
 
 def record_of(curve: Curve, trained: int) -> dict[str, Any]:
     """Of one block, JSON-plain: held-out error before and after, or that of the first and the last step."""
-    if curve.held:
-        before, after = curve.held[0][1], min(loss for _, loss in curve.held)
-    else:
-        before, after = curve.losses[0], curve.losses[-1]
+    losses = [loss for _, loss in curve.held] or curve.losses or [0.0]
+    before, after = losses[0], min(losses) if curve.held else losses[-1]
     return {"error_before": before, "error_after": after, "best_step": curve.best, "trained": trained}

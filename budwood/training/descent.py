@@ -120,6 +120,8 @@ def descend(
     With checkpoints it continues where an earlier call was interrupted, to the same bits with one thread.
     """
     progress, masters = progress or Silent(), trainable.masters
+    if not masters:
+        return Curve(done=True)
     adam = torch.optim.AdamW(masters.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
     found = checkpoints.read() if checkpoints else None
     if found is not None:

@@ -61,6 +61,13 @@ def vectors(module: nn.Module, move: Move) -> dict[str, nn.Parameter]:
     return found
 
 
+def check_move(move: Move, model: nn.Module) -> None:
+    """Raises UsageError where nothing moves because the model has no such parameters, and as `check_head`."""
+    check_head(move, model)
+    if move.adapter is None and not move.outside and not vectors(model, move):
+        raise UsageError("nothing would be trained: this model has no biases; give norms or masklora in move")
+
+
 def check_head(move: Move, model: nn.Module) -> None:
     """Raises UsageError where the head is to move and is tied to the embeddings, which would move with it."""
     if move.head and getattr(model, "all_tied_weights_keys", None):

@@ -61,6 +61,10 @@ SETTINGS = {
         'refit(allocate(wanda("50%", scope="matrix")))',
     ],
     "gblm": ["gblm()", 'gblm("2:4", norm="l2")', 'gblm("50%", published=True)'],
+    "perp": [
+        'perp(magnitude("2:4"), move="masklora", rank=2, steps=4, rate=0.01)',
+        'perp(wanda("50%"), move="weights", steps=4, batch=2, rate=0.01, reconstruct="block")',
+    ],
     "alps": ['alps("2:4")', 'alps("50%")', 'alps("2:4", extra=0.05)', 'alps("50%", scope="row")'],
     "graft": [
         "graft(bits=9.75)",
@@ -73,13 +77,13 @@ SETTINGS = {
 EXPRESSIONS = [pytest.param(expression, id=expression) for settings in SETTINGS.values() for expression in settings]
 # Settings whose count depends on the scores, or changes by a rank in all rows: coarse at 32 inputs.
 ROUGH = ("alpha", "parity", "density=0.05)")
-CHANGING = ("sparsegpt", "refit", "alps", "graft")  # methods that change the weights they keep
+CHANGING = ("sparsegpt", "refit", "alps", "graft", "perp")  # methods that change the weights they keep
 DIVIDING = (
     "allocate(",
     "graft(bits=9.75)",
     'graft(bits=9.0, pattern="free")',
 )  # matrices keep different shares
-TWO_STREAMS = ("steps=", "target=")  # these read the dense model's hidden states as well as the pruned one's
+TWO_STREAMS = ("steps=", "target=")  # these read the dense model's hidden states too, or train the written model
 CALIBRATION = {
     "num_samples": 6,
     "seq_length": 24,
@@ -99,6 +103,7 @@ CHEAP = {
     "refit": 'refit(sparsegpt("50%", block=16), iterations=3)',
     "allocate": 'allocate(wanda("50%", scope="matrix"))',
     "gblm": 'gblm("2:4")',
+    "perp": 'perp(magnitude("2:4"), rank=2, steps=4, rate=0.01)',
     "alps": 'alps("2:4", rounds=8, iterations=2)',
     "graft": "graft(bits=9.75, rounds=4, iterations=2)",
 }
