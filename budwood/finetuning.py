@@ -76,15 +76,15 @@ def masked_linear() -> type[nn.Module]:
             active = [name for name in self.active_adapters if name in self.lora_A]
             if len(active) != 1 or kwargs.get("adapter_names") is not None:
                 raise RunError(f"one masked adapter can be active at a time, got {len(active)}; use set_adapter")
-            base = self.get_base_layer()
-            a, b = self.lora_A[active[0]].weight, self.lora_B[active[0]].weight
+            base: Any = self.get_base_layer()
+            a, b = (part[active[0]].get_parameter("weight") for part in (self.lora_A, self.lora_B))
             rule = MaskLora(rank=1, alpha=self.scaling[active[0]])  # whose scale is alpha / rank
             product = adapted(x, read(base), rule, [a, b])
             return product if base.bias is None else product + base.bias.to(product.dtype)
 
         def get_delta_weight(self, adapter: str) -> Tensor:
             delta: Tensor = super().get_delta_weight(adapter)
-            return torch.where(self.get_base_layer().weight != 0, delta, 0)
+            return torch.where(self.get_base_layer().get_parameter("weight") != 0, delta, 0)
 
     return MaskedLoraLinear
 

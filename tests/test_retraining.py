@@ -65,7 +65,9 @@ def test_zeros_and_format_stay(llama, tmp_path, method, layout):
     test = {"seq_length": 24, "limit": 4}
     before, after = (evaluate(str(tmp_path / name), IDS, **test) for name in ("pruned", "out"))
     assert after["perplexity"] < before["perplexity"]
-    assert evaluate(str(tmp_path / "out"), IDS, stream=True, **test)["losses"] == pytest.approx(after["losses"], rel=1e-6)
+    assert evaluate(str(tmp_path / "out"), IDS, stream=True, **test)["losses"] == pytest.approx(
+        after["losses"], rel=1e-6
+    )
     assert not inspect(tmp_path / "out")["totals"]["broken"]
     ids = state(tmp_path / "out").generate(IDS[:, :8], max_new_tokens=4, do_sample=False)
     assert ids.shape == (1, 12)
@@ -115,7 +117,9 @@ def test_killed_and_continued_it_ends_with_the_same_bytes(llama, tmp_path, monke
     assert again["training"][0]["steps"] == 8
 
 
-@pytest.mark.parametrize(("name", "method"), [("gpt2", "magnitude"), ("qwen3_moe", "magnitude"), ("llama", "llm_pruner")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("gpt2", "magnitude"), ("qwen3_moe", "magnitude"), ("llama", "llm_pruner")]
+)
 def test_other_families_and_sliced_models(tmp_path, name, method):
     save_model(name, tmp_path / "dense")
     expression = 'magnitude("2:4")' if method == "magnitude" else "llm_pruner(0.25)"
@@ -146,14 +150,14 @@ def test_what_cannot_be_is_refused(llama, tmp_path):
 
 
 def test_progress_gets_every_step_with_its_loss(llama, tmp_path):
-    class Listening(Silent):
-        losses: list = []
+    losses = []
 
+    class Listening(Silent):
         def block(self, index, name, seconds, relative_error=None, loss=None):
             if loss is not None:
-                self.losses.append((index, loss))
+                losses.append((index, loss))
 
     prune(llama, tmp_path / "pruned", 'wanda("2:4")', IDS, **CALIBRATION)
     report = retrain(tmp_path / "pruned", tmp_path / "out", IDS, progress=Listening(), **QUICK, **WINDOWS)
-    assert [index for index, _ in Listening.losses] == list(range(8))
-    assert [loss for _, loss in Listening.losses] == pytest.approx(report["training"][0]["loss"])
+    assert [index for index, _ in losses] == list(range(8))
+    assert [loss for _, loss in losses] == pytest.approx(report["training"][0]["loss"])

@@ -114,7 +114,9 @@ def training(section: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("held-out loss by step", escape(curve)))
         rows.append(("kept", f"the state after step {section['best_step']:,}"))
     if section["loss"]:
-        rows.append(("loss of the training windows, first and last", f"{section['loss'][0]:.4f}, {section['loss'][-1]:.4f}"))
+        rows.append(
+            ("loss of the training windows, first and last", f"{section['loss'][0]:.4f}, {section['loss'][-1]:.4f}")
+        )
     rows.append(("seconds", f"{section['seconds']:.1f}"))
     rows.append(("bytes of the trained tensors with gradients and moments", f"{section['state_bytes']:,}"))
     return rows

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ def check_head(move: Move, model: nn.Module) -> None:
         )
 
 
-def moving_outside(model: nn.Module, move: Move) -> dict[str, nn.Parameter]:
+def moving_outside(model: Any, move: Move) -> dict[str, nn.Parameter]:
     """The embeddings that move, by full name."""
     if not move.embeddings:
         return {}
@@ -85,7 +86,7 @@ def moving_outside(model: nn.Module, move: Move) -> dict[str, nn.Parameter]:
     return {f"{name}.weight": owner.weight for name, owner in model.named_modules() if owner is embedding}
 
 
-def head_of(model: nn.Module) -> dict[str, nn.Module]:
+def head_of(model: Any) -> dict[str, nn.Module]:
     """The output head by full name."""
     head = model.get_output_embeddings()
     return {name: owner for name, owner in model.named_modules() if owner is head}

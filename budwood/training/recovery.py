@@ -36,7 +36,7 @@ RECOMPUTED = 2**30  # bytes of these, in all blocks, above which a block is comp
 
 @dataclass(frozen=True)
 class Recovery:
-    """rank, alpha: of the head's plain low-rank term. batch: windows of a step. save_every: steps between checkpoints."""
+    """rank, alpha: of the head's plain low-rank term. batch: windows of a step. save_every: steps, of checkpoints."""
 
     move: Move
     descent: Descent = field(default_factory=Descent)
@@ -127,8 +127,8 @@ def _run(calls: Any, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
 @contextmanager
 def blocks_recomputed(model: Model, tokens: int) -> Iterator[None]:
     """In this context blocks keep only their inputs for the backward pass, where all values together take much."""
-    embedding = model.module.get_input_embeddings()
-    kept = KEPT * embedding.weight.shape[-1] * tokens * len(model) * model.compute.itemsize
+    width = model.module.get_input_embeddings().get_parameter("weight").shape[-1]
+    kept = KEPT * width * tokens * len(model) * model.compute.itemsize
     if kept <= RECOMPUTED:
         yield
         return
@@ -180,7 +180,8 @@ def loss_of(model: Model, windows: Tensor) -> Tensor:
     loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     if not loss.isfinite():
         raise RunError(
-            f"the loss of retraining is {loss.item()} in {name_of(model.compute)}; lower the rate, or compute in float32"
+            f"the loss of retraining is {loss.item()} in {name_of(model.compute)}; "
+            "lower the rate, or compute in float32"
         )
     return loss
 

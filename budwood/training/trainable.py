@@ -108,9 +108,7 @@ class Trainable:
                 master.copy_(values[key])
         self.push()
 
-    def _forward(
-        self, linear: nn.Module, rule: Adapter, dense: bool, masters: list[nn.Parameter], x: Tensor
-    ) -> Tensor:
+    def _forward(self, linear: nn.Module, rule: Adapter, dense: bool, masters: list[nn.Parameter], x: Tensor) -> Tensor:
         weight, bias = read(linear), linear._parameters.get("bias")
         if self.final:
             keep = torch.ones_like(weight, dtype=torch.bool) if dense else weight != 0

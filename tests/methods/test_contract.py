@@ -103,7 +103,7 @@ CHEAP = {
     "refit": 'refit(sparsegpt("50%", block=16), iterations=3)',
     "allocate": 'allocate(wanda("50%", scope="matrix"))',
     "gblm": 'gblm("2:4")',
-    "perp": 'perp(magnitude("2:4"), rank=2, steps=4, rate=0.01)',
+    "perp": 'perp(wanda("50%"), rank=2, steps=4, rate=0.01)',
     "alps": 'alps("2:4", rounds=8, iterations=2)',
     "graft": "graft(bits=9.75, rounds=4, iterations=2)",
 }

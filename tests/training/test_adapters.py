@@ -5,7 +5,17 @@ import reference
 import torch
 
 from budwood.errors import UsageError
-from budwood.training.adapters import ADAPTERS, KeptWeights, Lora, LoraPrune, MaskLora, RowScales, ScaleLora, Spp, stored
+from budwood.training.adapters import (
+    ADAPTERS,
+    KeptWeights,
+    Lora,
+    LoraPrune,
+    MaskLora,
+    RowScales,
+    ScaleLora,
+    Spp,
+    stored,
+)
 from budwood.training.product import adapted
 
 W = torch.tensor([[1.0, 0, -2, 0], [0, 3, 0, 4]])

@@ -62,7 +62,9 @@ def test_agrees_with_the_published_program(name, mode):
     for key, total in record["weight_abs_sums"].items():
         if key in states and not key.endswith("k_proj.bias"):
             assert float(states[key].abs().sum()) == pytest.approx(total, rel=1e-4)
-    expected = {key.partition("/after/")[2]: t for key, t in held.items() if key.startswith(f"reconstruct.{case}/after")}
+    expected = {
+        key.partition("/after/")[2]: t for key, t in held.items() if key.startswith(f"reconstruct.{case}/after")
+    }
     assert bool(expected) == (name == "tiny-opt" and mode in ("bias_ln", "bn+mask_lora"))
     for key, value in expected.items():
         if not key.endswith("k_proj.bias"):

@@ -73,7 +73,7 @@ def test_what_cannot_move_is_refused(text, message):
 
 def test_a_tied_head_is_refused_and_an_untied_one_is_not():
     tied = ModelStructure(read_config(reference.model("tiny-opt")))
-    with pytest.raises(UsageError, match="tied to its embeddings.*leave head out"):
+    with pytest.raises(UsageError, match=r"tied to its embeddings.*leave head out"):
         check_head(parse_move("head"), tied.module)
     check_head(parse_move("biases"), tied.module)
     check_head(parse_move("head"), ModelStructure(read_config(reference.model("tiny-mha"))).module)
@@ -83,7 +83,9 @@ def test_a_tied_head_is_refused_and_an_untied_one_is_not():
 def test_biases_that_softmax_cancels_are_found(name, idle):
     """With rotary embeddings the bias of keys has an effect; the fused one of GPT-2 has others in it."""
     model = build(name)
-    block = (model.model.decoder.layers if name == "opt" else model.model.layers if name == "qwen2" else model.transformer.h)[0]
+    block = (
+        model.model.decoder.layers if name == "opt" else model.model.layers if name == "qwen2" else model.transformer.h
+    )[0]
     hidden = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0))
     extra = {}
     if name == "qwen2":
