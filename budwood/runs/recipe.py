@@ -73,6 +73,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         known = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "unknown"}
+        if self.training is None:
+            del known["training"]
         return {**self.unknown, **known}
 
     @classmethod
