@@ -17,7 +17,7 @@ from budwood.checkpoints.weights import storage_dtype
 from budwood.errors import UsageError
 from budwood.formats import FORMATS, known_layout, predict
 from budwood.methods.expression import parse_method
-from budwood.methods.method import Method
+from budwood.methods.method import Method, layout_of
 from budwood.models.linears import skipped, unmatched
 from budwood.stream.arithmetic import TYPES, dtype_named, name_of
 from budwood.stream.model import DEFAULT_LIMIT
@@ -50,12 +50,16 @@ def plan(
     structure, config, shards = _open(source, skip, trust_remote_code)
     method.check(structure.shapes)
     method.check_structure(structure)
+    layout = layout_of(layout, method, structure)
     storage = _storage(dtype, config, shards)
 
-    unpruned = _unpruned_bytes(structure, storage.itemsize)
-    formats = {name: _total(name, structure, method, storage.itemsize, unpruned) for name in (*FORMATS, layout)}
+    reduced = method.reduced(structure)
+    dense = structure.in_scope * storage.itemsize + _unpruned_bytes(structure, storage.itemsize)
+    unpruned = _unpruned_bytes(reduced, storage.itemsize)
+    formats = {name: _total(name, structure, method, storage.itemsize, unpruned, dense) for name in (*FORMATS, layout)}
     chosen = formats[layout]
     weights = _weights(structure, method)
+    fewer_experts = reduced is not structure and len(reduced.modules) == len(structure.modules)  # a token has as many
     if chosen is None:
         fitting = ", ".join(name for name, sizes in formats.items() if sizes)
         raise UsageError(f"{layout} cannot hold the result of {method}; choose one of {fitting}")
@@ -66,14 +70,14 @@ def plan(
         "parameters": structure.parameters,
         "in_scope": structure.in_scope,
         "coverage": structure.in_scope / structure.parameters,
-        "parameters_after": structure.parameters - structure.in_scope + weights + method.added_parameters(structure),
+        "parameters_after": reduced.parameters - reduced.in_scope + weights + method.added_parameters(structure),
         "blocks": _blocks(structure, method),
-        "speed_up": _speed_up(structure, weights) if weights < structure.in_scope else None,
+        "speed_up": _speed_up(structure, weights) if weights < structure.in_scope and not fewer_experts else None,
         "linears": _rows(structure),
         "skipped": _group_by_reason(skipped(structure.module, skip)),
         "formats": {name: sizes for name, sizes in formats.items() if name in FORMATS},
         "chosen": layout if layout in FORMATS else _most_common_format(layout, structure, method, storage.itemsize),
-        "bytes_dense": structure.in_scope * storage.itemsize + unpruned,
+        "bytes_dense": dense,
         "bytes_after": chosen["bytes"] + method.added_parameters(structure) * storage.itemsize,
         "work_bytes": method.work_bytes(structure, storage.itemsize),
         "bits_per_weight": chosen["bits_per_weight"],
@@ -117,14 +121,13 @@ def _unpruned_bytes(structure: ModelStructure, itemsize: int) -> int:
 
 
 def _total(
-    layout: str, structure: ModelStructure, method: Method, itemsize: int, unpruned: int
+    layout: str, structure: ModelStructure, method: Method, itemsize: int, unpruned: int, dense: int
 ) -> dict[str, Any] | None:
     """Bytes of the whole model in one layout; None where the layout cannot hold a matrix."""
     try:
         linears = sum(size * count for _, size, count in _packed(layout, structure, method, itemsize))
     except UsageError:
         return None
-    dense = structure.in_scope * itemsize + unpruned
     return {
         "bytes": linears + unpruned,
         "share_of_dense": (linears + unpruned) / dense,

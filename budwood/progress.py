@@ -1,6 +1,10 @@
 """The progress interface of long operations. The command line prints it; the library is silent by default."""
 
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -41,3 +45,19 @@ class Silent:
     def note(self, sentence: str) -> None: ...
 
     def finish(self) -> None: ...
+
+
+def tracked(
+    progress: Progress, items: Iterable[T], total: int, what: str, name: Callable[[T], str] = str
+) -> Iterator[T]:
+    """Yields `items`, and reports each of them when the loop's body is done with it."""
+    progress.start(total, what)
+    try:
+        begun = time.perf_counter()
+        for index, item in enumerate(items):
+            yield item
+            now = time.perf_counter()
+            progress.block(index, name(item), now - begun)
+            begun = now
+    finally:
+        progress.finish()

@@ -20,7 +20,7 @@ from budwood.evaluation.perplexity import BOS_TOKENS, bos_note, context, streame
 from budwood.formats import known_layout
 from budwood.humanize import parse_bytes
 from budwood.methods import parse_method
-from budwood.methods.method import Method
+from budwood.methods.method import Method, layout_of
 from budwood.models.linears import unmatched
 from budwood.progress import Progress
 from budwood.reports.record import Report
@@ -94,11 +94,12 @@ def prune(
             run.note(sentence)
         model = job.model(run)
         step = job.method.prepare(model, job.ids, run.work)
-        for block in run.blocks(job.ids, f"pruning with {job.method}"):
+        run.stream(step.model(model))
+        for block in run.blocks(step.inputs(job.ids), f"pruning with {job.method}"):
             step(block)
         step.finish(run)
         base_model = None if job.source.is_local else job.source.name
-        return run.finish(type(model.module).__name__, job.source.folder, base_model, job.source.license)
+        return run.finish(base_model, job.source.license)
 
 
 @dataclass
@@ -137,6 +138,7 @@ class Job:
         structure = opened.structure(skip=skip)
         method.check(structure.shapes)
         method.check_structure(structure)
+        layout = layout_of(layout, method, structure)
         check_arithmetic(**asked)
         storage = storage_dtype(opened.shards) if dtype in (None, "auto") else dtype_named(str(dtype))
         return cls(opened, method, layout, storage, asked, device, skip, activation_limit, structure)

@@ -63,4 +63,4 @@ def repack(
         for block in run.blocks(None, f"storing as {layout}"):
             for linear in block.linears.values():
                 linear.recovered = recovered(linear)
-        return run.finish(type(model.module).__name__, opened.folder, None, opened.license)
+        return run.finish(None, opened.license)

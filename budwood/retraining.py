@@ -114,7 +114,7 @@ def retrain(
             for linear in block.linears.values():
                 linear.recovered = recovered(linear)
         recover(run, windows.ids, recovery, "retraining", options)
-        return run.finish(type(model.module).__name__, opened.folder, None, opened.license)
+        return run.finish(None, opened.license)
 
 
 def checked(

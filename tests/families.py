@@ -62,11 +62,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Grouped routing with a correction of scores, a shared expert, a dense MLP in the first layer. As published, without
+# low-rank queries.
+DEEPSEEK = {
+    **PLAIN,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+MORE: dict[str, tuple[str, dict[str, Any]]] = {"deepseek_v3": ("deepseek_v3", DEEPSEEK)}
 MOE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 
 
 def config(name: str) -> Any:
-    model_type, sizes = FAMILIES[name]
+    model_type, sizes = {**FAMILIES, **MORE}[name]
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(model_type, **{**sizes, **ids})
 

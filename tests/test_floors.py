@@ -23,6 +23,7 @@ FLOORS = {
     "stream": 4,
     "data": 4,
     "training": 5,
+    "supernet": 5,
     "reports": 5,
     "runs": 6,
     "methods": 7,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from budwood.errors import UsageError
 from budwood.formats import store
-from budwood.models.experts import ExpertLinears, fused_state
+from budwood.models.experts import ExpertLinears, can_be_fused, fused_state, split_fused
 
 PackedEntries = dict[str, dict[str, Any]]  # by linear: {"format": name, "shape": [out, in]}
 PackedTensors = tuple[str, dict[str, Tensor]]  # one matrix: its format, the tensors by suffix
@@ -26,8 +26,8 @@ def pack(
 
     prefix: full name of the block. state: all its tensors in storage dtype by full name, as the modules store them.
     linears: the pruned matrices [out, in] by full name. layout: how to store them; see `formats`. rounded: those that
-    are in their format already. reshaped: names of tensors whose shape changed or that were added; experts among them
-    stay apart.
+    are in their format already. reshaped: names of tensors whose shape changed or that were added; experts of
+    different shapes stay apart.
     Raises UsageError when a named format cannot hold a matrix.
     """
     tensors = dict(state)
@@ -40,12 +40,25 @@ def pack(
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         packed[name] = {"format": format, "shape": list(weight.shape)}
     for path, module in block.named_modules(prefix=prefix):
-        apart = any(name.startswith(f"{path}.") for name in (*packed, *reshaped))
-        if isinstance(module, ExpertLinears) and not apart:
-            own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{path}.")}
-            fused = fused_state(module, {name.removeprefix(f"{path}."): tensor for name, tensor in own.items()})
-            tensors |= {f"{path}.{name}": tensor for name, tensor in fused.items()}
+        inside = f"{path}."
+        if not isinstance(module, ExpertLinears) or any(name.startswith(inside) for name in packed):
+            continue
+        own = {name.removeprefix(inside): tensor for name, tensor in tensors.items() if name.startswith(inside)}
+        if not any(name.startswith(inside) for name in reshaped) or can_be_fused(module, own):
+            for name in own:
+                del tensors[inside + name]
+            tensors |= {inside + name: tensor for name, tensor in fused_state(module, own).items()}
     return tensors, packed
+
+
+def shapes_fused(shapes: Mapping[str, list[int]], tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Shapes by parameter, those of plain linears of experts as shapes of the fused tensors that hold them."""
+    shapes = dict(shapes)
+    for name, tensor in tensors.items():
+        parts = split_fused(name, tensor).keys()
+        if name not in parts and parts & shapes.keys():
+            shapes = {part: shape for part, shape in shapes.items() if part not in parts} | {name: list(tensor.shape)}
+    return shapes
 
 
 def pack_named(name: str, weight: Tensor, layout: str) -> PackedTensors:

@@ -17,6 +17,7 @@ from budwood.checkpoints.meta_model import read_config
 from budwood.checkpoints.packed_config import check_shapes
 from budwood.checkpoints.reader import Shards, sample
 from budwood.checkpoints.structure import ModelStructure
+from budwood.checkpoints.trial import Trial
 from budwood.checkpoints.weights import Weights
 from budwood.errors import UsageError
 
@@ -34,6 +35,17 @@ class Source:
     @cached_property
     def config(self) -> PretrainedConfig:
         return read_config(self.folder, self.trust_remote_code)
+
+    @cached_property
+    def trial(self) -> Trial:
+        """The configuration as a starting point for changed ones; see `checkpoints/trial.py`."""
+        content = {key: value for key, value in self.content.items() if key != "quantization_config"}
+        return Trial(type(self.config), content, self.trust_remote_code)
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """config.json"""
+        return dict(json.loads((self.folder / "config.json").read_text("utf-8")))
 
     @cached_property
     def shards(self) -> Shards:
@@ -55,7 +67,7 @@ class Source:
     def _quantization(self) -> dict[str, Any]:
         """`quantization_config` of config.json. Raises UsageError when another program wrote it."""
         settings: dict[str, Any] | None
-        settings = json.loads((self.folder / "config.json").read_text("utf-8")).get("quantization_config")
+        settings = self.content.get("quantization_config")
         if settings is None:
             return {}
         if settings.get("quant_method") != "budwood":

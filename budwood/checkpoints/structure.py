@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from budwood.checkpoints.meta_model import build
+from budwood.checkpoints.trial import Trial
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import LINEAR, split_fused, unfuse
 from budwood.models.linears import prunable, read, routers
@@ -18,8 +19,8 @@ class ModelStructure:
 
     module: the model, experts as plain linears. path, modules: the decoder blocks. linears: the matrices in scope by
     full name. fused: all tensors on meta by name, as files in module names hold them: experts fused, except where
-    one of them has a shape of its own. shapes: of parameters (full name: shape as the module stores it) that differ
-    from those of `config`, or that it does not give.
+    one of them has a shape of its own. trial: the configuration, to be changed and tried. shapes: of parameters (full
+    name: shape as the module stores it) that differ from those of `config`, or that it does not give.
     Raises UsageError for models that are not decoders and for bad `skip` expressions, RunError for `shapes` of a
     module that the model does not have.
     """
@@ -33,6 +34,8 @@ class ModelStructure:
         trust_remote_code: bool = False,
         shapes: Mapping[str, Sequence[int]] | None = None,
     ):
+        self.trial = Trial(type(config), config.to_dict(), trust_remote_code)
+        self.compute, self.skip = compute, skip
         self.module = build(config, compute, trust_remote_code)
         described = self.module.state_dict()
         experts = unfuse(self.module)
@@ -47,6 +50,11 @@ class ModelStructure:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """[out, in] of every matrix in scope, by full name."""
         return {name: shape_of(module) for name, module in self.linears.items()}
+
+    @property
+    def shapes_in_files(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all stored tensors as files in module names hold them, by full name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.fused.items()}
 
     @property
     def units(self) -> dict[str, dict[str, Units]]:

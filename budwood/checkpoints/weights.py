@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.structure import ModelStructure
@@ -102,6 +107,14 @@ def assemble(tensors: dict[str, Tensor], packed: dict[str, dict[str, Any]], mode
         weight = layout.unpack(stored, shape)  # [out, in]
         tensors[f"{linear}.weight"] = read(model.get_submodule(linear), weight).contiguous()
     return {name: part for whole, tensor in tensors.items() for name, part in split_fused(whole, tensor).items()}
+
+
+def published(tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Tensors under the names that checkpoints of the family have, experts one by one where these have them so.
+
+    tensors: under the names of the modules, experts fused; those of any part of the model.
+    """
+    return dict(revert_weight_conversion(model, tensors))
 
 
 def _numbers_in_order(name: str) -> list[tuple[int, int | str]]:

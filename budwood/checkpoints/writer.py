@@ -5,19 +5,21 @@ another run in the same folder are not taken for its own.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from budwood.checkpoints.checksums import index_of, sha256
+from budwood.checkpoints.description import Description
 from budwood.checkpoints.files import copy_file, write_json, written_whole
 from budwood.checkpoints.packing import PackedEntries
 from budwood.checkpoints.reader import Shards, read_header
 from budwood.checkpoints.shard import write_shard
-from budwood.checkpoints.weights import assemble
+from budwood.checkpoints.structure import ModelStructure
+from budwood.checkpoints.weights import Weights
 from budwood.errors import RunError
 
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
@@ -71,11 +73,11 @@ class Writer:
             finished = sum(self.finished(i) for i in range(self.blocks))
             raise RunError(f"{error}; {finished} of {self.blocks} blocks are finished and kept") from error
 
-    def read(self, index: int, model: nn.Module) -> tuple[dict[str, Tensor], ShardNotes]:
-        """The dense tensors of a finished shard as the modules of `model` hold them, and what its header says."""
-        shards = Shards([self.shard(index)])
+    def read(self, index: int, structure: ModelStructure) -> tuple[dict[str, Tensor], ShardNotes]:
+        """The dense tensors of a finished shard as the modules of the model hold them, and what its header says."""
         about = self.about(index)
-        return assemble({name: shards.read(name) for name in shards.names()}, about.packed, model), about
+        weights = Weights(Shards([self.shard(index)]), structure, about.packed)
+        return weights.read(weights.names()), about
 
     def about(self, index: int) -> ShardNotes:
         """What the header of a shard says. Raises RunError where it is damaged."""
@@ -101,17 +103,20 @@ class Writer:
         files = [self.shard(index) for index in range(OUTSIDE, self.blocks)]
         return sum(place.nbytes for file in files if file.is_file() for place in read_header(file)[0].values())
 
-    def write_outside(self, names: Iterable[str], read: Callable[[str], dict[str, Tensor]]) -> None:
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes of the tensors of all blocks that the configuration of the source does not give, by full name."""
+        return {name: shape for index in range(self.blocks) for name, shape in self.about(index).shapes.items()}
+
+    def write_outside(self, read: Callable[[], dict[str, Tensor]]) -> None:
         """The shard of everything that is in no block, once."""
         if not self.finished(OUTSIDE):
-            tensors = {full: tensor for name in names for full, tensor in read(name).items()}
-            self.write(OUTSIDE, tensors, {}, {}, {})
+            self.write(OUTSIDE, read(), {}, {}, {})
 
-    def needs_plug_in(self) -> bool:
+    def needs_plug_in(self, description: Description) -> bool:
         """Whether transformers alone would not load these shards, or would load them wrongly."""
-        return self.layout != "dense" or any(self.about(index).shapes for index in range(self.blocks))
+        return self.layout != "dense" or bool(description.shapes)
 
-    def write_index(self) -> None:
+    def write_index(self, description: Description) -> None:
         """The index of all shards with their checksums; under the usual name where no plug-in is needed."""
         weight_map: dict[str, str] = {}
         digests: dict[str, str] = {}
@@ -119,25 +124,22 @@ class Writer:
             file = self.shard(index)
             weight_map |= dict.fromkeys(read_header(file)[0], file.name)
             digests[file.name] = sha256(file)
-        stem = "sparse" if self.needs_plug_in() else "model"
+        stem = "sparse" if self.needs_plug_in(description) else "model"
         listing = index_of(weight_map, self.total_bytes(), digests)
         write_json(self.folder / f"{stem}.safetensors.index.json", listing)
 
-    def config(self, source: Path, method: str | None, dtype: str) -> dict[str, Any]:
-        """The config.json of `source`, with dtype and packing of what was written."""
-        config: dict[str, Any] = json.loads((source / "config.json").read_text("utf-8"))
-        config.pop("quantization_config", None)
-        config.pop("torch_dtype", None)
+    def config(self, description: Description, method: str | None, dtype: str) -> dict[str, Any]:
+        """The content of config.json, with dtype and packing of what was written."""
+        config = {key: value for key, value in description.config.items() if key != "torch_dtype"}
         config["dtype"] = dtype
-        if self.needs_plug_in():
+        if self.needs_plug_in(description):
             written = [self.about(index) for index in range(self.blocks)]
-            shapes = {name: shape for about in written for name, shape in about.shapes.items()}
             config["quantization_config"] = {
                 "quant_method": "budwood",
                 "format_version": 1,
                 "recipe": method,
                 "linears": {name: entry for about in written for name, entry in about.packed.items()},
-                **({"shapes": shapes} if shapes else {}),
+                **({"shapes": description.shapes} if description.shapes else {}),
             }
         return config
 

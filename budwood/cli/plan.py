@@ -83,11 +83,12 @@ def show(prediction: Mapping[str, Any]) -> None:
     )
     if prediction["blocks"]:
         out.print(table(("block", *KINDS.values()), unit_rows(prediction["blocks"])))
-        after = prediction["parameters_after"]
-        out.print(
-            f"{after:,} weights are left ({humanize.share(after / prediction['parameters'], 1)}); a token reads "
-            f"{prediction['speed_up']:.2f} times fewer"
-        )
+    after = prediction["parameters_after"]
+    if after != prediction["parameters"]:
+        times = prediction["speed_up"]
+        fewer = "as many" if times is None else f"{times:.2f} times fewer"
+        share = humanize.share(after / prediction["parameters"], 1)
+        out.print(f"{after:,} weights are left ({share}); a token reads {fewer}")
     out.print(
         table(
             ("format", "bytes", "of dense", "bits per weight"),

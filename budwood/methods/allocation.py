@@ -50,7 +50,7 @@ def survey(model: "Model", windows: Tensor, pattern_for: "PatternOf", base: NM |
     curves: dict[str, Curve] = {}
     movements: list[tuple[dict[str, float], float]] = []  # by block: per loss of each linear, and of the whole block
     hidden: list[Tensor] = []  # after the blocks so far, with one of them pruned
-    for block in model.blocks(few, batch=1):
+    for block in model.survey(few, "survey of the dense model", batch=1):
         norms = block.collect(SquaredNorm)
         with torch.no_grad():
             hidden = [block.forward(states) for states in hidden]

@@ -130,7 +130,8 @@ class LLMPruner(Structured):
 
     def kept_units(self, model: "Model", windows: Tensor) -> dict[str, Tensor]:
         """The units that stay, int64 ascending, by full name of their consumer, of all pruned blocks."""
-        sets = {block.index: dict(block.units) for block in model.survey(windows[:1, :PROBE])}
+        blocks = model.survey(windows[:1, :PROBE], "verifying heads and neurons")
+        sets = {block.index: dict(block.units) for block in blocks}
         pruned = chosen(sets, self.blocks_of(len(model)))
         scores = self.scores(model, windows, pruned)
         pools, weights = pools_of(pruned), self.drop * sum(pool.weights for pool in pools_of(sets))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,6 +28,14 @@ PatternOf = Callable[[Shape, str], Pattern]  # of the linear of this shape [out,
 
 class Step:
     """A prepared method: called once for every block, in order, then finished once."""
+
+    def model(self, model: "Model") -> "Model":
+        """The model to stream: the given one, or one without some of its blocks or experts."""
+        return model
+
+    def inputs(self, windows: Tensor | None) -> Tensor | None:
+        """The windows whose hidden states the blocks of the stream need [windows, tokens]; None for none at all."""
+        return windows
 
     def __call__(self, block: "Block") -> None:
         """Changes one block: weights and biases of its linears, or any other parameter of its module."""
@@ -62,6 +71,10 @@ class Method(Step):
     def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
         """The expected result for every matrix in scope, by full name: counts, and another shape where it changes."""
         raise NotImplementedError
+
+    def reduced(self, structure: "ModelStructure") -> "ModelStructure":
+        """The structure of the model that is left, where whole blocks or experts are removed; else the given one."""
+        return structure
 
     def added_parameters(self, structure: "ModelStructure") -> int:
         """How many parameters are added that the model does not have, such as biases."""
@@ -159,6 +172,14 @@ class Wrapper(Method):
 
     def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
         return self.inner.pattern_of(shape, name)
+
+
+def layout_of(layout: str, method: Method, structure: "ModelStructure") -> str:
+    """The layout to store a result in: dense in place of "auto" where no matrix is left with zeros."""
+    forecast = method.forecast(structure) if layout == "auto" else {}
+    shapes = structure.shapes if forecast else {}
+    full = [held.nonzeros >= math.prod(held.shape or shapes[name]) for name, held in forecast.items()]
+    return "dense" if full and all(full) else layout
 
 
 def inner_methods(method: Method) -> list[Method]:

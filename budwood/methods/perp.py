@@ -87,6 +87,9 @@ class Perp(Wrapper):
         super().check_structure(structure)
         check_move(self.moves, structure.module)
 
+    def reduced(self, structure: "ModelStructure") -> "ModelStructure":
+        return self.inner.reduced(structure)
+
     def work_bytes(self, structure: "ModelStructure", itemsize: int) -> int:
         """A checkpoint of the training, and the blocks that are written a second time."""
         inner = super().work_bytes(structure, itemsize)
@@ -116,6 +119,12 @@ class PerpStep(Step):
     work: "Work"
     name: str
     limit: int
+
+    def model(self, model: "Model") -> "Model":
+        return self.inner.model(model)
+
+    def inputs(self, windows: Tensor | None) -> Tensor | None:
+        return windows if self.method.reconstruct == "block" else self.inner.inputs(windows)
 
     def __call__(self, block: "Block") -> None:
         if self.method.reconstruct == "none":

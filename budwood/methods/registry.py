@@ -2,15 +2,21 @@
 
 from budwood.methods.allocate import Allocate
 from budwood.methods.alps import Alps
+from budwood.methods.drop_blocks import DropBlocks
+from budwood.methods.flap import Flap
 from budwood.methods.gblm import Gblm
 from budwood.methods.graft import Graft
 from budwood.methods.llm_pruner import LLMPruner
 from budwood.methods.magnitude import Magnitude
+from budwood.methods.magnitude_sp import MagnitudeSp
 from budwood.methods.method import Method
 from budwood.methods.perp import Perp
+from budwood.methods.reap import Reap
 from budwood.methods.refit import Refit
 from budwood.methods.sparsegpt import SparseGPT
+from budwood.methods.tyr import Tyr
 from budwood.methods.wanda import Wanda
+from budwood.methods.wanda_sp import WandaSp
 from budwood.methods.wrp import Wrp
 
 METHODS: dict[str, type[Method]] = {
@@ -22,7 +28,13 @@ METHODS: dict[str, type[Method]] = {
     "alps": Alps,
     "graft": Graft,
     "allocate": Allocate,
+    "reap": Reap,
+    "drop_blocks": DropBlocks,
+    "flap": Flap,
+    "wanda_sp": WandaSp,
+    "magnitude_sp": MagnitudeSp,
     "gblm": Gblm,
     "llm_pruner": LLMPruner,
     "perp": Perp,
+    "tyr": Tyr,
 }

@@ -43,10 +43,19 @@ class Structured(Method):
 
 def forecast(structure: "ModelStructure", units_left: Callable[[Units], int]) -> dict[str, Forecast]:
     """Every matrix in scope, dense, in the shape that it has once `units_left` of its units stay."""
+    counts = {
+        block: {consumer: units_left(units) for consumer, units in sets.items()}
+        for block, sets in structure.units.items()
+    }
+    return forecast_counts(structure, counts)
+
+
+def forecast_counts(structure: "ModelStructure", counts: Mapping[str, Mapping[str, int]]) -> dict[str, Forecast]:
+    """Every matrix in scope, dense, in the shape that it has once these numbers of units stay; others stay whole."""
     shapes = dict(structure.shapes)
     for block, sets in structure.units.items():
         for units in sets.values():
-            count = units_left(units)
+            count = counts.get(block, {}).get(units.consumer, len(units))
             for name, rows in units.rows.items():
                 shapes[f"{block}.{name}"] = count * rows.shape[1], shapes[f"{block}.{name}"][1]
             consumer = f"{block}.{units.consumer}"

@@ -6,7 +6,7 @@ expert, each in the orientation it is stored in, so that splitting takes views a
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
 
@@ -52,6 +52,7 @@ class ExpertLinears(nn.Module):
             self.add_module(name, child)
         # The activation between the linears is the fused module's own method, which needs everything but the weights.
         self.activation = (weightless(fused),)  # in a tuple, so that it does not become a child
+        self.observer: Callable[[list[int], Tensor, Tensor], None] | None = None  # see `models/routing.py`
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """hidden [tokens, hidden], the experts of each token and their weights [tokens, k] -> [tokens, hidden]."""
@@ -60,6 +61,8 @@ class ExpertLinears(nn.Module):
         rows, weights = hidden[order // chosen.shape[-1]], weights.reshape(-1)[order, None]
         counts = torch.bincount(experts, minlength=self.num_experts).tolist()
         outputs = torch.cat([self.outputs(expert, part) for expert, part in enumerate(rows.split(counts)) if len(part)])
+        if self.observer is not None:
+            self.observer(counts, outputs, weights)
         weighted = outputs * weights  # [tokens * k, hidden]
         weighted = torch.empty_like(weighted).index_copy(0, order, weighted)
         return weighted.view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
@@ -124,6 +127,17 @@ def fused_state(experts: ExpertLinears, state: Mapping[str, Tensor] | None = Non
         name: torch.stack([tensor for _, tensor in sorted(numbered, key=lambda pair: pair[0])])
         for name, numbered in parts.items()
     } | others
+
+
+def can_be_fused(experts: ExpertLinears, state: Mapping[str, Tensor]) -> bool:
+    """Whether the experts with these tensors are all of one shape, with biases where the fused module has them."""
+    shapes: dict[tuple[str, str], set[tuple[int, ...]]] = {}
+    for name, tensor in state.items():
+        if match := LINEAR.fullmatch(name):
+            shapes.setdefault((match["part"], match["kind"]), set()).add(tuple(tensor.shape))
+    (fused,) = experts.activation
+    kinds = {kind for _, kind in shapes}
+    return kinds == ({"weight", "bias"} if fused.has_bias else {"weight"}) and all(len(s) == 1 for s in shapes.values())
 
 
 def linears_of(fused: nn.Module, part: str) -> nn.ModuleList:

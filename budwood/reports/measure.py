@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from budwood.checkpoints.description import Description
 from budwood.checkpoints.writer import Writer
 from budwood.environment import installed, machine, peak_memory
 from budwood.reports.record import MatrixReport, Report, Totals
@@ -16,13 +17,19 @@ def measure(
     model: Model,
     writer: Writer,
     *,
+    dense: Model,
+    description: Description,
     source: str,
     method: str,
     data: dict[str, Any] | None,
     seconds: Mapping[int, float],
     notes: list[str],
 ) -> Report:
-    """Everything that was measured. seconds: by block, for the blocks that this process pruned."""
+    """Everything that was measured.
+
+    dense: the model before pruning. model: the one whose blocks were written; it may have fewer. description: what of
+    them the configuration gives. seconds: by block, for the blocks that this process pruned.
+    """
     matrices = matrices_of(model, writer)
     return {
         "budwood": installed("budwood"),
@@ -32,10 +39,10 @@ def measure(
         "machine": machine(),
         "data": data,
         "dtype": name_of(model.storage),
-        "compute_dtype": name_of(model.compute),
+        "compute_dtype": name_of(dense.compute),
         "format": writer.layout,
-        "needs_budwood": writer.needs_plug_in(),
-        "totals": totals_of(model, writer, matrices),
+        "needs_budwood": writer.needs_plug_in(description),
+        "totals": totals_of(dense, model, writer, description, matrices),
         "blocks": [
             {
                 "name": f"{model.path}.{index}",
@@ -73,28 +80,31 @@ def matrices_of(model: Model, writer: Writer) -> dict[str, MatrixReport]:
     return matrices
 
 
-def grown(model: Model, writer: Writer) -> int:
-    """How many parameters the written model has more than the source; below 0 where units were removed."""
-    shapes = [pair for index in range(len(model)) for pair in writer.about(index).shapes.items()]
-    return sum(math.prod(shape) - math.prod(model.shapes.get(name, [0])) for name, shape in shapes)
+def parameters_of(model: Model, writer: Writer, description: Description) -> int:
+    """Parameters of the written model, of which `model` was streamed."""
+    before = {**model.shapes, **model.structure.shapes_in_files}
+    grown = sum(math.prod(shape) - math.prod(before.get(name, [0])) for name, shape in writer.shapes().items())
+    return model.structure.parameters + grown + sum(map(math.prod, description.zeros.values()))
 
 
-def totals_of(model: Model, writer: Writer, matrices: Mapping[str, MatrixReport]) -> Totals:
+def totals_of(
+    dense: Model, model: Model, writer: Writer, description: Description, matrices: Mapping[str, MatrixReport]
+) -> Totals:
     """Sums and means. Density, bits and the recovered share are of the weights in scope before pruning."""
-    parameters, scope = model.structure.parameters, model.structure.in_scope
+    parameters, scope = dense.structure.parameters, dense.structure.in_scope
     counts = [matrix["shape"][0] * matrix["shape"][1] for matrix in matrices.values()]
     shares = [matrix["recovered"] for matrix in matrices.values() if matrix["recovered"] is not None]
     known = bool(shares) and len(shares) == len(matrices)
     weights = max(1, scope)
     return {
         "parameters": parameters,
-        "parameters_after": parameters + grown(model, writer),
+        "parameters_after": parameters_of(model, writer, description),
         "in_scope": scope,
         "coverage": scope / parameters,
         "density": sum(matrix["nonzeros"] for matrix in matrices.values()) / weights,
         "recovered": sum(s * c for s, c in zip(shares, counts, strict=True)) / weights if known else None,
         "recovered_unweighted": sum(shares) / len(shares) if known else None,
         "bytes": writer.total_bytes(),
-        "bytes_dense": parameters * model.storage.itemsize,
+        "bytes_dense": parameters * dense.storage.itemsize,
         "bits_per_weight": 8 * sum(matrix["bytes"] for matrix in matrices.values()) / weights,
     }

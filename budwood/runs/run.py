@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from budwood.checkpoints.description import describe
 from budwood.checkpoints.files import TEMPORARY, write_json, write_text
 from budwood.checkpoints.reader import shard_files
 from budwood.checkpoints.work import Work
@@ -148,17 +149,23 @@ class Run:
 
     def start(self, model: Model, arithmetic: Mapping[str, Any]) -> None:
         """Writes the recipe; from here on the folder is this run's."""
-        self.model = model
+        self.dense = model
         self.recipe = self.recipe.with_arithmetic(arithmetic)
+        self.stream(model)
+        for file in self.folder.glob(f".*{TEMPORARY}"):
+            file.unlink()  # of a process that was killed: the folder is locked
+        write_json(self.folder / FILE, self.recipe.to_json())
+
+    def stream(self, model: Model) -> None:
+        """The model whose blocks are written from here on: the one that the run started with, or a reduced one."""
+        self.model = model
+        model.progress = self.progress
         self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format)
         # Rewritten shards have an id of their own: without the work folder that says how far the rewriting came, their
         # blocks are done again from the start.
         self.writer.accepted |= {self._rewrite_id(file.stem) for file in self.work.folder.glob("rewrite-*.ready")}
         shards = [self.writer.shard(index).name for index in range(-1, len(model))]
-        for file in self.folder.glob(f".*{TEMPORARY}"):
-            file.unlink()  # of a process that was killed: the folder is locked
         self.target.note([FILE, MANIFEST, *shards])
-        write_json(self.folder / FILE, self.recipe.to_json())
         model.scratch = self.folder  # hidden states beyond the limit are kept on the disk that is written to anyway
 
     def blocks(self, windows: Tensor | None, what: str) -> Iterator[Block]:
@@ -217,16 +224,20 @@ class Run:
         """The id of the shards that a rewriting makes."""
         return f"{self.recipe.id}-{name}"
 
-    def finish(self, architecture: str, source: Path, base_model: str | None, license: str | None) -> Report:
+    def finish(self, base_model: str | None, license: str | None) -> Report:
         """Writes what is outside the blocks, index, companions, documents and, last, config.json; the report.
 
-        source: the folder whose config and companions are taken. base_model: its name on the hub, or None.
+        base_model: the name of the source on the hub, or None.
         """
-        model, writer, folder = self.model, self.writer, self.folder
-        writer.write_outside(model.names_outside(), self._read_outside)
+        model, writer, folder, source = self.model, self.writer, self.folder, self.model.source.folder
+        description = describe(model.source.trial, writer.shapes(), model.structure.shapes_in_files)
+        architecture = (description.config.get("architectures") or [type(model.module).__name__])[0]
+        writer.write_outside(lambda: model.outside_in_files(writer.layout, description.zeros, self.outside))
         report = measure(
             model,
             writer,
+            dense=self.dense,
+            description=description,
             source=str(self.recipe.source["name"]),
             method=self.recipe.method or "unknown",
             data=self.recipe.data,
@@ -244,18 +255,13 @@ class Run:
         self.target.note([*documents, *copied, "config.json", "sparse.safetensors.index.json"])
         self.target.note(["model.safetensors.index.json"])
         copy_companions(source, folder)
-        writer.write_index()
+        writer.write_index(description)
         for name, text in documents.items():
             write_text(folder / name, text)
-        write_json(folder / "config.json", writer.config(source, self.recipe.method, self.recipe.dtype))
+        write_json(folder / "config.json", writer.config(description, self.recipe.method, self.recipe.dtype))
         self.target.complete()
         self.report = report
         return report
-
-    def _read_outside(self, name: str) -> dict[str, Tensor]:
-        """One stored tensor that belongs to no block, as it was changed."""
-        read = self.model.read_outside(name)
-        return {full: self.outside[full](tensor) if full in self.outside else tensor for full, tensor in read.items()}
 
 
 def _recipe_in(folder: Path, tolerant: bool) -> Recipe | None:

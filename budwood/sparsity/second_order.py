@@ -37,12 +37,12 @@ def factorise(hessian: Tensor, damp: float) -> Factor:
     damping goes up to 0.1 and 1 of the mean, then interactions are ignored. The matrix must be finite. The result
     does not depend on the number of threads.
     """
-    with _one_thread():
+    with one_thread():
         return _factorise(hessian, damp)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """LAPACK's factorisation sums in an order that depends on the number of threads, which changes small models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -60,7 +60,7 @@ class SquaredNorm:
 
     def check(self, name: str) -> None:
         """Raise RunError when calibration gave the linear `name` a value that is not finite."""
-        _check(self.total, name)
+        refuse_broken_inputs(self.total, name)
 
 
 class PublishedNorm:
@@ -108,7 +108,7 @@ class PublishedNorm:
 
     def check(self, name: str) -> None:
         """Raise RunError when calibration gave the linear `name` a value that is not finite."""
-        _check(self.mean, name)
+        refuse_broken_inputs(self.mean, name)
 
 
 class Gram:
@@ -171,7 +171,7 @@ class Gram:
 
     def check(self, name: str) -> None:
         """Raise RunError when calibration gave the linear `name` a value that is not finite."""
-        _check(self.total.diagonal(), name)  # |x y| never exceeds the larger of x² and y²
+        refuse_broken_inputs(self.total.diagonal(), name)  # |x y| never exceeds the larger of x² and y²
 
 
 def _sums_of_squares(x: Tensor) -> Tensor:
@@ -193,7 +193,8 @@ def _sums_of_squares(x: Tensor) -> Tensor:
     return sums
 
 
-def _check(total: Tensor, name: str) -> None:
+def refuse_broken_inputs(total: Tensor, name: str) -> None:
+    """Raise RunError when sums over the inputs of the linear `name` are not finite."""
     broken = int((~total.isfinite()).sum())
     if broken:
         raise RunError(

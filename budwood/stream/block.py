@@ -62,7 +62,7 @@ class Block:
         }
         self.kept_units: dict[str, list[int]] = {}  # by kind: how many stayed, of how many
         self.relative_error: float | None = None  # of the outputs, once `propagate` has measured it
-        self._calls, self._options, self._probe = calls, options, probe
+        self._calls, self._options, self.probe = calls, options, probe
         self._dense: Tensor | None = None  # outputs of the first batch before anything was changed
         self._propagated = False  # whether a survey has computed the next block's inputs already
         self._shared: dict[Kind, dict[str, Any] | None] = {}  # statistics that are collected together
@@ -99,6 +99,21 @@ class Block:
         """As `collect`, and the next block's inputs are computed in the same pass: for surveys that change nothing."""
         self._propagated = True
         return self._pass(statistic, propagate=True)
+
+    def advance(self, seen: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Computes the next block's inputs with the weights as they are, for surveys that change nothing.
+
+        seen: gets the inputs and the outputs [batch, tokens, hidden] of every batch.
+        """
+        assert self.activations is not None
+        self._propagated = True
+        with torch.no_grad():
+            for batch in self.activations.indices():
+                inputs = self.activations.read(batch, self.device)
+                outputs = self.forward(inputs.clone())
+                if seen is not None:
+                    seen(inputs, outputs)
+                self._write(batch, outputs)
 
     def _pass(self, statistic: Callable[[int], S], propagate: bool = False) -> dict[str, S]:
         if self.activations is None:
@@ -193,7 +208,7 @@ class Block:
             self.stored[bias] = self.stored[bias][rows]
 
     def _run_probe(self) -> Tensor:
-        hidden, calls = self._probe()
+        hidden, calls = self.probe()
         return self.forward(hidden, calls=calls)
 
     def round(self, layout: str) -> None:

@@ -1,6 +1,6 @@
 """The model as a stream of decoder blocks: read one, yield it, run it, write it, free it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from budwood.checkpoints.meta_model import float32_names
-from budwood.checkpoints.packing import pack
+from budwood.checkpoints.packing import pack, shapes_fused
 from budwood.checkpoints.source import Source
 from budwood.checkpoints.structure import shapes_unfused
-from budwood.checkpoints.weights import storage_dtype
+from budwood.checkpoints.weights import published, storage_dtype
 from budwood.checkpoints.writer import ShardNotes, Writer
 from budwood.environment import trim_memory
 from budwood.errors import RunError
 from budwood.models.block_calls import BlockCalls, record_calls
 from budwood.models.slicing import put_back
 from budwood.models.units import fit_shapes
+from budwood.progress import Progress, Silent, tracked
 from budwood.stream.activations import Activations, batch_size
 from budwood.stream.arithmetic import FLOAT32, Arithmetic
 from budwood.stream.attention import attend_in_blocks
@@ -62,21 +63,23 @@ class Model:
             attend_in_blocks(self.module)
         self.weights = source.weights(self.structure)
         self.storage = storage or storage_dtype(source.shards)
+        self.progress: Progress = Silent()  # told of surveys and gradients
         self.activations: Activations | None = None
         self.shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}  # by full name
         self._own_shapes = set(shapes_unfused(source.shapes))  # which the source's config.json does not give
         self._float32 = float32_names(self.module, self.compute)
         self._calls: dict[tuple[int, int], BlockCalls] = {}
+        self._random: Tensor | None = None  # hidden states for blocks without calibration inputs
 
     def __len__(self) -> int:
         return len(self.modules)
 
-    def copy(self) -> "Model":
-        """Another stream over the same source with the same arithmetic."""
+    def copy(self, source: Source | None = None, arithmetic: Arithmetic | None = None) -> "Model":
+        """Another stream, over the same source and with the same arithmetic unless others are given."""
         return Model(
-            self.source,
+            source or self.source,
             storage=self.storage,
-            arithmetic=self.arithmetic,
+            arithmetic=arithmetic or self.arithmetic,
             device=self.device,
             skip=self.skip,
             activation_limit=self.activation_limit,
@@ -112,6 +115,13 @@ class Model:
                 if large:
                     trim_memory()
 
+    @contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """In this context one block is loaded, without calibration inputs."""
+        stored, _ = self._read_block(index, None)
+        with self._filled(index, stored, None):
+            yield self._block(index, stored, None)
+
     def rewrite(self, written: Writer, writer: Writer) -> Iterator[Block]:
         """Yields the blocks that `written` holds, to be changed; the changed blocks go to `writer`.
 
@@ -120,7 +130,7 @@ class Model:
         for index in range(len(self)):
             if writer.finished(index):
                 continue
-            stored, about = written.read(index, self.module)
+            stored, about = written.read(index, self.structure)
             with self._filled(index, stored, about):
                 block = self._block(index, stored, None)
                 block.relative_error = about.notes["relative_error"]
@@ -131,9 +141,13 @@ class Model:
                 block.round(writer.layout)
                 self._write_block(block, writer)
 
-    def survey(self, windows: Tensor, batch: int | None = None) -> Iterator[Block]:
-        """The blocks one after the other, for a method that examines the model before pruning; nothing is written."""
-        return self.blocks(windows, batch=batch)
+    def survey(self, windows: Tensor, what: str, batch: int | None = None) -> Iterator[Block]:
+        """The blocks one after the other, for a method that examines the model before pruning; nothing is written.
+
+        what: is being done, for `progress`.
+        """
+        blocks = self.blocks(windows, batch=batch)
+        return tracked(self.progress, blocks, len(self), what, lambda block: block.name)
 
     def embed(self, windows: Tensor, batch: int | None = None) -> Activations:
         """The hidden states [windows, tokens, hidden] that enter the first block."""
@@ -173,13 +187,15 @@ class Model:
         They are the first ones of the calibration windows; without windows they are random.
         """
         tokens = PROBE if activations is None else min(PROBE, activations.shape[1])
-        if (1, tokens) not in self._calls:
+        if (1, tokens) not in self._calls or (activations is None and self._random is None):
             with self.outside():
                 ids = torch.ones(1, tokens, dtype=torch.long, device=self.device)
                 self._calls[1, tokens] = record_calls(self.module, self.modules, ids)
                 if activations is None:
-                    self._random = torch.randn_like(self._calls[1, tokens].embed(ids))
+                    like, random = self._calls[1, tokens].embed(ids), torch.Generator().manual_seed(0)
+                    self._random = torch.randn(like.shape, generator=random).to(like)
         if activations is None:
+            assert self._random is not None
             return self._random, self._calls[1, tokens]
         return activations.hidden[:1, :tokens].to(self.device), self._calls[1, tokens]
 
@@ -230,9 +246,21 @@ class Model:
         inside = f"{self.path}."
         return [name for name in self.weights.names() if name in known - tied and not name.startswith(inside)]
 
-    def read_outside(self, name: str) -> dict[str, Tensor]:
-        """One stored tensor that belongs to no block, in the storage dtype."""
-        return {full: self.stored(tensor) for full, tensor in self.weights.read([name]).items()}
+    def outside_in_files(
+        self,
+        layout: str,
+        zeros: Mapping[str, Sequence[int]],
+        changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """The stored tensors that belong to no block, and new ones of zeros (shapes by full name), in storage dtype.
+
+        changes: what to make of some of them, by full name.
+        """
+        tensors = {name: torch.zeros(tuple(shape), dtype=self.storage) for name, shape in zeros.items()}
+        tensors |= {full: self.stored(tensor) for full, tensor in self.weights.read(self.names_outside()).items()}
+        for name, change in (changes or {}).items():
+            tensors[name] = change(tensors[name])
+        return published(tensors, self.module) if layout == "dense" else tensors
 
     def stored(self, tensor: Tensor) -> Tensor:
         """In the storage dtype where it is a floating-point tensor."""
@@ -268,7 +296,7 @@ class Model:
             return {}, None
         prefix = f"{self.path}.{index}."
         if writer is not None and writer.finished(index):
-            return writer.read(index, self.module)
+            return writer.read(index, self.structure)
         tensors = self.weights.read(self.weights.names(prefix))
         known = {prefix + name for name in self.modules[index].state_dict()}
         if missing := sorted(known - set(tensors)):
@@ -315,6 +343,9 @@ class Model:
         weights = {linear.name: linear.stored for linear in block.linears.values()}
         rounded = {linear.name: linear.rounded for linear in block.linears.values() if linear.rounded}
         tensors, packed = pack(block.name, block.module, state, weights, writer.layout, rounded, shapes)
+        shapes = shapes_fused(shapes, tensors)
+        if writer.layout == "dense" and not shapes:
+            tensors = published(tensors, self.module)
         notes: dict[str, Any] = {
             "relative_error": block.relative_error,
             "linears": {linear.name: describe(linear) for linear in block.linears.values()},

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from budwood.environment import memory
 from budwood.errors import RunError
 from budwood.models.linears import read
-from budwood.progress import Progress, Silent
+from budwood.progress import Progress
 from budwood.stream.activations import Activations
 from budwood.stream.arithmetic import name_of
 from budwood.stream.model import Model
@@ -107,7 +107,7 @@ def accumulate(
     pass; a gradient is freed once it is folded. A linear that no token reaches is not folded.
     Raises RunError where a loss is not finite.
     """
-    progress = progress or Silent()
+    progress = progress or model.progress
     inputs = model.embed(windows, batch)
     first = first_block(model, linears)
     progress.start(len(inputs), "batches of gradients")
@@ -147,10 +147,10 @@ def accumulate_by_block(
     The inputs of all blocks are kept: [windows, tokens, hidden] each, in files beyond the model's limit for
     activations.
     """
-    progress = progress or Silent()
+    progress = progress or model.progress
     first = first_block(model, linears)
     inputs: dict[int, Activations] = {}
-    for block in model.blocks(windows, batch=batch):
+    for block in model.survey(windows, "inputs of the dense blocks", batch):
         if block.index >= first:
             assert block.activations is not None
             inputs[block.index] = copied(model, block.activations)

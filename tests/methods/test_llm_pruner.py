@@ -45,7 +45,7 @@ def method_of(case):
 def scores_of(case, model):
     """Importance of every unit by full name of the consumer, of the blocks that a case prunes."""
     method = method_of(case)
-    sets = {block.index: dict(block.units) for block in model.survey(reference.tokens()[:1])}
+    sets = {block.index: dict(block.units) for block in model.survey(reference.tokens()[:1], "survey")}
     return method.scores(model, reference.tokens(), {i: sets[i] for i in method.blocks_of(len(model))})
 
 

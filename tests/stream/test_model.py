@@ -1,5 +1,7 @@
 """The streamed model is the resident one, block by block, and keeps nothing of it."""
 
+from functools import partial
+
 import pytest
 import torch
 from families import BLOCKS, build, save_model, token_ids
@@ -110,7 +112,7 @@ def test_rewrite_yields_what_was_written_and_writes_what_the_loop_makes_of_it(ll
     assert seen == list(range(BLOCKS))
     assert list(model.rewrite(first, second)) == []  # all are finished
     for index in range(BLOCKS):
-        once, twice = first.read(index, model.module)[0], second.read(index, model.module)[0]
+        once, twice = (writer.read(index, model.structure)[0] for writer in (first, second))
         assert all(torch.equal(twice[name], 2 * once[name] if "proj" in name else once[name]) for name in once)
     assert parameters(model.module) == before
 
@@ -137,7 +139,7 @@ def test_the_names_outside_are_all_that_blocks_do_not_hold(tmp_path):
         own = {name for name, _ in build(family).named_parameters() if ".layers." not in name}
         assert set(model.names_outside()) == own
         writer = Writer(tmp_path, "run", BLOCKS, "auto")
-        writer.write_outside(model.names_outside(), model.read_outside)
+        writer.write_outside(partial(model.outside_in_files, "auto", {}))
         written = load_file(writer.shard(OUTSIDE))
         assert set(written) == own
         assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
