@@ -86,6 +86,11 @@ class Perp(Wrapper):
     def check_structure(self, structure: "ModelStructure") -> None:
         super().check_structure(structure)
         check_move(self.moves, structure.module)
+        if self.reconstruct == "block" and self.inner.reduced(structure) is not structure:
+            raise UsageError(
+                f"{self.inner} removes whole blocks or experts, so there are no outputs of the dense block to fit to; "
+                "use reconstruct='none'"
+            )
 
     def reduced(self, structure: "ModelStructure") -> "ModelStructure":
         return self.inner.reduced(structure)

@@ -106,7 +106,7 @@ def training(section: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if blocks := section.get("blocks"):
         errors = [block["error_after"] / block["error_before"] for block in blocks if block.get("error_before")]
-        rows.append(("held-out error of a block, of that before", humanize.span(errors)))
+        rows.append(("held-out error of a block, of that before", humanize.span(errors) if errors else "0 before"))
         return rows
     held = section["held_out"]
     if held:

@@ -174,6 +174,25 @@ def test_sliced_models_and_nesting(llama, tmp_path, text, reconstruct):
     assert parse_method(str(parse_method(text))) == parse_method(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "inner"), [("llama", "flap(drop=0.25)"), ("llama", "drop_blocks(0.25)"), ("qwen3_moe", "reap(0.5)")]
+)
+@pytest.mark.parametrize("reconstruct", ["none", "block"])
+def test_models_that_lose_biases_blocks_or_experts(folders, tmp_path, name, inner, reconstruct):
+    dense = folders(name)
+    plain = prune(dense, tmp_path / "plain", inner, IDS, **CALIBRATION)
+    text = f'perp({inner}, rank=16, steps=6, batch=4, rate=0.001, reconstruct="{reconstruct}")'
+    if reconstruct == "block" and "flap" not in inner:
+        with pytest.raises(UsageError, match="no outputs of the dense block"):
+            prune(dense, tmp_path / "out", text, IDS, **CALIBRATION)
+        return
+    report = prune(dense, tmp_path / "out", text, IDS, **CALIBRATION)
+    assert report["totals"]["bytes"] == plain["totals"]["bytes"]
+    assert len(report["blocks"]) == len(plain["blocks"])
+    assert compared(tmp_path / "plain", tmp_path / "out")
+    assert plan(dense, text)["bytes_after"] == plan(dense, inner)["bytes_after"]
+
+
 def test_half_precision_and_rounded_values(tmp_path):
     save_model("llama", tmp_path / "dense", dtype=torch.bfloat16)
     for values in (None, "int8"):
