@@ -1,8 +1,9 @@
 """Fine-tuning of pruned models by users' own trainers: a LoRA of peft that can be merged without filling the zeros."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +21,21 @@ NEVER = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan
 
 
 def sparse_lora(
-    model: Any, rank: int = 16, alpha: float = 32, targets: Sequence[str] | None = None, **options: Any
+    model: Any,
+    rank: int = 16,
+    alpha: float = 32,
+    targets: Sequence[str] | None = None,
+    *,
+    adapter: str | Path | None = None,
+    **options: Any,
 ) -> Any:
     """The model with a masked LoRA (MaskLoRA of PERP, arXiv 2312.15230) on every pruned linear: a `peft.PeftModel`.
 
     It is trained, saved and merged as any model of peft; `merge_and_unload` keeps every zero. The forward pass
     multiplies by W + alpha / rank (BA masked), so merging changes nothing. model: of transformers, dense with zeros, or
-    packed by budwood (which is unpacked). targets: full names of linears; all with zeros by default. options: of
-    `peft.LoraConfig`, except dropout, DoRA and biases, which cannot be merged into a masked matrix.
+    packed by budwood (which is unpacked). targets: full names of linears; all with zeros by default. adapter: a folder
+    that `save_pretrained` wrote, to go on with; its settings count. options: of `peft.LoraConfig`, except dropout, DoRA
+    and biases, which cannot be merged into a masked matrix.
 
     Raises UsageError without peft, for such options, and where no linear has zeros.
     """
@@ -48,6 +56,10 @@ def sparse_lora(
         found = {name: found[name] for name in targets}
     if not found:
         raise UsageError("no linear of this model has zeros; give a model that was pruned")
+    if adapter is not None:
+        config = peft.LoraConfig.from_pretrained(str(adapter))
+        config._register_custom_module(_layers(found))
+        return peft.PeftModel.from_pretrained(model, str(adapter), config=config, is_trainable=True)
     conv1d = {not isinstance(linear, nn.Linear) for linear in found.values()}
     config = peft.LoraConfig(
         r=rank,
@@ -56,8 +68,13 @@ def sparse_lora(
         task_type=options.pop("task_type", "CAUSAL_LM"),
         **{**options, "lora_dropout": 0.0, "fan_in_fan_out": conv1d == {True}},
     )
-    config._register_custom_module({type(linear): masked_linear() for linear in found.values()})
+    config._register_custom_module(_layers(found))
     return peft.get_peft_model(model, config)
+
+
+def _layers(linears: Mapping[str, nn.Module]) -> dict[type[nn.Module], type[nn.Module]]:
+    """The layer of peft for each kind of linear."""
+    return {type(linear): masked_linear() for linear in linears.values()}
 
 
 @cache

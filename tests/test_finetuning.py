@@ -71,6 +71,10 @@ def test_it_trains_and_merges_with_every_zero(pruned, tmp_path, name, layout):
         trained = model(IDS[:, :24]).logits
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    loaded_again = budwood.sparse_lora(budwood.load(folder), adapter=tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded_again(IDS[:, :24]).logits, trained, rtol=1e-5, atol=1e-5)
+    assert any(parameter.requires_grad for parameter in loaded_again.parameters())
     merged = model.merge_and_unload()
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS[:, :24]).logits, trained, rtol=1e-5, atol=1e-5)
