@@ -129,7 +129,7 @@ def descend(
         trainable.load(part_of(found, "now"))
         for part in ("step", "exp_avg", "exp_avg_sq"):
             for key, value in part_of(found, part).items():
-                adam.state[masters[key]][part] = value
+                adam.state[masters[key]][part] = value if part == "step" else value.to(masters[key].device)
     else:
         curve, best = Curve(), trainable.values()
         if held is not None:
