@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from budwood.benchmarking import bench as bench
     from budwood.checkpoints.loading import load as load
     from budwood.evaluation.perplexity import evaluate as evaluate
+    from budwood.finetuning import sparse_lora as sparse_lora
     from budwood.methods import METHODS as METHODS
     from budwood.planning import plan as plan
     from budwood.pruning import prune as prune
     from budwood.repacking import repack as repack
+    from budwood.retraining import retrain as retrain
     from budwood.runs.recipe import recipe_options as recipe_options
 
 __version__ = "0.1.0"
@@ -30,6 +32,8 @@ PUBLIC = {  # name -> module that defines it
     "prune": "budwood.pruning",
     "recipe_options": "budwood.runs.recipe",
     "repack": "budwood.repacking",
+    "retrain": "budwood.retraining",
+    "sparse_lora": "budwood.finetuning",
 }
 
 __all__ = [
@@ -43,6 +47,8 @@ __all__ = [
     "prune",
     "recipe_options",
     "repack",
+    "retrain",
+    "sparse_lora",
 ]
 
 install()

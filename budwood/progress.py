@@ -11,8 +11,15 @@ class Progress(Protocol):
     def start(self, total: int, what: str) -> None:
         """`total` steps of `what` begin."""
 
-    def block(self, index: int, name: str, seconds: float, relative_error: float | None = None) -> None:
-        """Step `index` is done."""
+    def block(
+        self,
+        index: int,
+        name: str,
+        seconds: float,
+        relative_error: float | None = None,
+        loss: float | None = None,
+    ) -> None:
+        """Step `index` is done. loss: of a step of training."""
 
     def note(self, sentence: str) -> None:
         """Information for the user."""
@@ -26,7 +33,14 @@ class Silent:
 
     def start(self, total: int, what: str) -> None: ...
 
-    def block(self, index: int, name: str, seconds: float, relative_error: float | None = None) -> None: ...
+    def block(
+        self,
+        index: int,
+        name: str,
+        seconds: float,
+        relative_error: float | None = None,
+        loss: float | None = None,
+    ) -> None: ...
 
     def note(self, sentence: str) -> None: ...
 

@@ -1,18 +1,17 @@
 """A pruned folder in another form: dense, in another format, or with rounded values; without calibration text."""
 
-import re
 from pathlib import Path
 
 from budwood.checkpoints.checksums import INDEX_NAME, verify
-from budwood.checkpoints.source import Source, open_source
+from budwood.checkpoints.source import open_source
 from budwood.errors import UsageError
-from budwood.formats import count, has_base, known_layout, rounds
+from budwood.formats import known_layout, rounds
 from budwood.progress import Progress
 from budwood.reports.record import Report
-from budwood.runs.recipe import FILE, Recipe, read_recipe
+from budwood.runs.origin import recipe_of, recovered
+from budwood.runs.recipe import Recipe
 from budwood.runs.run import Run
 from budwood.stream.arithmetic import name_of
-from budwood.stream.linear import Linear
 from budwood.stream.model import Model
 
 
@@ -65,23 +64,3 @@ def repack(
             for linear in block.linears.values():
                 linear.recovered = recovered(linear)
         return run.finish(None, opened.license)
-
-
-def recipe_of(source: Source) -> Recipe:
-    """How a pruned folder was made; of one that transformers saved again, only which matrices are packed.
-
-    Raises UsageError where the folder holds nothing that budwood pruned.
-    """
-    made = read_recipe(source.folder / FILE)
-    if made is not None:
-        return made
-    if not source.packed:
-        raise UsageError(f"{source.name} holds nothing that budwood pruned; prune it first")
-    dense = [f"^{re.escape(name)}$" for name in source.structure().shapes if name not in source.packed]
-    return Recipe(method=None, source={"name": source.name}, data=None, dtype="auto", format="auto", skip=dense)
-
-
-def recovered(linear: Linear) -> int | None:
-    """The weights beyond a 2:4 part; None where there is no such part, or nothing beyond it."""
-    held = count(linear.stored)
-    return int(held.recovered) if held.recovered and has_base(linear.shape, held) else None

@@ -31,6 +31,8 @@ FLOORS = {
     "pruning": 8,
     "benchmarking": 8,
     "repacking": 8,
+    "retraining": 8,
+    "finetuning": 8,
     "planning": 8,
     "inspection": 8,
     "conversion": 8,

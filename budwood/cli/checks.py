@@ -27,6 +27,13 @@ def check_gguf(file: str) -> None:
         )
 
 
+def check_training(move: str) -> None:
+    """UsageError unless this can be trained. Imports torch."""
+    from budwood.training.move import parse_move
+
+    parse_move(move)
+
+
 def check_format(format: str, values: str | None) -> None:
     """UsageError unless there is such a format, and it can hold such values. Imports torch."""
     from budwood.formats import known_layout

@@ -25,7 +25,14 @@ class LineProgress:
         self.total, self.what = total, what
         self.started = self.last_printed = time.monotonic()
 
-    def block(self, index: int, name: str, seconds: float, relative_error: float | None = None) -> None:
+    def block(
+        self,
+        index: int,
+        name: str,
+        seconds: float,
+        relative_error: float | None = None,
+        loss: float | None = None,
+    ) -> None:
         done, now = index + 1, time.monotonic()
         if now - self.last_printed < INTERVAL and done < self.total:
             return
@@ -35,7 +42,7 @@ class LineProgress:
         duration = (
             f", {humanize.seconds(remaining)} left" if done < self.total else f", {humanize.seconds(elapsed)} in all"
         )
-        self.note(f"{self.what}: {done} of {self.total}{output_error(relative_error)}{duration}")
+        self.note(f"{self.what}: {done} of {self.total}{measured(relative_error, loss)}{duration}")
 
     def note(self, sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
@@ -61,8 +68,15 @@ class BarProgress:
         self.task = self.progress.add_task(what, total=total, last="")
         self.progress.start()
 
-    def block(self, index: int, name: str, seconds: float, relative_error: float | None = None) -> None:
-        self.progress.update(self.task, completed=index + 1, last=output_error(relative_error).lstrip(", "))
+    def block(
+        self,
+        index: int,
+        name: str,
+        seconds: float,
+        relative_error: float | None = None,
+        loss: float | None = None,
+    ) -> None:
+        self.progress.update(self.task, completed=index + 1, last=measured(relative_error, loss).lstrip(", "))
 
     def note(self, sentence: str) -> None:
         self.progress.console.print(Text(sentence))
@@ -71,8 +85,10 @@ class BarProgress:
         self.progress.stop()
 
 
-def output_error(relative_error: float | None) -> str:
-    return "" if relative_error is None else f", output error {humanize.share(relative_error, 1)}"
+def measured(relative_error: float | None, loss: float | None) -> str:
+    """What is known of a step, with a comma in front."""
+    error = "" if relative_error is None else f", output error {humanize.share(relative_error, 1)}"
+    return error if loss is None else f"{error}, loss {loss:.4g}"
 
 
 def progress_for(quiet: bool) -> Progress:

@@ -11,6 +11,7 @@ from budwood.methods.magnitude import Magnitude
 from budwood.methods.magnitude_sp import MagnitudeSp
 from budwood.methods.matched import Matched
 from budwood.methods.method import Method
+from budwood.methods.perp import Perp
 from budwood.methods.reap import Reap
 from budwood.methods.refit import Refit
 from budwood.methods.sds import Sds
@@ -38,5 +39,6 @@ METHODS: dict[str, type[Method]] = {
     "matched": Matched,
     "sds": Sds,
     "llm_pruner": LLMPruner,
+    "perp": Perp,
     "tyr": Tyr,
 }

@@ -43,6 +43,8 @@ def render_report(report: Report) -> str:
     ]
     if report["notes"]:
         parts += ["## Notes", "\n".join(f"- {escape(note)}" for note in report["notes"])]
+    for section in report.get("training", []):
+        parts += ["## Training", table(("", ""), training(section))]
     if report["blocks"]:
         kinds = {"attention": "KV groups", "mlp": "neurons"} if any(map(units, report["blocks"])) else {}
         parts += [
@@ -93,6 +95,31 @@ def rounding(report: Report) -> list[float]:
     """The relative errors of the matrices whose values were rounded."""
     errors = [matrix.get("rounding_error") for matrix in report["linears"].values()]
     return [error for error in errors if error is not None]
+
+
+def training(section: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was trained and what it changed, as rows of name and figure."""
+    options = ("move", "rank", "alpha", "steps", "batch", "rate", "reconstruct", "patience", "seed")
+    rows = [
+        ("options", escape(", ".join(f"{name} {section[name]}" for name in options if name in section))),
+        ("trained", f"{section['trained']:,} ({humanize.share(section['trained_share'])} of the weights)"),
+    ]
+    if blocks := section.get("blocks"):
+        errors = [block["error_after"] / block["error_before"] for block in blocks if block.get("error_before")]
+        rows.append(("held-out error of a block, of that before", humanize.span(errors) if errors else "0 before"))
+        return rows
+    held = section["held_out"]
+    if held:
+        curve = ", ".join(f"{step}: {loss:.4f}" for step, loss in held)
+        rows.append(("held-out loss by step", escape(curve)))
+        rows.append(("kept", f"the state after step {section['best_step']:,}"))
+    if section["loss"]:
+        rows.append(
+            ("loss of the training windows, first and last", f"{section['loss'][0]:.4f}, {section['loss'][-1]:.4f}")
+        )
+    rows.append(("seconds", f"{section['seconds']:.1f}"))
+    rows.append(("bytes of the trained tensors with gradients and moments", f"{section['state_bytes']:,}"))
+    return rows
 
 
 def figure(seconds: float | None) -> str:

@@ -64,6 +64,7 @@ class Report(TypedDict):
     seconds: dict[str, float]
     peak_memory: int | None
     notes: list[str]
+    training: NotRequired[list[dict[str, Any]]]  # what retrained or reconstructed the model, in order
     speed: NotRequired[dict[str, Any]]  # what `budwood bench` measured
 
 

@@ -12,7 +12,7 @@ from budwood.errors import UsageError
 
 FILE = "recipe.json"
 # What makes two runs the same; where a value has a digest, the digest decides (names and paths may differ).
-IDENTITY = ("budwood", "verb", "method", "source", "data", "dtype", "asked", "format", "skip")
+IDENTITY = ("budwood", "verb", "method", "source", "data", "dtype", "asked", "format", "skip", "training")
 ARITHMETIC = ("compute_dtype", "sparse_products", "attention")  # options that say how to compute, or "auto"
 REQUIRED = ("method", "source", "data", "dtype", "format")
 NONE = type(None)
@@ -27,6 +27,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "asked": (dict,),
     "arithmetic": (dict,),
     "made_from": (dict, NONE),
+    "training": (dict, NONE),
     "budwood": (str, NONE),
 }
 INNER_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
@@ -53,7 +54,7 @@ class Recipe:
 
     source: name and sha256. data: the record of the calibration windows, None without calibration. asked: the
     arithmetic options as the user gave them. arithmetic: what was chosen on this machine; a resumed run continues
-    with it. made_from: the recipe of the folder that this one was made from.
+    with it. made_from: the recipe of the folder that this one was made from. training: the options of `retrain`.
     """
 
     method: str | None
@@ -66,11 +67,14 @@ class Recipe:
     asked: dict[str, str] = field(default_factory=dict)
     arithmetic: dict[str, Any] = field(default_factory=dict)
     made_from: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
     budwood: str | None = field(default_factory=lambda: installed("budwood"))
     unknown: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         known = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "unknown"}
+        if self.training is None:
+            del known["training"]
         return {**self.unknown, **known}
 
     @classmethod
@@ -108,7 +112,9 @@ class Recipe:
     @property
     def id(self) -> str:
         """Digest of all that identifies the run, arithmetic included; every shard stores it."""
-        parts = [_digest_of(getattr(self, key)) for key in IDENTITY if key != "asked"]
+        parts = [_digest_of(getattr(self, key)) for key in IDENTITY if key not in ("asked", "training")]
+        if self.training is not None:
+            parts.append(self.training)
         return hashlib.sha256(json.dumps([*parts, self.arithmetic], sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -14,7 +14,7 @@ id in every shard, and `config.json`, which is written last.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,6 +53,8 @@ class Run:
         self.recorded: Mapping[str, Any] | None = None
         self.work = Work(target.work)
         self.notes: list[str] = []
+        self.sections: dict[str, Any] = {}  # of the report, in addition to what is counted
+        self.outside: dict[str, Callable[[Tensor], Tensor]] = {}  # changes of tensors outside the blocks, by full name
         self._began = time.perf_counter()
         self._seconds: dict[int, float] = {}
         self._rewrites = 0
@@ -230,7 +232,7 @@ class Run:
         model, writer, folder, source = self.model, self.writer, self.folder, self.model.source.folder
         description = describe(model.source.trial, writer.shapes(), model.structure.shapes_in_files)
         architecture = (description.config.get("architectures") or [type(model.module).__name__])[0]
-        writer.write_outside(lambda: model.outside_in_files(writer.layout, description.zeros))
+        writer.write_outside(lambda: model.outside_in_files(writer.layout, description.zeros, self.outside))
         report = measure(
             model,
             writer,
@@ -242,6 +244,7 @@ class Run:
             seconds=self._seconds,
             notes=self.notes,
         )
+        report.update(self.sections)  # type: ignore[typeddict-item]
         report["seconds"]["total"] = time.perf_counter() - self._began
         documents = {
             "report.json": json.dumps(report, indent=2) + "\n",

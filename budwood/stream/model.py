@@ -1,6 +1,6 @@
 """The model as a stream of decoder blocks: read one, yield it, run it, write it, free it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -218,18 +218,21 @@ class Model:
                 owner._parameters[attribute] = parameter
 
     @contextmanager
-    def resident(self) -> Iterator[None]:
-        """In this context `module` holds all parameters in the compute dtype; after it they are on meta again."""
+    def resident(self, writer: Writer | None = None) -> Iterator[None]:
+        """In this context `module` holds all parameters in the compute dtype; after it they are on meta again.
+
+        writer: blocks that it has finished are read from there.
+        """
         with ExitStack() as stack:
             stack.enter_context(self.outside())
             for index in range(len(self)):
-                stack.enter_context(self.loaded(index))
+                stack.enter_context(self.loaded(index, writer))
             yield
 
     @contextmanager
-    def loaded(self, index: int) -> Iterator[None]:
-        """In this context one dense block holds its parameters in the compute dtype, as in `resident`."""
-        stored, written = self._read_block(index, None)
+    def loaded(self, index: int, writer: Writer | None = None) -> Iterator[None]:
+        """In this context one block holds its parameters in the compute dtype, as in `resident`."""
+        stored, written = self._read_block(index, writer)
         with self._filled(index, stored, written):
             del stored  # the block has its own where the dtypes differ
             yield
@@ -241,10 +244,20 @@ class Model:
         inside = f"{self.path}."
         return [name for name in self.weights.names() if name in known - tied and not name.startswith(inside)]
 
-    def outside_in_files(self, layout: str, zeros: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """The stored tensors that belong to no block, and new ones of zeros (shapes by full name), in storage dtype."""
+    def outside_in_files(
+        self,
+        layout: str,
+        zeros: Mapping[str, Sequence[int]],
+        changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """The stored tensors that belong to no block, and new ones of zeros (shapes by full name), in storage dtype.
+
+        changes: what to make of some of them, by full name.
+        """
         tensors = {name: torch.zeros(tuple(shape), dtype=self.storage) for name, shape in zeros.items()}
         tensors |= {full: self.stored(tensor) for full, tensor in self.weights.read(self.names_outside()).items()}
+        for name, change in (changes or {}).items():
+            tensors[name] = change(tensors[name])
         return published(tensors, self.module) if layout == "dense" else tensors
 
     def stored(self, tensor: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def folder(tmp_path):
         (["evaluate", "no-such-model", "--data", "text.txt"], 2),
         (["generate", "no-such-model", "--prompt", "a"], 2),
         (["export", "no-such-model", "out"], 2),
+        (["retrain", "no-such-model", "out", "--data", "text.txt"], 2),
         (["convert", "no-such-file.gguf", "out"], 2),
     ],
 )

@@ -62,6 +62,10 @@ SETTINGS = {
         'refit(allocate(wanda("50%", scope="matrix")))',
     ],
     "gblm": ["gblm()", 'gblm("2:4", norm="l2")', 'gblm("50%", published=True)'],
+    "perp": [
+        'perp(magnitude("2:4"), move="masklora", rank=2, steps=4, rate=0.01)',
+        'perp(wanda("50%"), move="weights", steps=4, batch=2, rate=0.01, reconstruct="block")',
+    ],
     "alps": ['alps("2:4")', 'alps("50%")', 'alps("2:4", extra=0.05)', 'alps("50%", scope="row")'],
     "graft": [
         "graft(bits=9.75)",
@@ -85,13 +89,14 @@ SETTINGS = {
 EXPRESSIONS = [pytest.param(expression, id=expression) for settings in SETTINGS.values() for expression in settings]
 # Settings whose count depends on the scores, or changes by a rank in all rows: coarse at 32 inputs.
 ROUGH = ("alpha", "parity", "density=0.05)")
-CHANGING = ("sparsegpt", "refit", "alps", "graft", "matched", "sds")  # methods that change the weights they keep
+CHANGING = ("sparsegpt", "refit", "alps", "graft", "matched", "sds", "perp")  # methods that change kept weights
 DIVIDING = (
     "allocate(",
     "graft(bits=9.75)",
     'graft(bits=9.0, pattern="free")',
 )  # matrices keep different shares
-TWO_STREAMS = ("steps=", "target=", "sds(")  # these need more hidden states than those that enter linears
+# These read more hidden states than those that enter linears, or train the written model.
+TWO_STREAMS = ("steps=", "target=", "sds(")
 CALIBRATION = {
     "num_samples": 6,
     "seq_length": 24,
@@ -111,6 +116,7 @@ CHEAP = {
     "refit": 'refit(sparsegpt("50%", block=16), iterations=3)',
     "allocate": 'allocate(wanda("50%", scope="matrix"))',
     "gblm": 'gblm("2:4")',
+    "perp": 'perp(wanda("50%"), rank=2, steps=4, rate=0.01)',
     "alps": 'alps("2:4", rounds=8, iterations=2)',
     "graft": "graft(bits=9.75, rounds=4, iterations=2)",
     "matched": 'matched(wanda("50%"), steps=2)',
