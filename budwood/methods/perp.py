@@ -10,12 +10,8 @@ from budwood.errors import UsageError
 from budwood.formats import predict
 from budwood.methods.method import Step, Wrapper
 from budwood.methods.option import option
-from budwood.methods.recovery import recover
 from budwood.methods.validation import number, one_of, whole
-from budwood.training.block_recovery import BlockRecovery, outputs_of, record_of, recover_block
-from budwood.training.descent import Descent
 from budwood.training.move import Move, check_move, parse_move, vectors
-from budwood.training.recovery import Recovery
 
 if TYPE_CHECKING:
     from budwood.checkpoints.structure import ModelStructure
@@ -23,6 +19,8 @@ if TYPE_CHECKING:
     from budwood.runs.run import Run
     from budwood.stream.block import Block
     from budwood.stream.model import Model
+    from budwood.training.block_recovery import BlockRecovery
+    from budwood.training.recovery import Recovery
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,18 @@ class Perp(Wrapper):
         return parse_move(self.move, self.rank, self.alpha)
 
     @property
-    def recovery(self) -> Recovery:
+    def recovery(self) -> "Recovery":
+        from budwood.training.descent import Descent
+        from budwood.training.recovery import Recovery
+
         descent = Descent(self.steps, self.rate, patience=self.patience)
         return Recovery(self.moves, descent, self.rank, self.alpha, self.batch, self.seed)
 
     @property
-    def block_recovery(self) -> BlockRecovery:
+    def block_recovery(self) -> "BlockRecovery":
+        from budwood.training.block_recovery import BlockRecovery
+        from budwood.training.descent import Descent
+
         descent = Descent(self.steps, self.rate, clip=None, patience=self.patience)
         return BlockRecovery(self.moves, descent, self.batch, self.seed)
 
@@ -132,6 +136,8 @@ class PerpStep(Step):
         return windows if self.method.reconstruct == "block" else self.inner.inputs(windows)
 
     def __call__(self, block: "Block") -> None:
+        from budwood.training.block_recovery import outputs_of, record_of, recover_block
+
         if self.method.reconstruct == "none":
             self.inner(block)
             return
@@ -141,6 +147,8 @@ class PerpStep(Step):
         self.work.record(f"{self.name}-{block.index}", lambda: record_of(curve, trained))
 
     def finish(self, run: "Run") -> None:
+        from budwood.methods.recovery import recover
+
         self.inner.finish(run)
         if self.method.reconstruct == "none":
             recover(run, self.windows, self.method.recovery, self.name, self.method.options())

@@ -10,7 +10,7 @@ from torch import Tensor
 from budwood.methods.validation import number, one_of, whole
 from budwood.stream.activations import Activations, batch_size
 from budwood.stream.dense_stream import DenseStream
-from budwood.training.moving import kinds_of, norms
+from budwood.training.kinds import kinds_of, norms
 from budwood.training.reconstruct import LOSSES, reconstruct, typical
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from budwood.errors import UsageError
 from budwood.methods import parse_method
 from budwood.pruning import prune
 from budwood.stream.model import Model
-from budwood.training.moving import kinds_of, norms
+from budwood.training.kinds import kinds_of, norms
 
 OPTIONS = {
     "seq_length": 24,
