@@ -159,6 +159,8 @@ def general(source: Trial, model_type: str) -> Iterator[Trial]:
     """The same model in a general class, where a small model of both gives equal logits; nothing where not."""
     cls = CONFIG_MAPPING[model_type]
     fields, known = source.fields(), cls().to_dict()
+    if any(key.startswith("num_") or key.endswith("_size") for key in known.keys() - fields.keys()):
+        return  # the source does not give these sizes by these names
     content = {**known, **{key: fields[key] for key in known if key in fields}, "model_type": model_type}
     content |= {key: 0.0 for key in content if key.endswith("dropout")}
     switches = [key for key, value in content.items() if "bias" in key and isinstance(value, bool)]

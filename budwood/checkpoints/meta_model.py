@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from budwood.errors import UsageError
@@ -40,7 +41,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool 
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.use_cache = False
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():  # there is nothing to initialise
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()  # creating parameters on meta one by one has separated tied ones
     return model.eval()

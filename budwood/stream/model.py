@@ -315,7 +315,9 @@ class Model:
         prefix = f"{self.path}.{index}."
         try:
             if written is not None:
-                fit_shapes(module, {name.removeprefix(prefix): shape for name, shape in written.shapes.items()})
+                fit_shapes(
+                    module, {name.removeprefix(prefix): shape for name, shape in shapes_unfused(written.shapes).items()}
+                )
             self._assign(module, stored, prefix)
             yield
         finally:

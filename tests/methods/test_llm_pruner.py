@@ -13,12 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from budwood.checkpoints.source import open_source
 from budwood.checkpoints.structure import ModelStructure
 from budwood.errors import RunError, UsageError
-from budwood.methods import gblm, llm_pruner, parse_method, structured
+from budwood.methods import gblm, parse_method, structured
 from budwood.methods.structured import Slices
 from budwood.planning import plan
 from budwood.pruning import prune
 from budwood.sparsity.unit_shares import highest
 from budwood.stream.model import Model
+from budwood.training import gradients as training_gradients
 
 TAYLOR = {"param_first": "first", "param_second": "second", "param_mix": "mixed", "vectorize": "vector"}
 MHA, GQA = (reference.record(f"llm-pruner/llm-pruner_{kind}")["cases"] for kind in ("mha", "gqa"))
@@ -221,8 +222,7 @@ def test_a_run_that_goes_on_computes_no_gradients_again(models, expression, step
         patched.setattr(step, "__call__", killed)
         with pytest.raises(RunError, match="killed"):
             prune(models / "llama", tmp_path / "cut", expression, IDS, **CALIBRATION)
-    for module in (llm_pruner, gblm):
-        monkeypatch.setattr(module, "gradients", None)
+    monkeypatch.setattr(training_gradients, "gradients", None)
     prune(models / "llama", tmp_path / "cut", expression, IDS, **CALIBRATION)
     for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes(), shard.name

@@ -9,13 +9,14 @@ from plain import logits_without_budwood
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from budwood.checkpoints import reader
+from budwood.checkpoints import reduction as checkpoints_reduction
 from budwood.checkpoints.meta_model import read_config
 from budwood.checkpoints.source import open_source
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.work import Work
 from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import evaluate
-from budwood.methods import drop_blocks, parse_method, reap, reduction
+from budwood.methods import drop_blocks, parse_method, reap, reduced_step
 from budwood.methods.drop_blocks import DropBlocks
 from budwood.models.experts import ExpertLinears
 from budwood.planning import plan
@@ -324,12 +325,12 @@ def test_a_run_of_blocks_is_scored_on_evenly_spaced_tokens(sources, monkeypatch)
 @pytest.mark.parametrize("at", ["survey", "second block", "last block"])
 def test_killed_anywhere_it_ends_with_the_same_bytes(sources, tmp_path, monkeypatch, name, expression, module, at):
     prune(sources(name), tmp_path / "whole", expression, IDS, **CALIBRATION)
-    survey, call, surveys, blocks = module.survey, reduction.ReducedStep.__call__, [], []
+    survey, call, surveys, blocks = module.survey, reduced_step.ReducedStep.__call__, [], []
 
     def counted(model, *args):
         surveys.append(1)
         if at == "survey" and len(surveys) == 1:
-            stream = model.survey(args[0])
+            stream = model.survey(args[0], "survey")
             next(stream), next(stream)
             raise KeyboardInterrupt
         return survey(model, *args)
@@ -343,7 +344,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(sources, tmp_path, monkeypa
         call(self, block)
 
     monkeypatch.setattr(module, "survey", counted)
-    monkeypatch.setattr(reduction.ReducedStep, "__call__", failing)
+    monkeypatch.setattr(reduced_step.ReducedStep, "__call__", failing)
     with pytest.raises(KeyboardInterrupt):
         prune(sources(name), tmp_path / "cut", expression, IDS, **CALIBRATION)
     report = prune(sources(name), tmp_path / "cut", expression, IDS, **CALIBRATION)
@@ -370,13 +371,13 @@ def test_one_forward_pass_and_no_second(sources, tmp_path, monkeypatch, name, ex
 
 def test_a_configuration_that_hides_a_difference_is_found(sources, tmp_path, monkeypatch):
     """A block that computes something else in the reduced model is an error, and names the block."""
-    with_blocks = drop_blocks.with_blocks
+    with_blocks = checkpoints_reduction.with_blocks
 
     def wrong(trial, *args):
         found = with_blocks(trial, *args)
         return found.changed(rms_norm_eps=0.5)
 
-    monkeypatch.setattr(drop_blocks, "with_blocks", wrong)
+    monkeypatch.setattr(checkpoints_reduction, "with_blocks", wrong)
     with pytest.raises(RunError, match=r"model\.layers\.\d computes something else as model\.layers\.0"):
         prune(sources("llama"), tmp_path / "out", "drop_blocks(count=1)", IDS, **CALIBRATION)
 
