@@ -15,6 +15,7 @@ from torch import Tensor
 from budwood.kernels import dispatch
 from budwood.kernels.native import FEW_ROWS, MAX_FEW_ROWS
 from budwood.kernels.native_matrix import MatrixGroup, NativeMatrix
+from budwood.kernels.tiles import FileParameters
 
 LONE_CALLS = 3  # calls with a tensor that no other layer gets, after which a layer is no longer observed
 CHANCES = 4  # groups of one observer that may turn out wrong, after which their layers are no longer observed
@@ -178,7 +179,9 @@ def shareable(layer: Layer, input: Tensor) -> bool:
 def parameter_versions(layer: Layer) -> list[int] | None:
     """Grow with every change in place; None where a parameter is an inference tensor, which has no version."""
     try:
-        return [parameter._version for parameter in layer._parameters.values() if parameter is not None]
+        parameters = layer._parameters
+        held = parameters.at_hand() if isinstance(parameters, FileParameters) else parameters.values()
+        return [parameter._version for parameter in held if parameter is not None]
     except RuntimeError:
         return None
 
