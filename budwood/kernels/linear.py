@@ -198,10 +198,10 @@ class SparseLinear(nn.Linear):
         """Hold the weight in tiles again after its parameters were read, if nobody else holds those."""
         if not self._prefers_tiles or self._tiles is not None:
             return
-        for suffix in FORMATS[self.format].suffixes:
-            parameter = self._parameters[suffix]
-            if parameter is None or parameter.device.type != "cpu" or tiles.held_elsewhere(parameter, 2):
-                return
+        known = self._native.held if self._native is not None else []
+        suffixes = FORMATS[self.format].suffixes
+        if self._values().device.type != "cpu" or tiles.held_elsewhere(self._parameters, suffixes, known):
+            return
         with _restoring:
             self._prefers_tiles = self._tiles is not None or self._to_tiles(self.packed())
 

@@ -36,10 +36,12 @@ class Tiles:
         """The file's tensors by suffix, new at every call and equal bit for bit to those that were packed."""
         library = native.library()
         assert library is not None, "the library that packed the tiles"
-        tensors = {suffix: torch.empty(tuple(size), dtype=dtype) for suffix, (size, dtype) in self.headers.items()}
+        with torch.inference_mode(False):  # they may become parameters, which are needed outside of it too
+            tensors = {suffix: torch.empty(tuple(size), dtype=dtype) for suffix, (size, dtype) in self.headers.items()}
+            tensors |= {suffix: tensor.clone() for suffix, tensor in self.rest.items()}
         parts = [tensors[suffix].data_ptr() if suffix in tensors else None for suffix in packed_suffixes(self.format)]
         library.budwood_tiles_unpack(self.memory.data_ptr(), *parts)
-        return tensors | {suffix: tensor.clone() for suffix, tensor in self.rest.items()}
+        return tensors
 
 
 def packed_suffixes(format: str) -> tuple[str, ...]:
@@ -119,20 +121,18 @@ for _name in (*_READING, *_WRITING):
     setattr(FileParameters, _name, _of_the_restored(_name))
 
 
-def held_elsewhere(parameter: Parameter, references: int) -> bool:
-    """Whether anyone could change a parameter in place: another tensor of its storage, or another process.
-
-    references: those of the caller to the parameter.
-    """
-    storage = parameter.untyped_storage()
-    shared = torch._C._storage_Use_Count(storage._cdata) > _OWN_STORAGE
-    return shared or parameter.is_shared() or sys.getrefcount(parameter) > references + 2
-
-
-def _own_storage() -> int:
-    parameter = Parameter(torch.zeros(1))
-    storage = parameter.untyped_storage()
-    return int(torch._C._storage_Use_Count(storage._cdata))
+def held_elsewhere(parameters: Mapping[str, Parameter], suffixes: Sequence[str], known: Sequence[Tensor]) -> bool:
+    """Whether anyone but `parameters`, and the tensors `known`, could change one of these tensors in place."""
+    for suffix in suffixes:
+        own = 1 + sum(tensor.data_ptr() == parameters[suffix].data_ptr() for tensor in known)
+        if sys.getrefcount(parameters[suffix]) > 2:  # the dictionary and the argument
+            return True
+        if parameters[suffix].is_shared() or _holders(parameters[suffix]) > own:
+            return True
+    return False
 
 
-_OWN_STORAGE = _own_storage()
+def _holders(tensor: Tensor) -> int:
+    """The number of tensors that share the storage of this one, itself included."""
+    storage = tensor.untyped_storage()  # holds it once more
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1
