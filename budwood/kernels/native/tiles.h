@@ -18,6 +18,8 @@
 #include <algorithm>
 #include <immintrin.h>
 
+#define INLINE inline __attribute__((always_inline))
+
 namespace budwood::tiles {
 
 enum Kind : int32_t { GROUPS = 0, ROTATED = 1 };

@@ -8,14 +8,27 @@
 namespace budwood::tiles {
 namespace {
 
-uint32_t bits_at(const void* data, int64_t index, int32_t type) {
-    uint32_t bits = 0;
-    std::memcpy(&bits, at<char>(data, index * size_of(type)), size_t(size_of(type)));
-    return bits;
+template <class Word>
+INLINE Word word_at(const void* data, int64_t index) {
+    Word word;
+    std::memcpy(&word, at<Word>(data, index * int64_t(sizeof(Word))), sizeof(Word));
+    return word;
 }
 
-void set_bits(void* data, int64_t index, int32_t type, uint32_t bits) {
-    std::memcpy(at<char>(data, index * size_of(type)), &bits, size_t(size_of(type)));
+INLINE uint32_t bits_at(const void* data, int64_t index, int32_t type) {
+    switch (size_of(type)) {
+        case 4: return word_at<uint32_t>(data, index);
+        case 2: return word_at<uint16_t>(data, index);
+        default: return word_at<uint8_t>(data, index);
+    }
+}
+
+INLINE void set_bits(void* data, int64_t index, int32_t type, uint32_t bits) {
+    switch (size_of(type)) {
+        case 4: std::memcpy(at<uint32_t>(data, 4 * index), &bits, 4); break;
+        case 2: std::memcpy(at<uint16_t>(data, 2 * index), &bits, 2); break;
+        default: std::memcpy(at<uint8_t>(data, index), &bits, 1);
+    }
 }
 
 float as_float(uint32_t bits) {
@@ -31,7 +44,7 @@ uint32_t as_bits(float value) {
 }
 
 // Whether a lane can hold this weight. Zero says that a lane is empty.
-bool fits(uint32_t bits, int32_t type) {
+INLINE bool fits(uint32_t bits, int32_t type) {
     const uint32_t exponent = bits >> (type == FLOAT32 ? 23 : 7) & 255;
     return has_code_words(type) ? bits != 0 : exponent >> 6 == 1 && exponent & 63;
 }
@@ -40,7 +53,7 @@ bool fits(uint32_t bits, int32_t type) {
 struct Place {
     int vector, lane;
     Place(int slot, int i) : vector(slot / 4 * 4 + i / 4 * 2 + slot % 2), lane(slot / 2 % 2 * 4 + i % 4) {}
-    int64_t index(int32_t type) const {  // of the value in the tile
+    INLINE int64_t index(int32_t type) const {  // of the value in the tile
         switch (type) {
             case FLOAT32: return 8 * vector + lane;
             case BFLOAT16: return 16 * (vector / 2) + 2 * lane + vector % 2;
@@ -50,7 +63,7 @@ struct Place {
     }
 };
 
-void put(char* tile, int32_t type, Place place, uint32_t bits, uint32_t code) {
+INLINE void put(char* tile, int32_t type, Place place, uint32_t bits, uint32_t code) {
     if (has_code_words(type)) {
         *at<uint32_t>(tile, 4 * place.lane) |= code << 2 * place.vector;
     } else {
@@ -60,7 +73,7 @@ void put(char* tile, int32_t type, Place place, uint32_t bits, uint32_t code) {
     set_bits(tile, place.index(type), type, bits);
 }
 
-uint32_t get(const char* tile, int32_t type, Place place, uint32_t& code) {
+INLINE uint32_t get(const char* tile, int32_t type, Place place, uint32_t& code) {
     const uint32_t bits = bits_at(tile, place.index(type), type);
     if (has_code_words(type)) {
         code = *at<uint32_t>(tile, 4 * place.lane) >> 2 * place.vector & 3;
@@ -73,10 +86,11 @@ uint32_t get(const char* tile, int32_t type, Place place, uint32_t& code) {
 }
 
 // The column of a slot, counted from the beginning of the row, with this code.
-int64_t column_of(int32_t kind, int64_t tiles, int64_t slot, int code) {
+INLINE int64_t column_of(int32_t kind, int64_t tiles, int64_t slot, int code) {
     const int64_t segment = slot / (2 * GROUP_COUNT);
     const int size = groups_in(tiles, segment), group = int(slot / 2 % GROUP_COUNT);
-    return segment * SEGMENT + (slot % 2 ? (group + size - AWAY[kind][code]) % size : group) * 4 + code;
+    const int seen = slot % 2 ? group - AWAY[kind][code] : group;
+    return segment * SEGMENT + (seen < 0 ? seen + size : seen) * 4 + code;
 }
 
 // A row by its slots and extras.
@@ -88,9 +102,10 @@ struct Row {
     std::vector<uint64_t> outside;  // columns without one
     std::vector<int8_t> codes;      // by slot; -1: empty
 
+    template <int TYPE>
     void read(const Matrix& a, int64_t row, int32_t kind) {
         const int64_t tiles = round_up(a.in, TILE) / TILE, segments = segments_of(a);
-        bits.assign(size_t(tiles * TILE), 0);
+        bits.resize(size_t(tiles * TILE));  // read only where a weight is
         placed.assign(size_t(4 * segments), 0);
         outside.assign(size_t(4 * segments), 0);
         codes.assign(size_t(SLOTS * tiles), -1);
@@ -105,8 +120,8 @@ struct Row {
             }
             for (uint32_t mask = mask_word(a, row, word); mask; mask &= mask - 1, ++next) {
                 const int64_t column = 32 * word + __builtin_ctz(mask);
-                bits[column] = bits_at(a.values, next, a.type);
-                if (fits(bits[column], a.type)) {
+                bits[column] = bits_at(a.values, next, TYPE);
+                if (fits(bits[column], TYPE)) {
                     placed[column / 64] |= 1ull << column % 64;
                 } else if (a.coding == BITMASK || bits[column]) {  // a zero of a 2:4 matrix keeps its slot
                     outside[column / 64] |= 1ull << column % 64;
@@ -150,7 +165,7 @@ struct Row {
                 one |= seen[i];
             }
             uint64_t chosen = free[view] & one & (any ? one : ~several);
-            if (any) chosen &= -chosen;  // a single slot
+            if (any && kind == ROTATED) chosen &= -chosen;  // a single slot; groups that see only their own are independent
             free[view] &= ~chosen;
             const bool found = chosen != 0;
             for (int i = 0; i < 4 && chosen; ++i) {
@@ -207,6 +222,56 @@ struct Plan {
     }
 };
 
+// The weights of row i, in the order of the strips, to their lanes.
+template <int TYPE>
+void pack_slots(const Row& row, const Head& h, int32_t kind, int64_t i) {
+    for (int64_t t = 0; t < h.tiles; ++t) {
+        char* tile = strip_of(h, i / STRIP) + tile_offset(TYPE, t);
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            const int code = row.codes[SLOTS * t + slot];
+            if (code < 0) continue;
+            const uint32_t bits = row.bits[column_of(kind, h.tiles, SLOTS * t + slot, code)];
+            put(tile, TYPE, Place(slot, int(i % STRIP)), fits(bits, TYPE) ? bits : 0, uint32_t(code));
+        }
+    }
+}
+
+// Scales and extras of row i, in the order of the strips. False where a value would be lost.
+template <int TYPE>
+bool pack_extras(const Row& row, const Matrix& a, const Head& h, int64_t i) {
+    const int64_t segments = segments_of(a), r = rows_of(h, i / STRIP)[i % STRIP];
+    const float* scales = a.scales + r * segments;
+    bool exact = true;
+    for (int64_t s = 0; TYPE == INT8 && s < segments; ++s) {
+        at<float>(strip_of(h, i / STRIP), scales_offset(s))[i % STRIP] = scales[s];
+    }
+    at<int32_t>(&h, h.extras)[i] = int32_t(row.extras.size());
+    for (size_t j = 0; j < row.extras.size(); ++j) {
+        const uint32_t column = row.extras[j];
+        uint32_t bits = a.more_starts ? row.more[j] : row.bits[column];
+        if (TYPE == INT8 && !a.more_starts) {  // as float32; the integer must follow from it
+            const float scale = scales[column / SEGMENT], value = float(int8_t(bits));
+            exact = exact && (value == 0 || std::nearbyint(value * scale / scale) == value);
+            bits = as_bits(value * scale);
+        }
+        char* entry = extra_entry(h, i / STRIP, int64_t(j));
+        at<uint16_t>(entry, 0)[i % STRIP] = uint16_t(column);
+        set_bits(entry + 16, i % STRIP, h.extra_type, bits);
+    }
+    return exact;
+}
+
+// Calls use(type, known to the compiler).
+template <class Use>
+void with_type(int32_t type, Use use) {
+    switch (type) {
+        case FLOAT32: return use(std::integral_constant<int, FLOAT32>());
+        case BFLOAT16: return use(std::integral_constant<int, BFLOAT16>());
+        case FLOAT16: return use(std::integral_constant<int, FLOAT16>());
+        default: return use(std::integral_constant<int, INT8>());
+    }
+}
+
 }  // namespace
 
 // Counts the extras of every row, [out], for the kind that has fewer. Returns the bytes of the packed matrix; 0 where the
@@ -219,16 +284,18 @@ int64_t plan(const Matrix& a, int32_t& kind, int32_t* extras) {
     for (const int32_t tried : {GROUPS, ROTATED}) {
         if (tried == ROTATED && (a.coding == NIBBLES || fewest * NEGLIGIBLE < a.out * a.in)) break;
         int64_t total = 0;
+        with_type(a.type, [&](auto type) {
 #pragma omp parallel reduction(+ : total)
-        {
-            Row row;
+            {
+                Row row;
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < a.out; ++r) {
-                row.read(a, r, tried);
-                counts[r] = int32_t(row.extras.size());
-                total += counts[r];
+                for (int64_t r = 0; r < a.out; ++r) {
+                    row.read<type()>(a, r, tried);
+                    counts[r] = int32_t(row.extras.size());
+                    total += counts[r];
+                }
             }
-        }
+        });
         if (fewest < 0 || total < fewest) {
             fewest = total, kind = tried;
             std::copy(counts.begin(), counts.end(), extras);
@@ -246,41 +313,21 @@ bool pack(const Matrix& a, int32_t kind, const int32_t* extras, void* to) {
     std::copy(plan.begins.begin(), plan.begins.end(), at<int64_t>(to, h.begins));
     std::copy(a.starts, a.starts + a.out + 1, at<int32_t>(to, h.starts));
     if (a.more_starts) std::copy(a.more_starts, a.more_starts + a.out + 1, at<int32_t>(to, h.more_starts));
-    const int64_t segments = segments_of(a);
     bool exact = true;
+    with_type(a.type, [&](auto type) {
+        constexpr int TYPE = type();
 #pragma omp parallel reduction(&& : exact)
-    {
-        Row row;
+        {
+            Row row;
 #pragma omp for schedule(static, STRIP)  // the rows of a strip share words of codes, so one thread packs them
-        for (int64_t i = 0; i < STRIP * h.strips; ++i) {
-            const int64_t r = plan.rows[i];
-            if (r < 0) continue;
-            char* strip = strip_of(h, i / STRIP);
-            row.read(a, r, kind);
-            for (int64_t slot = 0; slot < SLOTS * h.tiles; ++slot) {
-                if (row.codes[slot] < 0) continue;
-                const uint32_t bits = row.bits[column_of(kind, h.tiles, slot, row.codes[slot])];
-                put(strip + tile_offset(a.type, slot / SLOTS), a.type, Place(int(slot % SLOTS), int(i % STRIP)),
-                    fits(bits, a.type) ? bits : 0, uint32_t(row.codes[slot]));
-            }
-            for (int64_t s = 0; a.scales && s < segments; ++s) {
-                at<float>(strip, scales_offset(s))[i % STRIP] = a.scales[r * segments + s];
-            }
-            at<int32_t>(to, h.extras)[i] = int32_t(row.extras.size());
-            for (size_t j = 0; j < row.extras.size(); ++j) {
-                const uint32_t column = row.extras[j];
-                uint32_t bits = a.more_starts ? row.more[j] : row.bits[column];
-                if (a.type == INT8 && !a.more_starts) {  // as float32; the integer must follow from it
-                    const float scale = a.scales[r * segments + column / SEGMENT], value = float(int8_t(bits));
-                    exact = exact && (value == 0 || std::nearbyint(value * scale / scale) == value);
-                    bits = as_bits(value * scale);
-                }
-                char* entry = extra_entry(h, i / STRIP, int64_t(j));
-                at<uint16_t>(entry, 0)[i % STRIP] = uint16_t(column);
-                set_bits(entry + 16, i % STRIP, h.extra_type, bits);
+            for (int64_t i = 0; i < STRIP * h.strips; ++i) {
+                if (plan.rows[i] < 0) continue;
+                row.read<TYPE>(a, plan.rows[i], kind);
+                pack_slots<TYPE>(row, h, kind, i);
+                exact = pack_extras<TYPE>(row, a, h, i) && exact;
             }
         }
-    }
+    });
     return exact;
 }
 
@@ -290,6 +337,8 @@ void unpack(const void* from, void* values, uint8_t* places, float* scales, uint
     const Head& h = *static_cast<const Head*>(from);
     const int64_t segments = round_up(h.in, SEGMENT) / SEGMENT, stride = round_up(h.in, 8) / 8;
     const int32_t *starts = at<int32_t>(from, h.starts), *more_starts = at<int32_t>(from, h.more_starts);
+    with_type(h.type, [&](auto type) {
+    constexpr int TYPE = type();
 #pragma omp parallel
     {
         std::vector<uint32_t> bits(size_t(h.tiles * TILE));
@@ -305,7 +354,7 @@ void unpack(const void* from, void* values, uint8_t* places, float* scales, uint
             for (int64_t slot = 0; slot < SLOTS * h.tiles; ++slot) {
                 uint32_t code;
                 const Place place(int(slot % SLOTS), int(i % STRIP));
-                const uint32_t value = get(strip + tile_offset(h.type, slot / SLOTS), h.type, place, code);
+                const uint32_t value = get(strip + tile_offset(TYPE, slot / SLOTS), TYPE, place, code);
                 const int64_t column = column_of(h.kind, h.tiles, slot, int(code));
                 if (h.coding == NIBBLES ? column >= h.in : !value) continue;
                 kept[column] = 1, bits[column] = value;
@@ -325,7 +374,7 @@ void unpack(const void* from, void* values, uint8_t* places, float* scales, uint
                     set_bits(more_values, more_starts[row] + j, h.extra_type, value);
                     continue;
                 }
-                if (h.type == INT8) {
+                if (TYPE == INT8) {
                     const float scale = scales[row * segments + column / SEGMENT];
                     value = value << 1 ? uint32_t(int(std::nearbyint(as_float(value) / scale))) : 0;
                 }
@@ -335,10 +384,11 @@ void unpack(const void* from, void* values, uint8_t* places, float* scales, uint
             for (int64_t column = 0; column < h.in; ++column) {
                 if (!kept[column]) continue;
                 if (h.coding == BITMASK) mask[column / 8] |= uint8_t(1 << column % 8);
-                set_bits(values, next++, h.type, bits[column]);
+                set_bits(values, next++, TYPE, bits[column]);
             }
         }
     }
+    });
 }
 
 }  // namespace budwood::tiles
