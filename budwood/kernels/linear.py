@@ -14,9 +14,10 @@ from budwood.formats.bits import stored
 from budwood.formats.two_four import covered
 from budwood.kernels import dispatch, gpu, ops, tiles
 from budwood.kernels.arena import Arena
+from budwood.kernels.file_parameters import FileParameters, held_elsewhere
 from budwood.kernels.native_matrix import CODINGS, NativeMatrix, native_matrix
 from budwood.kernels.shared_input import InputObserver, SharedInput
-from budwood.kernels.tiles import FileParameters, Tiles
+from budwood.kernels.tiles import Tiles
 
 _restoring = threading.RLock()  # of any layer: seldom, and short
 _SPARSE = {name: format for name, format in LOSSLESS.items() if name != "dense"}
@@ -29,8 +30,8 @@ class SparseLinear(nn.Linear):
     suffixes of the format, and perhaps `bias`. They are parameters and not buffers, because only parameters are
     offloaded to disk. Gradients flow to the input and the bias.
 
-    On AVX2 a loaded layer holds its weight in tiles instead, from which the parameters are restored when they are read. The
-    next product packs them again, unless someone else holds them.
+    On AVX2 a loaded layer holds its weight in tiles instead, from which the parameters are restored when they are
+    read. The next product packs them again, unless someone else holds them.
     """
 
     format: str
@@ -155,8 +156,8 @@ class SparseLinear(nn.Linear):
     def to_native_format(self, arena: Arena | None = None) -> None:
         """Convert to a format that the native library reads, if it is not in one, and copy the tensors into `arena`.
 
-        There they are in the layout that is fastest on this processor: tiles, or that of the file. No weight changes, and
-        the parameters can still be saved, moved, cast and offloaded.
+        There they are in the layout that is fastest on this processor: tiles, or that of the file. No weight changes,
+        and the parameters can still be saved, moved, cast and offloaded.
         """
         tensors = self.packed()
         if any(tensor.device.type != "cpu" for tensor in tensors.values()):
@@ -200,7 +201,7 @@ class SparseLinear(nn.Linear):
             return
         known = self._native.held if self._native is not None else []
         suffixes = FORMATS[self.format].suffixes
-        if self._values().device.type != "cpu" or tiles.held_elsewhere(self._parameters, suffixes, known):
+        if self._values().device.type != "cpu" or held_elsewhere(self._parameters, suffixes, known):
             return
         with _restoring:
             self._prefers_tiles = self._tiles is not None or self._to_tiles(self.packed())

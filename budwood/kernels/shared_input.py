@@ -13,9 +13,9 @@ from typing import Protocol
 from torch import Tensor
 
 from budwood.kernels import dispatch
+from budwood.kernels.file_parameters import FileParameters
 from budwood.kernels.native import FEW_ROWS, MAX_FEW_ROWS
 from budwood.kernels.native_matrix import MatrixGroup, NativeMatrix
-from budwood.kernels.tiles import FileParameters
 
 LONE_CALLS = 3  # calls with a tensor that no other layer gets, after which a layer is no longer observed
 CHANCES = 4  # groups of one observer that may turn out wrong, after which their layers are no longer observed
