@@ -338,56 +338,56 @@ void unpack(const void* from, void* values, uint8_t* places, float* scales, uint
     const int64_t segments = round_up(h.in, SEGMENT) / SEGMENT, stride = round_up(h.in, 8) / 8;
     const int32_t *starts = at<int32_t>(from, h.starts), *more_starts = at<int32_t>(from, h.more_starts);
     with_type(h.type, [&](auto type) {
-    constexpr int TYPE = type();
+        constexpr int TYPE = type();
 #pragma omp parallel
-    {
-        std::vector<uint32_t> bits(size_t(h.tiles * TILE));
-        std::vector<uint8_t> kept(size_t(h.tiles * TILE));
+        {
+            std::vector<uint32_t> bits(size_t(h.tiles * TILE));
+            std::vector<uint8_t> kept(size_t(h.tiles * TILE));
 #pragma omp for schedule(static, STRIP)
-        for (int64_t i = 0; i < STRIP * h.strips; ++i) {
-            const int64_t row = at<int32_t>(from, h.rows)[i];
-            if (row < 0) continue;
-            const char* strip = strip_of(h, i / STRIP);
-            uint8_t* mask = places + row * stride;
-            std::memset(mask, 0, size_t(stride));
-            std::fill(kept.begin(), kept.end(), 0);
-            for (int64_t slot = 0; slot < SLOTS * h.tiles; ++slot) {
-                uint32_t code;
-                const Place place(int(slot % SLOTS), int(i % STRIP));
-                const uint32_t value = get(strip + tile_offset(TYPE, slot / SLOTS), TYPE, place, code);
-                const int64_t column = column_of(h.kind, h.tiles, slot, int(code));
-                if (h.coding == NIBBLES ? column >= h.in : !value) continue;
-                kept[column] = 1, bits[column] = value;
-                if (h.coding == NIBBLES) mask[slot / 4] |= uint8_t(code << 2 * (slot % 4));
-            }
-            for (int64_t s = 0; scales && s < segments; ++s) {
-                scales[row * segments + s] = at<float>(strip, scales_offset(s))[i % STRIP];
-            }
-            if (more_counts) std::memset(more_counts + row * segments, 0, size_t(segments));
-            for (int64_t j = 0; j < at<int32_t>(from, h.extras)[i]; ++j) {
-                const char* entry = extra_entry(h, i / STRIP, j);
-                const int64_t column = at<uint16_t>(entry, 0)[i % STRIP];
-                uint32_t value = bits_at(entry + 16, i % STRIP, h.extra_type);
-                if (more_counts) {
-                    ++more_counts[row * segments + column / SEGMENT];
-                    more_columns[more_starts[row] + j] = uint8_t(column % SEGMENT);
-                    set_bits(more_values, more_starts[row] + j, h.extra_type, value);
-                    continue;
+            for (int64_t i = 0; i < STRIP * h.strips; ++i) {
+                const int64_t row = at<int32_t>(from, h.rows)[i];
+                if (row < 0) continue;
+                const char* strip = strip_of(h, i / STRIP);
+                uint8_t* mask = places + row * stride;
+                std::memset(mask, 0, size_t(stride));
+                std::fill(kept.begin(), kept.end(), 0);
+                for (int64_t slot = 0; slot < SLOTS * h.tiles; ++slot) {
+                    uint32_t code;
+                    const Place place(int(slot % SLOTS), int(i % STRIP));
+                    const uint32_t value = get(strip + tile_offset(TYPE, slot / SLOTS), TYPE, place, code);
+                    const int64_t column = column_of(h.kind, h.tiles, slot, int(code));
+                    if (h.coding == NIBBLES ? column >= h.in : !value) continue;
+                    kept[column] = 1, bits[column] = value;
+                    if (h.coding == NIBBLES) mask[slot / 4] |= uint8_t(code << 2 * (slot % 4));
                 }
-                if (TYPE == INT8) {
-                    const float scale = scales[row * segments + column / SEGMENT];
-                    value = value << 1 ? uint32_t(int(std::nearbyint(as_float(value) / scale))) : 0;
+                for (int64_t s = 0; scales && s < segments; ++s) {
+                    scales[row * segments + s] = at<float>(strip, scales_offset(s))[i % STRIP];
                 }
-                kept[column] = 1, bits[column] = value;
-            }
-            int64_t next = starts[row];
-            for (int64_t column = 0; column < h.in; ++column) {
-                if (!kept[column]) continue;
-                if (h.coding == BITMASK) mask[column / 8] |= uint8_t(1 << column % 8);
-                set_bits(values, next++, TYPE, bits[column]);
+                if (more_counts) std::memset(more_counts + row * segments, 0, size_t(segments));
+                for (int64_t j = 0; j < at<int32_t>(from, h.extras)[i]; ++j) {
+                    const char* entry = extra_entry(h, i / STRIP, j);
+                    const int64_t column = at<uint16_t>(entry, 0)[i % STRIP];
+                    uint32_t value = bits_at(entry + 16, i % STRIP, h.extra_type);
+                    if (more_counts) {
+                        ++more_counts[row * segments + column / SEGMENT];
+                        more_columns[more_starts[row] + j] = uint8_t(column % SEGMENT);
+                        set_bits(more_values, more_starts[row] + j, h.extra_type, value);
+                        continue;
+                    }
+                    if (TYPE == INT8) {
+                        const float scale = scales[row * segments + column / SEGMENT];
+                        value = value << 1 ? uint32_t(int(std::nearbyint(as_float(value) / scale))) : 0;
+                    }
+                    kept[column] = 1, bits[column] = value;
+                }
+                int64_t next = starts[row];
+                for (int64_t column = 0; column < h.in; ++column) {
+                    if (!kept[column]) continue;
+                    if (h.coding == BITMASK) mask[column / 8] |= uint8_t(1 << column % 8);
+                    set_bits(values, next++, TYPE, bits[column]);
+                }
             }
         }
-    }
     });
 }
 
