@@ -33,13 +33,17 @@ class Arena:
 
     def place(self, tensor: Tensor) -> Tensor:
         """A copy of the tensor in the arena; where it no longer fits, the tensor itself."""
-        size = size_in_arena(tensor)
-        if tensor.numel() == 0 or self.used + size > self.nbytes:
-            return tensor
+        room = self.take(tensor.nbytes)
+        return tensor if room is None else room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def take(self, nbytes: int) -> Tensor | None:
+        """Zeros, uint8 `[nbytes]`, aligned to a cache line; None where they no longer fit."""
+        size = -(-nbytes // LINE) * LINE
+        if nbytes == 0 or self.used + size > self.nbytes:
+            return None
         offset = self.start + self.used
         self.used += size
-        placed = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        return placed.view(tensor.shape).copy_(tensor)
+        return torch.frombuffer(self.memory, dtype=torch.uint8, count=nbytes, offset=offset)
 
 
 def size_in_arena(tensor: Tensor) -> int:

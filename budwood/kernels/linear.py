@@ -1,5 +1,6 @@
 """The linear layer whose weight stays packed: one class for all formats."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,14 @@ from torch.nn import functional as F
 from budwood.formats import FORMATS, LOSSLESS, choose, named, pack_as
 from budwood.formats.bits import stored
 from budwood.formats.two_four import covered
-from budwood.kernels import dispatch, gpu, ops
+from budwood.kernels import dispatch, gpu, ops, tiles
 from budwood.kernels.arena import Arena
+from budwood.kernels.file_parameters import FileParameters, held_elsewhere
 from budwood.kernels.native_matrix import CODINGS, NativeMatrix, native_matrix
 from budwood.kernels.shared_input import InputObserver, SharedInput
+from budwood.kernels.tiles import Tiles
 
+_restoring = threading.RLock()  # of any layer: seldom, and short
 _SPARSE = {name: format for name, format in LOSSLESS.items() if name != "dense"}
 
 
@@ -25,6 +29,9 @@ class SparseLinear(nn.Linear):
     It is an `nn.Linear` by type, but has no dense weight: its parameters are the tensors of the format, under the
     suffixes of the format, and perhaps `bias`. They are parameters and not buffers, because only parameters are
     offloaded to disk. Gradients flow to the input and the bias.
+
+    On AVX2 a loaded layer holds its weight in tiles instead, from which the parameters are restored when they are
+    read. The next product packs them again, unless someone else holds them.
     """
 
     format: str
@@ -35,6 +42,8 @@ class SparseLinear(nn.Linear):
     _dtype: torch.dtype | None = None
     _gpu: gpu.GpuMatrix | None = None
     _gpu_for: list[int] | None = None
+    _tiles: Tiles | None = None
+    _prefers_tiles = False  # set by `to_native_format` with an arena
 
     def __init__(
         self,
@@ -80,7 +89,9 @@ class SparseLinear(nn.Linear):
         return cls.from_packed(name, weight.shape, tensors, bias)
 
     def packed(self) -> dict[str, Tensor]:
-        """The tensors of the format, by suffix."""
+        """The tensors of the format, by suffix; copies while the weight is in tiles."""
+        if self._tiles is not None:
+            return self._tiles.unpack()
         return {suffix: getattr(self, suffix).detach() for suffix in FORMATS[self.format].suffixes}
 
     def unpack(self) -> Tensor:
@@ -90,9 +101,8 @@ class SparseLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dense weight to read; writing to it is an error, since the change would be lost."""
-        values = self._values()
-        if values.is_meta:
-            return torch.empty(self.shape, dtype=values.dtype, device="meta")
+        if self._tiles is None and self._values().is_meta:
+            return torch.empty(self.shape, dtype=self._values().dtype, device="meta")
         return self.unpack().as_subclass(UnpackedWeight)
 
     @weight.setter
@@ -103,11 +113,14 @@ class SparseLinear(nn.Linear):
         if torch.compiler.is_compiling():
             return ops.linear(input, self.bias, list(self.packed().values()), self.format, *self.shape)
         if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return _Product.apply(input, self.bias, self, *self.packed().values())
+            self._repack()
+            held = [] if self._tiles is not None else list(self.packed().values())
+            return _Product.apply(input, self.bias, self, self._tiles, *held)
         return self.product(input)
 
     def product(self, input: Tensor) -> Tensor:
         """The product without a gradient, by the fastest kernel on this machine."""
+        self._repack()
         matrix = self.native_matrix()
         if matrix is not None and input.dtype == self._dtype and not torch.is_autocast_enabled("cpu"):
             shared = self.shared_input
@@ -132,6 +145,8 @@ class SparseLinear(nn.Linear):
 
     def native_matrix(self) -> NativeMatrix | None:
         """The weight for the native library, made once for as long as the tensors keep their addresses."""
+        if self._tiles is not None:
+            return self._tiles.matrix
         key = [parameter.data_ptr() for parameter in self._parameters.values() if parameter is not None]
         if key != self._native_for:
             self._native, self._native_for = native_matrix(self.format, self.shape, self.packed()), key
@@ -141,7 +156,8 @@ class SparseLinear(nn.Linear):
     def to_native_format(self, arena: Arena | None = None) -> None:
         """Convert to a format that the native library reads, if it is not in one, and copy the tensors into `arena`.
 
-        No weight changes, and the parameters can still be saved, moved, cast and offloaded.
+        There they are in the layout that is fastest on this processor: tiles, or that of the file. No weight changes,
+        and the parameters can still be saved, moved, cast and offloaded.
         """
         tensors = self.packed()
         if any(tensor.device.type != "cpu" for tensor in tensors.values()):
@@ -151,14 +167,55 @@ class SparseLinear(nn.Linear):
             for suffix in FORMATS[self.format].suffixes:
                 del self._parameters[suffix]
             self.format = "bitmask"
+        if arena is not None and self._to_tiles(tensors, arena):
+            self._prefers_tiles = True
+            return
         for suffix, tensor in tensors.items():
             placed = tensor if arena is None else arena.place(tensor)
             self.register_parameter(suffix, nn.Parameter(placed, requires_grad=False))
 
+    def _to_tiles(self, tensors: Mapping[str, Tensor], arena: Arena | None = None) -> bool:
+        """Hold the weight, given as the tensors of the format, in tiles; False where the file's layout is better."""
+        packed = tiles.pack(self.format, self.shape, tensors, arena)
+        if packed is None:
+            return False
+        bias = self._parameters.get("bias")
+        self._tiles, self._dtype = packed, tensors[FORMATS[self.format].typed].dtype
+        self._native = self._native_for = None
+        self.__dict__["_parameters"] = FileParameters(FORMATS[self.format].suffixes, bias, self._to_file_layout)
+        return True
+
+    def _to_file_layout(self) -> dict[str, Any]:
+        """The parameters, which are those of the file from now on."""
+        with _restoring:
+            packed, parameters = self._tiles, self.__dict__["_parameters"]
+            if packed is not None:
+                restored = {suffix: nn.Parameter(t, requires_grad=False) for suffix, t in packed.unpack().items()}
+                self.__dict__["_parameters"] = parameters = {**restored, "bias": parameters["bias"]}
+                self._tiles = None
+            return parameters
+
+    def _repack(self) -> None:
+        """Hold the weight in tiles again after its parameters were read, if nobody else holds those."""
+        if not self._prefers_tiles or self._tiles is not None:
+            return
+        known = self._native.held if self._native is not None else []
+        suffixes = FORMATS[self.format].suffixes
+        if self._values().device.type != "cpu" or held_elsewhere(self._parameters, suffixes, known):
+            return
+        with _restoring:
+            self._prefers_tiles = self._tiles is not None or self._to_tiles(self.packed())
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what holds addresses or other layers: a copy makes its own."""
+        parameters = self.__dict__["_parameters"]
+        if self._tiles is not None:
+            restored = {suffix: nn.Parameter(t, requires_grad=False) for suffix, t in self._tiles.unpack().items()}
+            parameters = {**restored, "bias": parameters["bias"]}
         return {
             **self.__dict__,
+            "_parameters": parameters,
+            "_tiles": None,
             "_native": None,
             "_native_for": None,
             "_gpu": None,
@@ -175,7 +232,7 @@ class SparseLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, format={self.format}"
-        if self._values().is_meta:
+        if self._tiles is None and self._values().is_meta:
             return text
         kept = sum(int(stored(part).sum()) for suffix, part in self.packed().items() if suffix.endswith("values"))
         return f"{text}, density={kept / (self.in_features * self.out_features):.4f}"
@@ -188,8 +245,10 @@ class _Product(torch.autograd.Function):
     """The product with a gradient for its input; saves the packed weight for it and not the dense one."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, bias: Tensor | None, linear: SparseLinear, *packed: Tensor) -> Tensor:
-        ctx.format, ctx.shape = linear.format, linear.shape
+    def forward(
+        ctx: Any, input: Tensor, bias: Tensor | None, linear: SparseLinear, in_tiles: Tiles | None, *packed: Tensor
+    ) -> Tensor:
+        ctx.format, ctx.shape, ctx.tiles = linear.format, linear.shape, in_tiles
         ctx.save_for_backward(*packed)
         return linear.product(input)
 
@@ -197,9 +256,15 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         packed = ctx.saved_tensors  # read once: under gradient checkpointing a second read is an error
-        format, shape = ctx.format, ctx.shape
-        to_input, to_bias = ops.gradients(gradient, lambda: ops.unpack(packed, format, shape), ctx.needs_input_grad[:2])
-        return to_input, to_bias, None, *(None for _ in packed)
+        format, shape, in_tiles = ctx.format, ctx.shape, ctx.tiles
+
+        def weight() -> Tensor:
+            if in_tiles is not None:
+                return FORMATS[format].unpack(in_tiles.unpack(), shape)
+            return ops.unpack(packed, format, shape)
+
+        to_input, to_bias = ops.gradients(gradient, weight, ctx.needs_input_grad[:2])
+        return to_input, to_bias, None, None, *(None for _ in packed)
 
 
 class UnpackedWeight(Tensor):

@@ -20,10 +20,10 @@ from budwood.errors import UsageError
 VARIABLE = "BUDWOOD_KERNELS"
 CHOICES = ("auto", "amx", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
-INTERFACE = 3  # version of the library interface that this file calls
+INTERFACE = 4  # version of the library interface that this file calls
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 INT8 = TYPES[torch.int8]
-BITMASK, NIBBLES = 0, 1  # how `places` codes the columns
+BITMASK, NIBBLES, TILES = 0, 1, 2  # how the columns are coded
 MAX_FEW_ROWS = 8  # rows of x that the kernel for few rows takes at a time
 
 # Kernels: chosen by the number of rows, for few rows, sparse (skips zeros), in panels (multiplies zeros; bfloat16).
@@ -104,6 +104,10 @@ def opened(wanted: str) -> ctypes.CDLL | None:
     native.budwood_read.argtypes = [c_void_p, c_int64, c_int32]
     native.budwood_read.restype = c_int64
     native.budwood_dense.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
+    if hasattr(native, "budwood_tiles_plan"):  # x86 only
+        native.budwood_tiles_plan.argtypes, native.budwood_tiles_plan.restype = [c_void_p] * 3, c_int64
+        native.budwood_tiles_pack.argtypes = [c_void_p, c_int32, c_void_p, c_void_p]
+        native.budwood_tiles_unpack.argtypes, native.budwood_tiles_unpack.restype = [c_void_p] * 7, None
     if not native.budwood_choose(wanted.encode()):
         raise UsageError(f"{VARIABLE} asks for {wanted}, which this processor cannot run; set it to auto")
     return native
@@ -136,12 +140,19 @@ def has_dense() -> bool:
     return native is not None and bool(native.budwood_has_dense())
 
 
+def has_tiles() -> bool:
+    """Whether loaded weights are repacked into tiles for this path."""
+    native = library()
+    return native is not None and bool(native.budwood_has_tiles())
+
+
 def why() -> str:
     """Which kernels run and why, in one line."""
     wanted = os.environ.get(VARIABLE, "auto").lower()
     name = active()
     if name != "reference":
-        return f"native, {name} path" + ("" if wanted == "auto" else f" ({VARIABLE}={wanted})")
+        layout = "in tiles of eight rows, since AVX2 cannot expand a bitmask" if has_tiles() else "as in the file"
+        return f"native, {name} path{f' ({VARIABLE}={wanted})' if wanted != 'auto' else ''}, weights {layout}"
     if wanted == "reference":
         return f"reference: unpack and multiply with torch ({VARIABLE}=reference)"
     found = file()

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from budwood.kernels import dispatch
+from budwood.kernels.file_parameters import FileParameters
 from budwood.kernels.native import FEW_ROWS, MAX_FEW_ROWS
 from budwood.kernels.native_matrix import MatrixGroup, NativeMatrix
 
@@ -178,7 +179,9 @@ def shareable(layer: Layer, input: Tensor) -> bool:
 def parameter_versions(layer: Layer) -> list[int] | None:
     """Grow with every change in place; None where a parameter is an inference tensor, which has no version."""
     try:
-        return [parameter._version for parameter in layer._parameters.values() if parameter is not None]
+        parameters = layer._parameters
+        held = parameters.at_hand() if isinstance(parameters, FileParameters) else parameters.values()
+        return [parameter._version for parameter in held if parameter is not None]
     except RuntimeError:
         return None
 

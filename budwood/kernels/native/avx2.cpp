@@ -1,5 +1,6 @@
 // AVX2 with FMA and F16C.
 #include "avx2.h"
+#include "avx2_tiles.h"
 
 namespace budwood {
 
@@ -8,6 +9,8 @@ const with_avx2::Tables& with_avx2::tables_of_bytes() {
     return tables;
 }
 
-const Path avx2 = {"avx2", false, with_avx2::few, with_avx2::integers, &with_avx2::by_sparse, nullptr, with_avx2::dense};
+static const Tiled tiled = {tiles::border, tiles::few, &tiles::by_sparse};
+
+const Path avx2 = {"avx2", false, with_avx2::few, with_avx2::integers, &with_avx2::by_sparse, nullptr, with_avx2::dense, &tiled};
 
 }  // namespace budwood

@@ -1,14 +1,11 @@
 // AVX2, many rows of x: for each row of the matrix a list of its weights and their columns, multiplied with transposed x;
 // everything in float32.
-#include "avx2.h"
+#include "avx2_sparse.h"
 
 namespace budwood::with_avx2 {
 namespace {
 
-constexpr int COLUMNS = 64, TOKENS = 64, LANES = TOKENS / 8;  // of x in one part of the table: 16 KB, in the L1 cache
-constexpr int PASS = 512, ROWS = 128;                          // rows of x, of the matrix, whose sums are kept at a time
-constexpr size_t PART = size_t(COLUMNS) * TOKENS * sizeof(float);
-constexpr int NEARBY = 192;  // bytes: prefetch distance
+constexpr int ROWS = 128;  // of the matrix, whose sums are kept at a time
 
 int64_t blocks_of(const Matrix& a) { return (a.in + COLUMNS - 1) / COLUMNS; }
 int64_t tiles_of(const Input& in) { return (in.rows + TOKENS - 1) / TOKENS; }
@@ -76,13 +73,6 @@ void tabulate(const Input& in, char* table, int64_t first, int64_t last) {
     }
 }
 
-// One row in one block: its weights, and the byte offsets of their columns in the table.
-struct List {
-    float weights[COLUMNS + 40];
-    uint16_t entries[COLUMNS + 40];
-    int count;
-};
-
 INLINE void fill(List& list, const Matrix& a, int64_t row, int64_t block, const uint8_t* mask, int64_t& at,
                  const Tables& tables) {
     const int64_t left = a.stride - block * (COLUMNS / 8), bytes = left < COLUMNS / 8 ? left : COLUMNS / 8;
@@ -101,20 +91,6 @@ INLINE void fill(List& list, const Matrix& a, int64_t row, int64_t block, const 
     }
     at += count;
     list.count = count;
-}
-
-INLINE void micro(const List& list, const char* table, float* sums, bool fresh) {
-    __m256 s[LANES];
-#pragma GCC unroll 8
-    for (int k = 0; k < LANES; ++k) s[k] = fresh ? _mm256_setzero_ps() : _mm256_load_ps(sums + 8 * k);
-    for (int i = 0; i < list.count; ++i) {
-        const __m256 weight = _mm256_broadcast_ss(list.weights + i);
-        const float* at = reinterpret_cast<const float*>(table + list.entries[i]);
-#pragma GCC unroll 8
-        for (int k = 0; k < LANES; ++k) s[k] = _mm256_fmadd_ps(weight, _mm256_load_ps(at + 8 * k), s[k]);
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < LANES; ++k) _mm256_store_ps(sums + 8 * k, s[k]);
 }
 
 void many(const Matrix& a, const Input& in, const char* table, const Output& out, int64_t first, int64_t last) {

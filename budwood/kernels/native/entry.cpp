@@ -1,6 +1,9 @@
 // The C interface: chooses the path for the CPU, converts the activations to its dtype, splits the rows of
 // the matrices among threads.
 #include "kernels.h"
+#ifdef BUDWOOD_X86
+#include "tiles.h"
+#endif
 
 #include <cstdlib>
 #include <new>
@@ -148,6 +151,24 @@ Input some_of(const Input& input, int64_t row, int64_t count) {
     return some;
 }
 
+// Products with matrices in tiles, FEW rows of x at a time.
+void few_tiled(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs,
+               int32_t threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const auto [me, all] = team();
+        Output* shifted = static_cast<Output*>(scratch(7, size_t(count) * sizeof(Output)));
+        for (int64_t row = 0; row < rows; row += FEW) {
+            for (int32_t i = 0; i < count; ++i) {
+                shifted[i] = outputs[i];
+                shifted[i].y = static_cast<char*>(outputs[i].y) + row * outputs[i].stride * width(outputs[i].type);
+            }
+            const char* from = static_cast<const char*>(x) + row * matrices[0].in * width(type);
+            path->tiled->few(matrices, count, from, type, rows - row < FEW ? rows - row : FEW, shifted, me, all);
+        }
+    }
+}
+
 }  // namespace
 
 void* scratch(int slot, size_t bytes) {
@@ -175,7 +196,7 @@ using namespace budwood;
 extern "C" {
 
 // Changes with every change of the functions below or of `Matrix`.
-EXPORT int32_t budwood_interface() { return 3; }
+EXPORT int32_t budwood_interface() { return 4; }
 
 EXPORT const char* budwood_path() { return path->name; }
 
@@ -220,13 +241,31 @@ EXPORT int32_t budwood_starts(const uint8_t* places, int64_t out, int64_t in, in
     return 1;
 }
 
+// Whether the path multiplies matrices in tiles.
+EXPORT int32_t budwood_has_tiles() { return path->tiled != nullptr; }
+
+#ifdef BUDWOOD_X86
+// tiles::plan, pack and unpack; only for a path that has tiles.
+EXPORT int64_t budwood_tiles_plan(const Matrix* matrix, int32_t* kind, int32_t* extras) {
+    return tiles::plan(*matrix, *kind, extras);
+}
+EXPORT int32_t budwood_tiles_pack(const Matrix* matrix, int32_t kind, const int32_t* extras, void* to) {
+    return tiles::pack(*matrix, kind, extras, to);
+}
+EXPORT void budwood_tiles_unpack(const void* from, void* values, uint8_t* places, float* scales, uint8_t* more_counts,
+                                 uint8_t* more_columns, void* more_values) {
+    tiles::unpack(from, values, places, scales, more_counts, more_columns, more_values);
+}
+#endif
+
 // y = x W^T + bias for several matrices that share x [rows, in] of `type`. Returns 0 where the path has no such kernel.
 EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows,
                        const Output* outputs, int32_t threads, int32_t way) {
     const int64_t in = matrices[0].in;
     bool bfloat16 = path->multiplies_bfloat16 && type == BFLOAT16, panels = bfloat16 && path->panels;
-    int32_t int8 = 0;
+    int32_t int8 = 0, tiled = 0;
     for (int32_t i = 0; i < count; ++i) {
+        tiled += matrices[i].coding == TILES && matrices[i].type == matrices[0].type;
         bfloat16 = bfloat16 && matrices[i].type == BFLOAT16;
         panels = panels && (matrices[i].type == BFLOAT16 || matrices[i].type == INT8);
         int8 += matrices[i].type == INT8;
@@ -234,7 +273,9 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     if (way == BY_ROWS) way = rows <= FEW ? AS_FEW : panels ? AS_PANELS : path->sparse ? AS_SPARSE : AS_FEW;
     if (way == AS_PANELS && !panels) return 0;
     if (way == AS_SPARSE && !path->sparse) return 0;
-    const Many* many = way == AS_PANELS ? path->panels : way == AS_SPARSE ? path->sparse : nullptr;
+    if (tiled && (tiled < count || !path->tiled)) return 0;
+    if (tiled && way == AS_FEW) return few_tiled(matrices, count, x, type, rows, outputs, threads), 1;
+    const Many* many = way == AS_PANELS ? path->panels : way != AS_SPARSE ? nullptr : tiled ? path->tiled->sparse : path->sparse;
     const bool integers = path->integers && !many && int8;
     if (integers && int8 < count) return 0;  // they need the activations in different dtypes
     const Input input = integers ? integers_for(rows, in) : input_for(x, type, rows, in, bfloat16 || way == AS_PANELS, many != nullptr);
@@ -269,7 +310,8 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
         }
         for (int32_t i = 0; i < count; ++i) {
             const Matrix& a = matrices[i];
-            const int64_t first = border(a, me, all), last = border(a, me + 1, all);
+            const auto border_of = tiled ? path->tiled->border : border;
+            const int64_t first = border_of(a, me, all), last = border_of(a, me + 1, all);
             if (first >= last) continue;
             if (many) {
                 many->multiply(a, input, table, outputs[i], first, last);

@@ -1,7 +1,7 @@
 // What the translation units share. One of them exists per instruction set; `entry.cpp` chooses among them.
 //
 // Everything works on the union bitmask: the kept values, row by row, and a bit (or for 2:4 a nibble per group of
-// four) for their positions. It is the layout of the file, so nothing is repacked on loading.
+// four) for their positions. It is the layout of the file, so nothing is repacked on loading; except on AVX2, into tiles.
 #pragma once
 
 #include <cstddef>
@@ -12,13 +12,14 @@
 namespace budwood {
 
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
-enum Coding : int32_t { BITMASK = 0, NIBBLES = 1 };
+enum Coding : int32_t { BITMASK = 0, NIBBLES = 1, TILES = 2 };
 
 constexpr int SEGMENT = 256;  // columns that share a scale of int8 values
 constexpr int FEW = 8;        // rows of x of the kernel for few rows; more of them use a table
 constexpr int LANE = 32;      // columns of activations that are contiguous, for few rows
 
 // One packed matrix [out, in]. Filled by the caller (Python, ctypes): the order of the fields is the interface.
+// TILES: `values` points to a tiles::Head, and out, in, type and coding are all that is read besides.
 struct Matrix {
     const void* values;          // [count] of `type`, row-major
     const uint8_t* places;       // [out, stride]: BITMASK one bit a column, NIBBLES two 2-bit places a group of four
@@ -202,6 +203,14 @@ struct Many {
     void (*multiply)(const Matrix&, const Input&, const char* table, const Output&, int64_t first, int64_t last);
 };
 
+// Kernels for matrices in tiles. What they split among threads are strips: `border` is the first after a share.
+struct Tiled {
+    int64_t (*border)(const Matrix&, int part, int parts);
+    // One thread's part of the products of several matrices of one type and width, for up to FEW rows of x.
+    void (*few)(const Matrix*, int32_t count, const void* x, int32_t type, int64_t rows, const Output*, int part, int parts);
+    const Many* sparse;
+};
+
 // The kernels of one instruction set; null where there is none.
 struct Path {
     const char* name;
@@ -214,6 +223,7 @@ struct Path {
     const Many* panels;  // bfloat16 activations with bfloat16 values, or int8 ones that are rounded as unpacking rounds
     // A dense bfloat16 matrix [out, in].
     void (*dense)(const uint16_t* weight, int64_t in, const Input&, const Output&, int64_t first, int64_t last);
+    const Tiled* tiled;
 };
 
 extern const Path scalar;

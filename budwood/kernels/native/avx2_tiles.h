@@ -1,0 +1,63 @@
+// How the AVX2 kernels read tiles.
+#pragma once
+
+#include "avx2.h"
+#include "tiles.h"
+
+#define UNROLLED(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
+
+namespace budwood::tiles {
+namespace {
+
+INLINE __m256i load_line(const char* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+INLINE __m256 joined(__m128 low, __m128 high) { return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1); }
+
+// Vector v of a tile: weights as float32 times WEIGHT_SCALE, and codes in the lowest two bits of each lane.
+template <int TYPE>
+INLINE void lanes(const char* tile, int v, __m256& weight, __m256i& code) {
+    if (TYPE == BFLOAT16) {
+        const __m256i two = load_line(tile + 32 * (v / 2));
+        const __m256i value = v % 2 ? two : _mm256_slli_epi32(two, 16);
+        code = _mm256_srli_epi32(two, v % 2 ? 16 + CODE : CODE);
+        weight = _mm256_castsi256_ps(_mm256_and_si256(value, _mm256_set1_epi32(int(0xffffu << 16 & ~(3u << (16 + CODE))))));
+    } else if (TYPE == FLOAT32) {
+        const __m256i one = load_line(tile + 32 * v);
+        code = _mm256_srli_epi32(one, WIDE_CODE);
+        weight = _mm256_castsi256_ps(_mm256_and_si256(one, _mm256_set1_epi32(int(~(3u << WIDE_CODE)))));
+    } else {
+        code = _mm256_srli_epi32(load_line(tile), 2 * v);
+        if (TYPE == FLOAT16) {
+            weight = _mm256_cvtph_ps(_mm_load_si128(at<const __m128i>(tile, 32 + 16 * v)));
+            return;
+        }
+        // A byte goes to the top of its lane.
+        const __m256i four = load_line(tile + 32 + 32 * (v / 4));
+        const int top = 0x00808080 + (v % 4 << 24), lane = 4 << 24;
+        const __m256i to = _mm256_setr_epi32(top, top + lane, top + 2 * lane, top + 3 * lane, top, top + lane,
+                                             top + 2 * lane, top + 3 * lane);
+        weight = _mm256_cvtepi32_ps(v % 4 == 0   ? _mm256_slli_epi32(four, 24)
+                                    : v % 4 == 3 ? _mm256_and_si256(four, _mm256_set1_epi32(int(0xff000000)))
+                                                 : _mm256_shuffle_epi8(four, to));
+    }
+}
+
+INLINE void transpose(__m256 r[8]) {
+    __m256 t[8], u[8];
+    UNROLLED(i, 8) t[i] = i % 2 ? _mm256_unpackhi_ps(r[i - 1], r[i]) : _mm256_unpacklo_ps(r[i], r[i + 1]);
+    UNROLLED(i, 8) {
+        const int from = i / 4 * 4 + i % 4 / 2;
+        u[i] = i % 2 ? _mm256_shuffle_ps(t[from], t[from + 2], 0xee) : _mm256_shuffle_ps(t[from], t[from + 2], 0x44);
+    }
+    UNROLLED(i, 8) {
+        r[i] = i < 4 ? _mm256_permute2f128_ps(u[i], u[i + 4], 0x20) : _mm256_permute2f128_ps(u[i - 4], u[i], 0x31);
+    }
+}
+
+}  // namespace
+
+int64_t border(const Matrix& a, int part, int parts);
+void few(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs, int part,
+         int parts);
+extern const Many by_sparse;
+
+}  // namespace budwood::tiles

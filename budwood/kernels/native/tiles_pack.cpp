@@ -1,0 +1,394 @@
+// Packs a matrix into tiles, and the exact inverse.
+#include "tiles.h"
+
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+namespace budwood::tiles {
+namespace {
+
+template <class Word>
+INLINE Word word_at(const void* data, int64_t index) {
+    Word word;
+    std::memcpy(&word, at<Word>(data, index * int64_t(sizeof(Word))), sizeof(Word));
+    return word;
+}
+
+INLINE uint32_t bits_at(const void* data, int64_t index, int32_t type) {
+    switch (size_of(type)) {
+        case 4: return word_at<uint32_t>(data, index);
+        case 2: return word_at<uint16_t>(data, index);
+        default: return word_at<uint8_t>(data, index);
+    }
+}
+
+INLINE void set_bits(void* data, int64_t index, int32_t type, uint32_t bits) {
+    switch (size_of(type)) {
+        case 4: std::memcpy(at<uint32_t>(data, 4 * index), &bits, 4); break;
+        case 2: std::memcpy(at<uint16_t>(data, 2 * index), &bits, 2); break;
+        default: std::memcpy(at<uint8_t>(data, index), &bits, 1);
+    }
+}
+
+float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+// Whether a lane can hold this weight. Zero says that a lane is empty.
+INLINE bool fits(uint32_t bits, int32_t type) {
+    const uint32_t exponent = bits >> (type == FLOAT32 ? 23 : 7) & 255;
+    return has_code_words(type) ? bits != 0 : exponent >> 6 == 1 && exponent & 63;
+}
+
+// Vector and lane of a slot of row i of a strip.
+struct Place {
+    int vector, lane;
+    Place(int slot, int i) : vector(slot / 4 * 4 + i / 4 * 2 + slot % 2), lane(slot / 2 % 2 * 4 + i % 4) {}
+    INLINE int64_t index(int32_t type) const {  // of the value in the tile
+        switch (type) {
+            case FLOAT32: return 8 * vector + lane;
+            case BFLOAT16: return 16 * (vector / 2) + 2 * lane + vector % 2;
+            case FLOAT16: return 16 + 8 * vector + lane;
+            default: return 32 + 32 * (vector / 4) + 4 * lane + vector % 4;
+        }
+    }
+};
+
+INLINE void put(char* tile, int32_t type, Place place, uint32_t bits, uint32_t code) {
+    if (has_code_words(type)) {
+        *at<uint32_t>(tile, 4 * place.lane) |= code << 2 * place.vector;
+    } else {
+        const int shift = type == BFLOAT16 ? CODE : WIDE_CODE;
+        bits = (bits & ~(3u << shift)) | code << shift;
+    }
+    set_bits(tile, place.index(type), type, bits);
+}
+
+INLINE uint32_t get(const char* tile, int32_t type, Place place, uint32_t& code) {
+    const uint32_t bits = bits_at(tile, place.index(type), type);
+    if (has_code_words(type)) {
+        code = *at<uint32_t>(tile, 4 * place.lane) >> 2 * place.vector & 3;
+        return bits;
+    }
+    const int shift = type == BFLOAT16 ? CODE : WIDE_CODE;
+    const uint32_t rest = bits & ~(3u << shift);
+    code = bits >> shift & 3;
+    return rest ? rest | 1u << shift : 0;
+}
+
+// The column of a slot, counted from the beginning of the row, with this code.
+INLINE int64_t column_of(int32_t kind, int64_t tiles, int64_t slot, int code) {
+    const int64_t segment = slot / (2 * GROUP_COUNT);
+    const int size = groups_in(tiles, segment), group = int(slot / 2 % GROUP_COUNT);
+    const int seen = slot % 2 ? group - AWAY[kind][code] : group;
+    return segment * SEGMENT + (seen < 0 ? seen + size : seen) * 4 + code;
+}
+
+// A row by its slots and extras.
+struct Row {
+    std::vector<uint32_t> bits;     // of the values, by column
+    std::vector<uint32_t> extras;   // columns
+    std::vector<uint32_t> more;     // bits of recovered weights, which have no entry in `bits`
+    std::vector<uint64_t> placed;   // columns that want a slot, one bit each
+    std::vector<uint64_t> outside;  // columns without one
+    std::vector<int8_t> codes;      // by slot; -1: empty
+
+    template <int TYPE>
+    void read(const Matrix& a, int64_t row, int32_t kind) {
+        const int64_t tiles = round_up(a.in, TILE) / TILE, segments = segments_of(a);
+        bits.resize(size_t(tiles * TILE));  // read only where a weight is
+        placed.assign(size_t(4 * segments), 0);
+        outside.assign(size_t(4 * segments), 0);
+        codes.assign(size_t(SLOTS * tiles), -1);
+        extras.clear();
+        more.clear();
+        int64_t next = a.starts[row];
+        for (int64_t word = 0; word < tiles; ++word) {
+            if (a.coding == NIBBLES) {
+                for (int slot = 0; slot < SLOTS && 32 * word + slot / 2 * 4 < a.in; ++slot) {
+                    codes[SLOTS * word + slot] = int8_t(a.places[row * a.stride + 4 * word + slot / 4] >> 2 * (slot % 4) & 3);
+                }
+            }
+            for (uint32_t mask = mask_word(a, row, word); mask; mask &= mask - 1, ++next) {
+                const int64_t column = 32 * word + __builtin_ctz(mask);
+                bits[column] = bits_at(a.values, next, TYPE);
+                if (fits(bits[column], TYPE)) {
+                    placed[column / 64] |= 1ull << column % 64;
+                } else if (a.coding == BITMASK || bits[column]) {  // a zero of a 2:4 matrix keeps its slot
+                    outside[column / 64] |= 1ull << column % 64;
+                }
+            }
+        }
+        for (int64_t segment = 0; a.coding == BITMASK && segment < segments; ++segment) {
+            assign(segment, groups_in(tiles, segment), kind);
+        }
+        for (size_t word = 0; word < outside.size(); ++word) {
+            for (uint64_t rest = outside[word]; rest; rest &= rest - 1) {
+                extras.push_back(uint32_t(64 * word + __builtin_ctzll(rest)));
+            }
+        }
+        if (!a.more_starts) return;
+        int64_t k = a.more_starts[row];
+        for (int64_t segment = 0; segment < segments; ++segment) {
+            for (int n = a.more_counts[row * segments + segment]; n; --n, ++k) {
+                extras.push_back(uint32_t(segment * SEGMENT + a.more_columns[k]));
+                more.push_back(bits_at(a.more_values, k, a.more_type));
+            }
+        }
+    }
+
+    // Assigns as many weights of a segment as possible to slots: a matching in which every group has one slot of either view
+    // and a weight fits the two that see it. A slot that sees only one weight takes it, repeatedly; where no slot is like
+    // that, any choice is as good as another. One bit for each group, all groups at once.
+    void assign(int64_t segment, int size, int32_t kind) {
+        constexpr uint64_t FIRST = 0x1111111111111111ull;  // column 0 of each group
+        const uint64_t all = ~0ull >> (64 - size);
+        uint64_t open[4] = {}, free[2] = {all, all}, taken[2][4] = {};  // weights and slots without one another; pairs
+        const auto rotate = [&](uint64_t groups, int by) {
+            by %= size;
+            return by ? (groups << by | groups >> (size - by)) & all : groups;
+        };
+        const auto step = [&](int view, bool any) {
+            uint64_t seen[4], one = 0, several = 0;
+            for (int i = 0; i < 4; ++i) {
+                seen[i] = rotate(open[i], view * AWAY[kind][i]);
+                several |= one & seen[i];
+                one |= seen[i];
+            }
+            uint64_t chosen = free[view] & one & (any ? one : ~several);
+            if (any && kind == ROTATED) chosen &= -chosen;  // a single slot; groups that see only their own are independent
+            free[view] &= ~chosen;
+            const bool found = chosen != 0;
+            for (int i = 0; i < 4 && chosen; ++i) {
+                const uint64_t takes = seen[i] & chosen;
+                chosen &= ~takes;
+                taken[view][i] |= takes;
+                open[i] &= ~rotate(takes, (size - view * AWAY[kind][i] % size) % size);
+            }
+            return found;
+        };
+        for (int i = 0; i < 16; ++i) open[i % 4] |= _pext_u64(placed[4 * segment + i / 4], FIRST << i % 4) << i / 4 * 16;
+        while (step(0, false) | step(1, false) || step(0, true) || step(1, true)) {
+        }
+        for (int i = 0; i < 16; ++i) outside[4 * segment + i / 4] |= _pdep_u64(open[i % 4] >> i / 4 * 16, FIRST << i % 4);
+        for (int i = 0; i < 8; ++i) {
+            for (uint64_t rest = taken[i / 4][i % 4]; rest; rest &= rest - 1) {
+                codes[2 * (segment * GROUP_COUNT + __builtin_ctzll(rest)) + i / 4] = int8_t(i % 4);
+            }
+        }
+    }
+};
+
+int32_t extra_type(const Matrix& a) { return a.more_starts ? a.more_type : a.type == INT8 ? int32_t(FLOAT32) : a.type; }
+
+// Where everything is: rows in the order of their extras, and the offsets of the strips.
+struct Plan {
+    Head head = {};
+    std::vector<int32_t> rows;
+    std::vector<int64_t> begins;
+    Plan(const Matrix& a, const int32_t* extras) {
+        Head& h = head;
+        const int64_t row_bytes = round_up(4 * (a.out + 1), LINE);
+        h.out = a.out, h.in = a.in, h.count = a.count, h.more_count = a.more_starts ? a.more_starts[a.out] : -1;
+        h.type = a.type, h.coding = a.coding, h.extra_type = extra_type(a);
+        h.tiles = round_up(a.in, TILE) / TILE, h.strips = round_up(a.out, STRIP) / STRIP;
+        h.rows = round_up(sizeof(Head), LINE);
+        h.extras = h.rows + round_up(4 * STRIP * h.strips, LINE);
+        h.starts = h.extras + round_up(4 * STRIP * h.strips, LINE);
+        h.more_starts = h.starts + row_bytes;
+        h.begins = h.more_starts + (a.more_starts ? row_bytes : 0);
+        h.data = h.begins + round_up(8 * (h.strips + 1), LINE);
+        rows.assign(size_t(STRIP * h.strips), -1);
+        std::iota(rows.begin(), rows.begin() + a.out, 0);
+        for (int64_t row = 0; row < a.out; row += SORTED) {
+            std::stable_sort(rows.begin() + row, rows.begin() + std::min<int64_t>(row + SORTED, a.out),
+                             [&](int32_t one, int32_t other) { return extras[one] > extras[other]; });
+        }
+        begins.push_back(h.data);
+        for (int64_t strip = 0; strip < h.strips; ++strip) {
+            const int64_t longest = extras[rows[STRIP * strip]] * extra_bytes(h.extra_type);
+            begins.push_back(begins.back() + round_up(extras_offset(a.type, h.tiles) + longest, LINE));
+        }
+        h.bytes = begins.back();
+    }
+};
+
+// The weights of row i, in the order of the strips, to their lanes.
+template <int TYPE>
+void pack_slots(const Row& row, const Head& h, int32_t kind, int64_t i) {
+    for (int64_t t = 0; t < h.tiles; ++t) {
+        char* tile = strip_of(h, i / STRIP) + tile_offset(TYPE, t);
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            const int code = row.codes[SLOTS * t + slot];
+            if (code < 0) continue;
+            const uint32_t bits = row.bits[column_of(kind, h.tiles, SLOTS * t + slot, code)];
+            put(tile, TYPE, Place(slot, int(i % STRIP)), fits(bits, TYPE) ? bits : 0, uint32_t(code));
+        }
+    }
+}
+
+// Scales and extras of row i, in the order of the strips. False where a value would be lost.
+template <int TYPE>
+bool pack_extras(const Row& row, const Matrix& a, const Head& h, int64_t i) {
+    const int64_t segments = segments_of(a), r = rows_of(h, i / STRIP)[i % STRIP];
+    const float* scales = a.scales + r * segments;
+    bool exact = true;
+    for (int64_t s = 0; TYPE == INT8 && s < segments; ++s) {
+        at<float>(strip_of(h, i / STRIP), scales_offset(s))[i % STRIP] = scales[s];
+    }
+    at<int32_t>(&h, h.extras)[i] = int32_t(row.extras.size());
+    for (size_t j = 0; j < row.extras.size(); ++j) {
+        const uint32_t column = row.extras[j];
+        uint32_t bits = a.more_starts ? row.more[j] : row.bits[column];
+        if (TYPE == INT8 && !a.more_starts) {  // as float32; the integer must follow from it
+            const float scale = scales[column / SEGMENT], value = float(int8_t(bits));
+            exact = exact && (value == 0 || std::nearbyint(value * scale / scale) == value);
+            bits = as_bits(value * scale);
+        }
+        char* entry = extra_entry(h, i / STRIP, int64_t(j));
+        at<uint16_t>(entry, 0)[i % STRIP] = uint16_t(column);
+        set_bits(entry + 16, i % STRIP, h.extra_type, bits);
+    }
+    return exact;
+}
+
+// Calls use(type, known to the compiler).
+template <class Use>
+void with_type(int32_t type, Use use) {
+    switch (type) {
+        case FLOAT32: return use(std::integral_constant<int, FLOAT32>());
+        case BFLOAT16: return use(std::integral_constant<int, BFLOAT16>());
+        case FLOAT16: return use(std::integral_constant<int, FLOAT16>());
+        default: return use(std::integral_constant<int, INT8>());
+    }
+}
+
+}  // namespace
+
+// Counts the extras of every row, [out], for the kind that has fewer. Returns the bytes of the packed matrix; 0 where the
+// layout cannot hold it.
+int64_t plan(const Matrix& a, int32_t& kind, int32_t* extras) {
+    constexpr int64_t NEGLIGIBLE = 40;  // one extra in this many weights: another kind would gain little
+    if (a.in > 65536 || a.out < 1 || a.in < 1 || (a.coding == NIBBLES && a.in % 4)) return 0;
+    std::vector<int32_t> counts(size_t(a.out), 0);
+    int64_t fewest = -1;
+    for (const int32_t tried : {GROUPS, ROTATED}) {
+        if (tried == ROTATED && (a.coding == NIBBLES || fewest * NEGLIGIBLE < a.out * a.in)) break;
+        int64_t total = 0;
+        with_type(a.type, [&](auto type) {
+#pragma omp parallel reduction(+ : total)
+            {
+                Row row;
+#pragma omp for schedule(static)
+                for (int64_t r = 0; r < a.out; ++r) {
+                    row.read<type()>(a, r, tried);
+                    counts[r] = int32_t(row.extras.size());
+                    total += counts[r];
+                }
+            }
+        });
+        if (fewest < 0 || total < fewest) {
+            fewest = total, kind = tried;
+            std::copy(counts.begin(), counts.end(), extras);
+        }
+    }
+    return Plan(a, extras).head.bytes;
+}
+
+// Fills `to`, which is zero and aligned to a line, with as many bytes as `plan` returned. False where a value would be lost.
+bool pack(const Matrix& a, int32_t kind, const int32_t* extras, void* to) {
+    const Plan plan(a, extras);
+    Head& h = *static_cast<Head*>(to);
+    h = plan.head, h.kind = kind;
+    std::copy(plan.rows.begin(), plan.rows.end(), at<int32_t>(to, h.rows));
+    std::copy(plan.begins.begin(), plan.begins.end(), at<int64_t>(to, h.begins));
+    std::copy(a.starts, a.starts + a.out + 1, at<int32_t>(to, h.starts));
+    if (a.more_starts) std::copy(a.more_starts, a.more_starts + a.out + 1, at<int32_t>(to, h.more_starts));
+    bool exact = true;
+    with_type(a.type, [&](auto type) {
+        constexpr int TYPE = type();
+#pragma omp parallel reduction(&& : exact)
+        {
+            Row row;
+#pragma omp for schedule(static, STRIP)  // the rows of a strip share words of codes, so one thread packs them
+            for (int64_t i = 0; i < STRIP * h.strips; ++i) {
+                if (plan.rows[i] < 0) continue;
+                row.read<TYPE>(a, plan.rows[i], kind);
+                pack_slots<TYPE>(row, h, kind, i);
+                exact = pack_extras<TYPE>(row, a, h, i) && exact;
+            }
+        }
+    });
+    return exact;
+}
+
+// The file's tensors. Those that the format does not have are null.
+void unpack(const void* from, void* values, uint8_t* places, float* scales, uint8_t* more_counts, uint8_t* more_columns,
+            void* more_values) {
+    const Head& h = *static_cast<const Head*>(from);
+    const int64_t segments = round_up(h.in, SEGMENT) / SEGMENT, stride = round_up(h.in, 8) / 8;
+    const int32_t *starts = at<int32_t>(from, h.starts), *more_starts = at<int32_t>(from, h.more_starts);
+    with_type(h.type, [&](auto type) {
+        constexpr int TYPE = type();
+#pragma omp parallel
+        {
+            std::vector<uint32_t> bits(size_t(h.tiles * TILE));
+            std::vector<uint8_t> kept(size_t(h.tiles * TILE));
+#pragma omp for schedule(static, STRIP)
+            for (int64_t i = 0; i < STRIP * h.strips; ++i) {
+                const int64_t row = at<int32_t>(from, h.rows)[i];
+                if (row < 0) continue;
+                const char* strip = strip_of(h, i / STRIP);
+                uint8_t* mask = places + row * stride;
+                std::memset(mask, 0, size_t(stride));
+                std::fill(kept.begin(), kept.end(), 0);
+                for (int64_t slot = 0; slot < SLOTS * h.tiles; ++slot) {
+                    uint32_t code;
+                    const Place place(int(slot % SLOTS), int(i % STRIP));
+                    const uint32_t value = get(strip + tile_offset(TYPE, slot / SLOTS), TYPE, place, code);
+                    const int64_t column = column_of(h.kind, h.tiles, slot, int(code));
+                    if (h.coding == NIBBLES ? column >= h.in : !value) continue;
+                    kept[column] = 1, bits[column] = value;
+                    if (h.coding == NIBBLES) mask[slot / 4] |= uint8_t(code << 2 * (slot % 4));
+                }
+                for (int64_t s = 0; scales && s < segments; ++s) {
+                    scales[row * segments + s] = at<float>(strip, scales_offset(s))[i % STRIP];
+                }
+                if (more_counts) std::memset(more_counts + row * segments, 0, size_t(segments));
+                for (int64_t j = 0; j < at<int32_t>(from, h.extras)[i]; ++j) {
+                    const char* entry = extra_entry(h, i / STRIP, j);
+                    const int64_t column = at<uint16_t>(entry, 0)[i % STRIP];
+                    uint32_t value = bits_at(entry + 16, i % STRIP, h.extra_type);
+                    if (more_counts) {
+                        ++more_counts[row * segments + column / SEGMENT];
+                        more_columns[more_starts[row] + j] = uint8_t(column % SEGMENT);
+                        set_bits(more_values, more_starts[row] + j, h.extra_type, value);
+                        continue;
+                    }
+                    if (TYPE == INT8) {
+                        const float scale = scales[row * segments + column / SEGMENT];
+                        value = value << 1 ? uint32_t(int(std::nearbyint(as_float(value) / scale))) : 0;
+                    }
+                    kept[column] = 1, bits[column] = value;
+                }
+                int64_t next = starts[row];
+                for (int64_t column = 0; column < h.in; ++column) {
+                    if (!kept[column]) continue;
+                    if (h.coding == BITMASK) mask[column / 8] |= uint8_t(1 << column % 8);
+                    set_bits(values, next++, TYPE, bits[column]);
+                }
+            }
+        }
+    });
+}
+
+}  // namespace budwood::tiles
