@@ -37,7 +37,7 @@ def texts(tmp_path, monkeypatch):
         ("sotu:2 , c4:0.5", (("sotu", 2), ("c4", 0.5))),
         ("[sotu:1950-]:3,c4:1", (("sotu:1950-", 3), ("c4", 1))),
         ("[sotu:1961]:1,[hf:a/b:en:train:body]:2", (("sotu:1961", 1), ("hf:a/b:en:train:body", 2))),
-        ("[hf:a/b::train:body]:2.5,/tmp/a-b_c.txt:7", (("hf:a/b::train:body", 2.5), ("/tmp/a-b_c.txt", 7))),
+        ("[hf:a/b::train:body]:2.5,/texts/a-b_c.txt:7", (("hf:a/b::train:body", 2.5), ("/texts/a-b_c.txt", 7))),
         (r"[C:\texts, old\a.txt]:1,[c4]:1", ((r"C:\texts, old\a.txt", 1), ("c4", 1))),
     ],
 )
