@@ -66,7 +66,14 @@ class Method(Step):
         """Raises UsageError where a linear (full name: [out, in]) does not allow these options."""
 
     def check_structure(self, structure: "ModelStructure") -> None:
-        """Raises UsageError where the model as a whole does not allow this method."""
+        """Raises UsageError where the model as a whole does not allow this method or one inside it."""
+        for inner in inner_methods(self):
+            inner.check_structure(structure)
+            if inner.reduced(structure) is not structure and self.reduced(structure) is structure:
+                raise UsageError(
+                    f"{self} works block by block on the whole model, and {inner} removes blocks or experts; "
+                    f"prune with {inner} first, then the result with the other method"
+                )
 
     def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
         """The expected result for every matrix in scope, by full name: counts, and another shape where it changes."""
@@ -157,9 +164,6 @@ class Wrapper(Method):
 
     def check(self, linears: Mapping[str, Shape]) -> None:
         self.inner.check(linears)
-
-    def check_structure(self, structure: "ModelStructure") -> None:
-        self.inner.check_structure(structure)
 
     def forecast(self, structure: "ModelStructure") -> dict[str, Forecast]:
         return self.inner.forecast(structure)

@@ -427,3 +427,10 @@ def test_work_is_shared_by_settings_of_the_same_survey(sources, tmp_path):
     kept = [parse_method(f'reap(score="{score}")').prepare(model, ids, work).kept for score in SCORES]
     assert len(list((tmp_path / "work").iterdir())) == 1
     assert all(len(experts) == 2 for one in kept for experts in one.experts.values())
+
+
+@pytest.mark.parametrize("name", ["refit({})", "matched({}, steps=1)", "sparsegpt(mask={})", "sds({})"])
+def test_methods_on_whole_blocks_refuse_to_contain_a_reduction(sources, tmp_path, name):
+    with pytest.raises(UsageError):
+        prune(sources("llama"), tmp_path / "out", name.format("drop_blocks(count=1)"), IDS, **CALIBRATION)
+    assert not (tmp_path / "out").exists()
