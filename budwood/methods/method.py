@@ -52,6 +52,7 @@ class Method(Step):
     """
 
     name: ClassVar[str] = ""  # in expressions, where it is not that of the class in lower case
+    fixed_shapes: ClassVar[bool] = False  # whether methods inside must leave the shapes of matrices as they are
     calibrated: ClassVar[bool] = True  # False: uses the weights alone, without a forward pass
 
     @property
@@ -72,6 +73,14 @@ class Method(Step):
             if inner.reduced(structure) is not structure and self.reduced(structure) is structure:
                 raise UsageError(
                     f"{self} works block by block on the whole model, and {inner} removes blocks or experts; "
+                    f"prune with {inner} first, then the result with the other method"
+                )
+            if self.fixed_shapes and any(
+                (held.shape or structure.shapes[name]) != structure.shapes[name]
+                for name, held in inner.forecast(structure).items()
+            ):
+                raise UsageError(
+                    f"{self} needs matrices of the same shape before and after, and {inner} makes them smaller; "
                     f"prune with {inner} first, then the result with the other method"
                 )
 

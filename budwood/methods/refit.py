@@ -1,7 +1,7 @@
 """refit: least-squares values for the weights that another method kept."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class Refit(Wrapper):
 
     The mask of the inner method does not change.
     """
+
+    fixed_shapes: ClassVar[bool] = True
 
     damp: float = option(0.01, "pull towards the dense weights, as a share of the mean second moment")
     iterations: int = option(100, "most steps of conjugate gradients")

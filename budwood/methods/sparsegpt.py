@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ PATTERN = "50%"
 @dataclass(frozen=True)
 class SparseGPT(PatternMethod):
     """Drop weights from left to right; the kept weights of each row compensate for every loss."""
+
+    fixed_shapes: ClassVar[bool] = True
 
     pattern: str = option(
         PATTERN, 'N:M such as "2:4", or a share such as "50%", dropped of every `block` columns, all rows together'

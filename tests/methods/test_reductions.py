@@ -434,3 +434,10 @@ def test_methods_on_whole_blocks_refuse_to_contain_a_reduction(sources, tmp_path
     with pytest.raises(UsageError):
         prune(sources("llama"), tmp_path / "out", name.format("drop_blocks(count=1)"), IDS, **CALIBRATION)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["refit({})", "sparsegpt(mask={})", "sds({})"])
+def test_methods_on_masks_refuse_to_contain_one_that_cuts(sources, tmp_path, name):
+    with pytest.raises(UsageError, match="magnitude_sp"):
+        prune(sources("llama"), tmp_path / "out", name.format("magnitude_sp(drop=0.5)"), IDS, **CALIBRATION)
+    assert not (tmp_path / "out").exists()
