@@ -26,7 +26,7 @@ METHODS = {
 YARDSTICK = "Wanda 2:4"
 SHOWN = "graft 2:4"  # the model that generates a sentence
 DATA = "sotu"  # calibrates on 1947-1999 and evaluates on 2000 and later
-SAMPLES, SAMPLE_LENGTH = 8, 512
+SAMPLES, SAMPLE_LENGTH = 6, 512
 WINDOWS, WINDOW_LENGTH = 2, 1024
 PROMPT = "My fellow Americans, the state of our union is"
 

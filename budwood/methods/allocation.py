@@ -51,10 +51,11 @@ def survey(model: "Model", windows: Tensor, pattern_for: "PatternOf", base: NM |
     movements: list[tuple[dict[str, float], float]] = []  # by block: per loss of each linear, and of the whole block
     hidden: list[Tensor] = []  # after the blocks so far, with one of them pruned
     for block in model.survey(few, "survey of the dense model", batch=1):
-        norms = block.collect(SquaredNorm)
+        inputs = block.hidden_states(0)  # before the pass, which replaces them
+        norms = block.observe(SquaredNorm)
         with torch.no_grad():
             hidden = [block.forward(states) for states in hidden]
-            right = block.run(0)
+            right = block.forward(inputs.clone())
             dense = {name: linear.weight.clone() for name, linear in block.linears.items()}  # setters write into them
             pruned, movement = {}, {}
             for name, linear in block.linears.items():
@@ -66,11 +67,11 @@ def survey(model: "Model", windows: Tensor, pattern_for: "PatternOf", base: NM |
                 curves[linear.name] = curve_of(loss[~always], first=int(always.sum()))
                 pruned[name] = linear.weight = torch.where(keep, dense[name], 0)
                 lost = float(loss[~keep].sum(dtype=torch.float64))
-                movement[linear.name] = _movement(block.run(0), right) / lost if lost else 0.0
+                movement[linear.name] = _movement(block.forward(inputs.clone()), right) / lost if lost else 0.0
                 linear.weight = dense[name].clone()
             for name, linear in block.linears.items():
                 linear.weight = pruned[name]
-            hidden.append(block.run(0))
+            hidden.append(block.forward(inputs.clone()))
             movements.append((movement, _movement(hidden[-1], right)))
             for name, linear in block.linears.items():
                 linear.weight = dense[name]

@@ -175,7 +175,7 @@ class FlapStep(Slices):
         attention = [name for name in dense if block.units[name].kind == "attention"]
         super().__call__(block)
         for names in (attention, dense.keys() - set(attention)):  # the bias of attention changes the inputs of an MLP
-            moments = block.collect(Moments) if names else {}
+            moments = block.collect(Moments, names) if names else {}
             for name in sorted(names):
                 linear = block.linears[name]
                 if enough(linear, moments[name]):

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -74,7 +74,7 @@ def found_units(structure: "ModelStructure", findings: Mapping[str, Findings]) -
 def fluctuations(
     block: "Block",
     metric: Metric,
-    collect: Callable[[type[Moments]], Mapping[str, Moments]],
+    collect: Callable[[type[Moments], Collection[str]], Mapping[str, Moments]],
     statistic: type[Moments] = Moments,
 ) -> Findings:
     """Of every set of units what its channels score, and the mean of its inputs, in one pass.
@@ -83,7 +83,7 @@ def fluctuations(
     norms of its columns, and has no mean.
     """
     units = block.units  # before the pass, which may replace the inputs
-    moments = collect(statistic)
+    moments = collect(statistic, units)
     findings: Findings = {}
     for name, each in units.items():
         linear = block.linears[name]

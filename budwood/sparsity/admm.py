@@ -82,7 +82,7 @@ def admm(weight: Tensor, system: System, pattern: Pattern, iterations: int = 300
         free = (pull + penalty * near - dual) @ inverse
         near, keep = nearest(free + dual / penalty)
         dual += penalty * (free - near)
-        if iteration % EVERY:
+        if iteration % EVERY or iteration == iterations:
             continue
         moved = int((keep ^ previous).sum()) / max(1, int(keep.sum()))
         previous = keep

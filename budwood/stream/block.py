@@ -1,6 +1,6 @@
 """One decoder block with its weights loaded: matrices, calibration inputs, statistics of them, outputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -67,13 +67,14 @@ class Block:
         self._propagated = False  # whether a survey has computed the next block's inputs already
         self._shared: dict[Kind, dict[str, Any] | None] = {}  # statistics that are collected together
 
-    def collect(self, statistic: Callable[[int], S]) -> dict[str, S]:
+    def collect(self, statistic: Callable[[int], S], only: Collection[str] | None = None) -> dict[str, S]:
         """A statistic of each linear's inputs, by name inside the block: one pass over the calibration batches.
 
-        Linears that share an input share one statistic object. Raises RunError where there are no batches.
+        only: the linears that are wanted; all by default. Linears that share an input share one statistic object.
+        Raises RunError where there are no batches.
         """
         if statistic not in self._shared:
-            return self._pass(statistic)
+            return self._pass(statistic, only)
         if self._shared[statistic] is None:
             together = [kind for kind, found in self._shared.items() if found is None]
             several = self._pass(partial(Several, kinds=together))
@@ -106,10 +107,10 @@ class Block:
             for kind in new:
                 del self._shared[kind]
 
-    def observe(self, statistic: Callable[[int], S]) -> dict[str, S]:
+    def observe(self, statistic: Callable[[int], S], only: Collection[str] | None = None) -> dict[str, S]:
         """As `collect`, and the next block's inputs are computed in the same pass: for surveys that change nothing."""
         self._propagated = True
-        return self._pass(statistic, propagate=True)
+        return self._pass(statistic, only, propagate=True)
 
     def advance(self, seen: Callable[[Tensor, Tensor], None] | None = None) -> None:
         """Computes the next block's inputs with the weights as they are, for surveys that change nothing.
@@ -126,11 +127,14 @@ class Block:
                     seen(inputs, outputs)
                 self._write(batch, outputs)
 
-    def _pass(self, statistic: Callable[[int], S], propagate: bool = False) -> dict[str, S]:
+    def _pass(
+        self, statistic: Callable[[int], S], only: Collection[str] | None = None, propagate: bool = False
+    ) -> dict[str, S]:
         if self.activations is None:
             raise RunError(f"{self.name}: no statistics can be collected, as there are no calibration windows")
-        modules = {name: linear.module for name, linear in self.linears.items()}
-        widths = {name: linear.shape[1] for name, linear in self.linears.items()}
+        wanted = {name: linear for name, linear in self.linears.items() if only is None or name in only}
+        modules = {name: linear.module for name, linear in wanted.items()}
+        widths = {name: linear.shape[1] for name, linear in wanted.items()}
         with Collector(modules, widths, statistic, whole=propagate) as collector, torch.no_grad():
             for batch in self.activations.indices():
                 collector.next_batch()
@@ -146,8 +150,12 @@ class Block:
 
     def run(self, batch: int) -> Tensor:
         """Outputs [batch, tokens, hidden] with the present weights, for one batch of the calibration inputs."""
+        return self.forward(self.hidden_states(batch))
+
+    def hidden_states(self, batch: int) -> Tensor:
+        """One batch of the calibration inputs, [batch, tokens, hidden]; `forward` may write into them."""
         assert self.activations is not None
-        return self.forward(self.activations.read(batch, self.device))
+        return self.activations.read(batch, self.device)
 
     def write_outputs(self, into: Activations) -> None:
         """The outputs with the present weights for all calibration windows; the next block's inputs are left alone."""

@@ -14,7 +14,7 @@ class Block(block.Block):
         self.index, self.name, self.inputs, self.passes, self._shared = 7, name, inputs, 0, {}
         self.linears = {key: linear(f"{name}.{key}", weight.clone()) for key, weight in weights.items()}
 
-    def _pass(self, statistic):
+    def _pass(self, statistic, only=None):
         self.passes += 1
         shared = {}
         for key, linear in self.linears.items():

@@ -339,7 +339,7 @@ class Resident(Block):
             if isinstance(module, torch.nn.Linear)
         }
 
-    def _pass(self, statistic):
+    def _pass(self, statistic, only=None):
         found = {name: statistic(linear.shape[1]) for name, linear in self.linears.items()}
         hooks = [
             linear.module.register_forward_pre_hook(lambda module, args, name=name: found[name].add(args[0]))

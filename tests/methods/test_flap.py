@@ -204,11 +204,11 @@ def test_killed_in_the_survey_and_in_a_block_it_ends_with_the_same_bytes(
     observed, kept = [], []
     observe, keep = Block.observe, Block.keep
 
-    def observing(self, statistic):
+    def observing(self, statistic, only=None):
         observed.append(self.index)
         if len(observed) == 3:
             raise KeyboardInterrupt
-        return observe(self, statistic)
+        return observe(self, statistic, only)
 
     def keeping(self, chosen):
         kept.append(self.index)
