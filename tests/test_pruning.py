@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from families import FAMILIES, MOE, build, save_model, token_ids
+from processes import start
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -198,33 +195,21 @@ def shards(folder):
 @pytest.mark.parametrize("values", [None, "int8"])
 def test_killed_at_any_moment_and_resumed_is_byte_identical(llama, tmp_path, values):
     (tmp_path / "text.txt").write_text(TEXT[0])
-    command = [
-        sys.executable,
-        "-m",
-        "budwood",
-        "prune",
-        str(llama),
-        str(tmp_path / "cut"),
-        "--method",
-        "wrp(alpha=0.5)",
-        "--data",
-        str(tmp_path / "text.txt"),
-        "--num-samples",
-        "4",
-        "--seq-length",
-        "24",
-        "--quiet",
-        *("--compute-dtype", "float32", "--sparse-products", "off", "--attention", "fused"),
-        *(["--values", values] if values else []),
-    ]
-    prune(llama, tmp_path / "whole", "wrp(alpha=0.5)", str(tmp_path / "text.txt"), values=values, **CALIBRATION)
+    method, text = "wrp(alpha=0.5)", tmp_path / "text.txt"
+    command = ["prune", llama, tmp_path / "cut", "--method", method, "--data", text, "--quiet"]
+    command += ["--num-samples", 4, "--seq-length", 24, "--compute-dtype", "float32"]
+    command += ["--sparse-products", "off", "--attention", "fused", *(["--values", values] if values else [])]
+    output = (tmp_path / "stdout", tmp_path / "stderr")
+    prune(llama, tmp_path / "whole", method, str(text), values=values, **CALIBRATION)
     for blocks in (1, 3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list((tmp_path / "cut").glob("sparse-*.safetensors"))) < blocks:
+        process = start(tuple(command), *output)
+        while process.is_alive() and len(list((tmp_path / "cut").glob("sparse-*.safetensors"))) < blocks:
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+        process.kill()
+        process.join()
+    last = start(tuple(command), *output)
+    last.join()
+    assert last.exitcode == 0, output[1].read_text()
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
     assert not list((tmp_path / "cut").glob("*.tmp"))
 

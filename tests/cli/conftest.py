@@ -1,16 +1,12 @@
 """The command as a user runs it: the real entry point, with stdout and stderr apart."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
+from processes import start
 
 
 @dataclass(frozen=True)
@@ -24,22 +20,18 @@ class Result:
         return json.loads(self.stdout)
 
 
-def budwood(*arguments: object, **environment: str) -> Result:
-    """Run `budwood` with these arguments in a process of its own, without access to the hub."""
-    done = subprocess.run(
-        [sys.executable, "-m", "budwood", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)} | environment,
-        timeout=240,
-        check=False,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
 @pytest.fixture(scope="session")
-def run():
-    return budwood
+def run(tmp_path_factory):
+    """Run a command in a process of its own, without access to the hub."""
+
+    def invoke(*arguments: object) -> Result:
+        folder = tmp_path_factory.mktemp("output")
+        process = start(arguments, folder / "out", folder / "err")
+        process.join(240)
+        assert process.exitcode is not None, "the command did not end"
+        return Result(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text())
+
+    return invoke
 
 
 @pytest.fixture

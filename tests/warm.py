@@ -1,0 +1,10 @@
+"""What most commands import, for `processes.py`: imported once, then every process is forked from there."""
+
+import transformers.models.llama.modeling_llama
+import transformers.models.llama.tokenization_llama  # noqa: F401
+
+import budwood.autoload
+import budwood.benchmarking
+import budwood.cli
+import budwood.pruning
+import budwood.repacking  # noqa: F401
