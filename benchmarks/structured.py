@@ -33,6 +33,7 @@ from budwood.checkpoints.tokenizer import load_tokenizer
 from budwood.data.evaluation import evaluation_windows
 from budwood.data.windows import calibration_windows
 from budwood.progress import Silent
+from budwood.stream.arithmetic import known_device
 from budwood.stream.model import Model
 
 METHODS = {
@@ -91,7 +92,8 @@ def measured(row: str, draw: int, texts: Mapping[str, str], asked: argparse.Name
         text: budwood.evaluate(folder, data, seq_length=2048, limit=asked.windows, dtype=asked.dtype)["perplexity"]
         for text, data in texts.items()
     }
-    model = budwood.load(folder, dtype=asked.dtype)
+    device = known_device("auto")
+    model = budwood.load(folder, dtype=asked.dtype, device=device)
     found: Cell = {
         "perplexity": perplexity,
         "parameters": sum({p.data_ptr(): p.numel() for p in model.parameters()}.values()),
@@ -100,10 +102,10 @@ def measured(row: str, draw: int, texts: Mapping[str, str], asked: argparse.Name
         "passes": None if report is None else report["seconds"]["total"] / plain,
         "needs_budwood": None if report is None else report["needs_budwood"],
         "calibration": f"{asked.calibration}, {asked.num_samples} x {asked.seq_length}, random by the draw",
-        "evaluation": f"plain, {asked.windows} x 2048, {asked.dtype}",
+        "evaluation": f"plain, {asked.windows} x 2048, {asked.dtype}, on {device.type}",
     }
     if report is not None and not asked.no_speed:
-        models = {"pruned": model, "dense": budwood.load(asked.model, dtype=asked.dtype)}
+        models = {"pruned": model, "dense": budwood.load(asked.model, dtype=asked.dtype, device=device)}
         with torch.no_grad():
             times = time_models(models, Silent())
         found |= {key: times[key] for key in ("prefill_times_dense", "decode_times_dense", "fewer_bytes_read")}
@@ -120,7 +122,7 @@ def seconds_of_a_pass(asked: argparse.Namespace) -> float:
         asked.calibration, tokenizer, num_samples=asked.num_samples, seq_length=asked.seq_length
     )
     start = time.perf_counter()
-    for _ in Model(source).blocks(windows.ids):
+    for _ in Model(source, device=known_device("auto")).blocks(windows.ids):
         pass
     return time.perf_counter() - start
 
@@ -132,6 +134,7 @@ def repetition(model: torch.nn.Module, asked: argparse.Namespace, data: str) -> 
     shares = []
     for prompts in windows.split(8):
         with torch.no_grad():
+            prompts = prompts.to(next(model.parameters()).device)
             tokens = model.generate(  # type: ignore[operator]
                 prompts,
                 attention_mask=torch.ones_like(prompts),
