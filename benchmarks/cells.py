@@ -1,6 +1,7 @@
-"""What the benchmarks that fill a table share: cells that are kept as they are finished, and pruning in a process."""
+"""What the benchmarks that fill a table share: cells that are kept as they are finished, and verbs in a process."""
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -31,7 +32,23 @@ def kept(file: Path) -> list[Cell]:
 
 def pruned(source: str, target: Path, method: str, calibration: str, **options: object) -> dict[str, Any]:
     """Prunes in a process of its own, so that time and memory are its own; the report. options: of `budwood prune`."""
+    return written("prune", source, target, data=calibration, method=method, **options)
+
+
+def written(verb: str, source: str, target: Path, **options: object) -> dict[str, Any]:
+    """Runs a verb that writes a folder, in a process of its own; the report. options: of the verb.
+
+    A folder that is finished is not written again, an interrupted one is continued.
+    """
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "budwood", "prune", source, str(target), "--method", method]
-    subprocess.run([*command, "--data", calibration, "--quiet", *words], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "budwood", verb, source, str(target), "--quiet", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return dict(json.loads((target / "report.json").read_text()))
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and the standard deviation in brackets; nothing of no values."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ({statistics.stdev(values):.{digits}f})"

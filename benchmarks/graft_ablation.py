@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cells import Cell, filled, kept, pruned
+from cells import Cell, filled, kept, pruned, spread
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -165,11 +165,6 @@ def table(cells: list[Cell]) -> str:
         ]
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join([*lines, "", f"{cells[-1]['calibration']}; {cells[-1]['evaluation']}; weights in {DTYPE}"])
-
-
-def spread(values: list[float], digits: int) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ({statistics.stdev(values):.{digits}f})"
 
 
 if __name__ == "__main__":

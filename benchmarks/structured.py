@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cells import Cell, filled, kept, pruned
+from cells import Cell, filled, kept, pruned, spread
 from torch import Tensor
 
 import budwood
@@ -183,13 +183,6 @@ def table(cells: list[Cell]) -> str:
             line.append(spread([cell[key] for cell in found if key in cell], 2))
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join([*lines, "", f"{cells[-1]['calibration']}; {cells[-1]['evaluation']}; weights in {DTYPE}"])
-
-
-def spread(values: list[float], digits: int) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ({statistics.stdev(values):.{digits}f})"
 
 
 if __name__ == "__main__":

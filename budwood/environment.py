@@ -109,6 +109,14 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_device_memory() -> int | None:
+    """Most bytes that tensors took on the GPU in this process so far; None where it was not used."""
+    import torch
+
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda.max_memory_allocated() if used else None
+
+
 def plug_in() -> str:
     """Whether plain `from_pretrained` loads pruned folders in a process that does not import budwood."""
     if not any(entry.name == "budwood" for entry in entry_points(group="torch.backends")):

@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -13,7 +11,8 @@ from torch import Tensor
 from budwood.errors import UsageError
 from budwood.methods.method import Step
 from budwood.methods.option import option
-from budwood.methods.structured import Slices, Structured
+from budwood.methods.structured import Slices, Structured, forecast_counts
+from budwood.methods.unit_pools import Sets, blocks_in, check_layers, chosen, pools_of, sets_of, units_left
 from budwood.methods.validation import number, one_of, truth
 from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.taylor import GRADIENT, SQUARE, Order, Reduction, salience, slice_scores, unit_scores
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROBE = 16  # tokens on which the units of every block are verified
-Sets = Mapping[int, Mapping[str, Units]]  # by index of the block, by consumer
 
 
 @dataclass(frozen=True)
@@ -71,15 +69,11 @@ class LLMPruner(Structured):
         one_of("reduction", self.reduction, ("sum", "mean", "max", "product", "first", "second", "last"))
         one_of("scope", self.scope, ("local", "global"))
         truth("published", self.published)
-        if self.layers is not None and not (isinstance(self.layers, str) and re.fullmatch(r"\d*:\d*", self.layers)):
-            raise UsageError(f'layers must be a range of blocks such as "4:30", got {self.layers!r}')
+        check_layers(self.layers)
 
     def blocks_of(self, count: int) -> range:
         """The blocks to prune of a model with `count` of them. Raises UsageError where there are none."""
-        ends = [int(end) if end else None for end in (self.layers or ":").split(":")]
-        if found := range(count)[slice(*ends)]:
-            return found
-        raise UsageError(f'layers="{self.layers}" names none of the {count} blocks, 0 to {count - 1}')
+        return blocks_in(self.layers, count)
 
     def check_structure(self, structure: "ModelStructure") -> None:
         super().check_structure(structure)
@@ -96,19 +90,8 @@ class LLMPruner(Structured):
         """Exact with scope="local", where all units are removable; as if local with scope="global"."""
         sets = sets_of(structure)
         pruned = chosen(sets, self.blocks_of(len(structure.modules)))
-        removed = iter(self.local_counts(pools_of(pruned), self.drop * sum(pool.weights for pool in pools_of(sets))))
-        shapes = dict(structure.shapes)
-        for index, block in pruned.items():
-            for units in block.values():
-                gone = next(removed)
-                for name in units.linears:
-                    full = f"{structure.path}.{index}.{name}"
-                    out, width = shapes[full]
-                    if name == units.consumer:
-                        shapes[full] = out, width - gone * units.columns.shape[1]
-                    else:
-                        shapes[full] = out - gone * units.rows[name].shape[1], width
-        return {name: Forecast(math.prod(shape), shape=shape) for name, shape in shapes.items()}
+        removed = self.local_counts(pools_of(pruned), self.drop * sum(pool.weights for pool in pools_of(sets)))
+        return forecast_counts(structure, units_left(structure.path, pruned, removed))
 
     def local_counts(self, pools: list[UnitPool], weights: float) -> list[int]:
         """Units to remove of every pool of the pruned blocks; weights: to remove, except with published=True."""
@@ -189,24 +172,3 @@ class LLMPruner(Structured):
         if units.kind == "attention" and self.reduction == "second":
             members = members[:1]  # the published program lists the attention output second
         return unit_scores([*members, consumer], self.reduction)
-
-
-def sets_of(structure: "ModelStructure") -> Sets:
-    return {index: structure.units[f"{structure.path}.{index}"] for index in range(len(structure.modules))}
-
-
-def chosen(sets: Sets, blocks: range) -> Sets:
-    return {index: block for index, block in sets.items() if index in blocks}
-
-
-def pools_of(sets: Sets) -> list[UnitPool]:
-    """One pool for every set of units, in order. width: channels that all its linears have, the size of a head."""
-    return [
-        UnitPool(index, units.kind, len(units), units.cost, width_of(units))
-        for index, block in sets.items()
-        for units in block.values()
-    ]
-
-
-def width_of(units: Units) -> int:
-    return math.gcd(units.columns.shape[1], *(rows.shape[1] for rows in units.rows.values()))

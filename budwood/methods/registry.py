@@ -7,6 +7,7 @@ from budwood.methods.flap import Flap
 from budwood.methods.gblm import Gblm
 from budwood.methods.graft import Graft
 from budwood.methods.llm_pruner import LLMPruner
+from budwood.methods.loraprune import LoRAPrune
 from budwood.methods.magnitude import Magnitude
 from budwood.methods.magnitude_sp import MagnitudeSp
 from budwood.methods.matched import Matched
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "matched": Matched,
     "sds": Sds,
     "llm_pruner": LLMPruner,
+    "loraprune": LoRAPrune,
     "perp": Perp,
     "tyr": Tyr,
 }

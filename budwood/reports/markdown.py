@@ -165,6 +165,8 @@ def circumstances(report: Report) -> list[tuple[str, str]]:
         ),
         ("peak memory", humanize.size(report["peak_memory"])),
     ]
+    if report.get("peak_device_memory"):
+        rows.append(("peak memory of the GPU", humanize.size(report["peak_device_memory"])))
     return rows
 
 

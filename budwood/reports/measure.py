@@ -7,7 +7,7 @@ from typing import Any
 
 from budwood.checkpoints.description import Description
 from budwood.checkpoints.writer import Writer
-from budwood.environment import installed, machine, peak_memory
+from budwood.environment import installed, machine, peak_device_memory, peak_memory
 from budwood.reports.record import MatrixReport, Report, Totals
 from budwood.stream.arithmetic import name_of
 from budwood.stream.model import Model
@@ -55,6 +55,7 @@ def measure(
         "linears": matrices,
         "seconds": {"blocks": sum(seconds.values())},
         "peak_memory": peak_memory(),
+        "peak_device_memory": peak_device_memory(),
         "notes": notes,
     }
 

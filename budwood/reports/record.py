@@ -63,6 +63,7 @@ class Report(TypedDict):
     linears: dict[str, MatrixReport]
     seconds: dict[str, float]
     peak_memory: int | None
+    peak_device_memory: NotRequired[int | None]  # of tensors on a GPU, where one was used
     notes: list[str]
     training: NotRequired[list[dict[str, Any]]]  # what retrained or reconstructed the model, in order
     speed: NotRequired[dict[str, Any]]  # what `budwood bench` measured

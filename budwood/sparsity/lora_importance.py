@@ -33,7 +33,12 @@ def sensitivity(importances: Tensor, width: int = 1, columns: bool = False, norm
     divided by the Euclidean norm over the groups, so that matrices of different size add up.
     """
     sums = importances.sum(dim=0 if columns else 1).unflatten(0, (-1, width)).sum(dim=1)
-    return sums / (sums.norm() + FLOOR) if normalised else sums
+    return normal(sums) if normalised else sums
+
+
+def normal(sums: Tensor) -> Tensor:
+    """Sums of groups [groups], divided by their Euclidean norm."""
+    return sums / (sums.norm() + FLOOR)
 
 
 def smoothed(before: Tensor | None, now: Tensor, decay: float = DECAY) -> Tensor | None:
@@ -48,7 +53,11 @@ def smoothed(before: Tensor | None, now: Tensor, decay: float = DECAY) -> Tensor
 
 def keep_groups(scores: Tensor, ratio: float) -> Tensor:
     """Bool [groups]: all but the floor(groups · ratio) of smallest score; of ties the lower index is kept."""
-    dropped = int(len(scores) * ratio)
+    return keep_all_but(scores, int(len(scores) * ratio))
+
+
+def keep_all_but(scores: Tensor, dropped: int) -> Tensor:
+    """Bool [groups]: all but the `dropped` of smallest score; of ties the lower index is kept."""
     order = scores.flip(0).sort(stable=True).indices  # the higher index first among ties
     keep = torch.ones_like(scores, dtype=torch.bool)
     keep[len(scores) - 1 - order[:dropped]] = False

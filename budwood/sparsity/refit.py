@@ -35,12 +35,12 @@ def refit(
 ) -> Refitted:
     """Minimise ‖X w - X w₀‖² of every row w over the weights that `keep` [out, in] marks, from `start` [out, in].
 
-    dense: W₀ [out, in]. moments: XᵀX [in, in]; all is computed in its dtype. cross: X₀ᵀX [in, in] where the
-    target is X₀ w₀ with other inputs X₀. damp: weight of a pull towards W₀, as a share of the mean of the diagonal; it
-    allows matrices without full rank and inputs that are always 0. A row is finished when the norm of its gradient is
-    `tolerance` of that at the kept weights of W₀, or after `iterations` steps; rows without a gain keep their start.
+    dense: W₀ [out, in]. moments: XᵀX [in, in]; all is computed in its dtype, on its device. cross: X₀ᵀX [in, in] where
+    the target is X₀ w₀ with other inputs X₀. damp: weight of a pull towards W₀, as a share of the mean of the diagonal;
+    it allows matrices without full rank and inputs that are always 0. A row is finished when the norm of its gradient
+    is `tolerance` of that at the kept weights of W₀, or after `iterations` steps; rows without a gain keep their start.
     """
-    start, dense = start.to(moments), dense.to(moments)
+    start, dense, keep = start.to(moments), dense.to(moments), keep.to(moments.device)
     diagonal = moments.diagonal()
     ridge = damp * diagonal.mean()
     scale = torch.where(diagonal + ridge > 0, diagonal + ridge, 1).rsqrt()  # [in]

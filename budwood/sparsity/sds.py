@@ -106,7 +106,8 @@ def adjust(
     Few steps act as damping. The error of no row rises: rows that gain nothing keep their start.
     """
     matrix = moments.matrix
-    start, dense = torch.where(keep, sparse, 0).to(matrix), dense.to(matrix)
+    keep = keep.to(matrix.device)
+    start, dense = torch.where(keep, sparse.to(matrix), 0), dense.to(matrix)
     if moments.largest == 0:
         return start
 

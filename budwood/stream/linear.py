@@ -36,8 +36,11 @@ class Linear:
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        """Rounded to the storage dtype. A new shape resizes the module. Raises RunError for NaN and overflow."""
-        self.stored = value.to(self.stored.dtype)
+        """Rounded to the storage dtype, kept where the stored weight was. A new shape resizes the module.
+
+        Raises RunError for NaN and overflow.
+        """
+        self.stored = value.to(self.stored.device, self.stored.dtype)
         if not all_finite(self.stored):
             raise RunError(f"{self.name}: the new weights do not fit {self.stored.dtype}; choose another --dtype")
         if read(self.module).shape == self.stored.shape:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,11 +64,22 @@ class Curve:
         }
 
 
-class Checkpoints:
-    """The state of a descent in one file of a `Work`, replaced as a whole every `every` steps."""
+class Resumable(Protocol):
+    """What changes with the steps beside the trained tensors."""
 
-    def __init__(self, work: "Work", name: str, every: int):
-        self.work, self.name, self.every = work, name, every
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Checkpoints:
+    """The state of a descent in one file of a `Work`, replaced as a whole every `every` steps.
+
+    beside: something that changes with the steps, and is kept with them.
+    """
+
+    def __init__(self, work: "Work", name: str, every: int, beside: Resumable | None = None):
+        self.work, self.name, self.every, self.beside = work, name, every, beside
 
     def read(self) -> dict[str, Tensor] | None:
         if not self.work.file(f"{self.name}.safetensors").is_file():
@@ -78,6 +89,8 @@ class Checkpoints:
     def write(self, curve: Curve, masters: Mapping[str, Tensor], best: Mapping[str, Tensor], adam: Any) -> None:
         tensors = {f"now/{key}": master for key, master in masters.items()}
         tensors |= {f"best/{key}": value for key, value in best.items()}
+        if self.beside is not None:
+            tensors |= {f"beside/{key}": value for key, value in self.beside.state().items()}
         for key, master in masters.items():
             for part, value in adam.state.get(master, {}).items():
                 tensors[f"{part}/{key}"] = value
@@ -127,6 +140,8 @@ def descend(
     if found is not None:
         curve, best = curve_of(found), part_of(found, "best")
         trainable.load(part_of(found, "now"))
+        if checkpoints is not None and checkpoints.beside is not None:
+            checkpoints.beside.load_state(part_of(found, "beside"))
         for part in ("step", "exp_avg", "exp_avg_sq"):
             for key, value in part_of(found, part).items():
                 adam.state[masters[key]][part] = value if part == "step" else value.to(masters[key].device)

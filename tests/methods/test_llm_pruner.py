@@ -251,3 +251,26 @@ def test_what_cannot_be_is_refused(models, expression, words, tmp_path):
     with pytest.raises(UsageError, match=words):
         prune(models / "llama", tmp_path / "out", expression, IDS, **CALIBRATION)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_recovers_the_sliced_model(tmp_path):
+    """Shapes stay, the held-out loss falls, and what is added to a matrix has the rank of the term."""
+    save_model("llama", tmp_path / "dense")
+    windows = IDS.flatten()[:48].view(2, 24).repeat(4, 1)
+    inner, rank = "llm_pruner(drop=0.2)", 2
+    outer = f'perp({inner}, move="masklora", rank={rank}, alpha=4, rate=0.02, steps=12, batch=4)'
+    alone = prune(tmp_path / "dense", tmp_path / "alone", inner, windows, **CALIBRATION | {"num_samples": 8})
+    report = prune(tmp_path / "dense", tmp_path / "out", outer, windows, **CALIBRATION | {"num_samples": 8})
+    held = [loss for _, loss in report["training"][0]["held_out"]]
+    assert min(held) < 0.95 * held[0]
+    assert report["totals"]["bytes"] == alone["totals"]["bytes"]
+    sliced, recovered = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
+        for name in ("alone", "out")
+    )
+    for name, weight in sliced.items():
+        added = recovered[name] - weight
+        if name.removesuffix(".weight") in report["linears"]:
+            assert torch.linalg.matrix_rank(added, atol=1e-4) == rank, name
+        else:
+            assert not added.any(), name
