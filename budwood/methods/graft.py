@@ -158,11 +158,11 @@ class Graft(PatternMethod):
             if self.fit and known is not None:
                 fit(linear, start, keep, weight, known.moments, self.damp, self.iterations, self.tolerance)
             else:
-                linear.weight = torch.where(keep, weight, 0)
+                linear.weight = torch.where(keep.to(weight.device), weight, 0)
             if self.base:
                 linear.recovered = int(keep.sum()) - self._least(linear.shape)
             if known is not None and isinstance(known.gram, MixedGram) and linear.bias is not None:
-                lost = mean_output((weight.to(linear.weight.device) - linear.weight), known.gram.mean)
+                lost = mean_output(weight - linear.weight, known.gram.mean)
                 linear.bias = linear.bias + lost.float().to(linear.bias.device)
 
     def choose(

@@ -4,6 +4,7 @@ A part of the inputs that is the same for all tokens cancels in differences. Ove
 (x_a - x_b)(x_a - x_b)ᵀ is their covariance; neighbours in the text have more than position in common.
 """
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from budwood.sparsity.statistics import Gram
 
 Pairs = Literal["neighbours", "all"]
+LEAST = 0.01  # factor of a row
 
 
 class MixedGram(Gram):
@@ -37,6 +39,15 @@ class MixedGram(Gram):
         super().merge(other)
         self.sum = self.sum.to(other.sum.device) + other.sum
         self.neighbours.merge(other.neighbours)
+
+    def state(self) -> dict[str, Tensor]:
+        neighbours = {f"neighbours/{name}": tensor for name, tensor in self.neighbours.state().items()}
+        return {**super().state(), "sum": self.sum, **neighbours}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
+        self.sum = state["sum"].clone()
+        self.neighbours.load_state({name: state[f"neighbours/{name}"] for name in ("count", "total")})
 
     @property
     def mean(self) -> Tensor:
@@ -66,6 +77,3 @@ def row_factors(sensitivities: Tensor) -> Tensor:
     if not mean > 0:
         return torch.ones_like(sensitivities)
     return (sensitivities / mean).sqrt().clamp(min=LEAST)
-
-
-LEAST = 0.01

@@ -53,6 +53,9 @@ def test_parts_are_merged():
     parts[0].merge(parts[1])
     torch.testing.assert_close(parts[0].matrix(), mixed(x, 0.3))
     torch.testing.assert_close(parts[0].mean, x.double().flatten(0, 1).mean(dim=0))
+    again = MixedGram(3, 0.3)
+    again.load_state(parts[0].state())
+    assert torch.equal(again.matrix(), parts[0].matrix())
 
 
 def test_neighbours_are_within_a_sequence():
