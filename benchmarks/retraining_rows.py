@@ -5,6 +5,11 @@ from itertools import product
 
 PATTERNS = ("2:4", "50%", "70%")
 METHODS = ("magnitude", "wanda", "sparsegpt", "gblm")
+EXTRAS = {
+    "neighbours": "differences=0.3",
+    "centred": 'differences=0.3, pairs="all"',
+    "sensitivities": "sensitivities=True",
+}
 GLOBAL = {"perp vectors": "biases+norms", "perp masklora": "biases+norms+masklora"}
 
 
@@ -39,12 +44,14 @@ def main_rows() -> dict[str, Row]:
 
 
 def ablation_rows() -> dict[str, Row]:
-    """graft's block fit: target, norms, steps, calibration tokens."""
+    """graft's block fit: target, norms, steps, calibration tokens; and what changes its masks."""
     rows = {}
     bases = {"9.75": "bits=9.75", "9.0 free": 'bits=9.0, pattern="free"'}
     for (bits, base), tokens in product(bases.items(), (32768, 131072)):
         alone = f"graft {bits} {tokens // 1024}k"
         rows[alone] = Row(f"graft({base})", tokens=tokens)
+        for name, given in EXTRAS.items():
+            rows[f"{alone} {name}"] = Row(f"graft({base}, {given})", alone=alone, tokens=tokens)
         for target, norms, steps in product(("pruned", "dense", "0.5"), (True, False), (16, 64, 256)):
             given = target if target == "0.5" else f'"{target}"'
             move = "weights+biases+norms" if norms else "weights+biases"

@@ -1,6 +1,6 @@
 """Fitting kept weights to the outputs of the dense matrix: what refit, alps and graft share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -29,10 +29,12 @@ class Inputs:
         return System.of(self.moments, self.damp)
 
 
-def inputs_of(block: "Block", damp: float) -> Iterator[tuple["Linear", Inputs | None]]:
+def inputs_of(
+    block: "Block", damp: float, statistic: Callable[[int], Gram] = Gram
+) -> Iterator[tuple["Linear", Inputs | None]]:
     """Every linear with its inputs; None where no token reached it. Linears that share an input share the object."""
     latest: Inputs | None = None
-    grams = block.collect(Gram)
+    grams = block.collect(statistic)
     for name, linear in block.linears.items():
         if not reached(linear, grams[name]):
             yield linear, None

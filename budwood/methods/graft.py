@@ -1,9 +1,10 @@
 """graft: the smallest output error within a number of bits per weight, with 2:4 as the base or without."""
 
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,15 +20,19 @@ from budwood.methods.reconstruction import LOSS, MOVE, RATE, TARGET, TOKENS, Blo
 from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity import scores
 from budwood.sparsity.admm import admm
+from budwood.sparsity.differences import MixedGram, row_factors
+from budwood.sparsity.fluctuation import mean_output
 from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.patterns import NM, Pattern, Shape, Top
 from budwood.sparsity.recovery import Recovered
+from budwood.sparsity.statistics import Gram
 
 if TYPE_CHECKING:
     from budwood.checkpoints.work import Work
     from budwood.stream.block import Block
     from budwood.stream.model import Model
 
+WINDOWS, TOKENS_EACH = 8, 256  # of the calibration windows: for the sensitivities of rows
 ITEMSIZE = 2  # bytes of a value: bits are counted as the 16-bit types store them
 
 
@@ -56,13 +61,23 @@ class Graft(PatternMethod):
     move: str = option("weights+biases+norms", MOVE)
     loss: str = option("relative", LOSS)
     tokens: int = option(1024, TOKENS)
+    differences: float = option(
+        0.0, "share of the second moments of differences between tokens in those that masks and fit use"
+    )
+    pairs: Literal["neighbours", "all"] = option("neighbours", "tokens whose differences are taken, in every sequence")
+    sensitivities: bool = option(
+        False, "the error of a row counts by how much the loss depends on its output, when masks are chosen"
+    )
 
     def __post_init__(self) -> None:
         one_of("pattern", self.pattern, ("2:4", "free"))
         one_of("select", self.select, ("alps", "wanda"))
         one_of("allocate", self.allocate, ("global", "uniform"))
         number("bits", self.bits, 0, 16)
+        one_of("pairs", self.pairs, ("neighbours", "all"))
+        number("differences", self.differences, 0, 1)
         truth("fit", self.fit)
+        truth("sensitivities", self.sensitivities)
         whole("rounds", self.rounds, 1)
         check_block_fit(self.steps, 0, self.rate, self.target, self.move, self.loss, self.tokens)
         check_fit(self.damp, self.iterations, self.tolerance)
@@ -115,43 +130,68 @@ class Graft(PatternMethod):
             total = sum(self.count_for(shape) for shape in model.structure.shapes.values())
             counts = kept_counts(model, windows, work, self, self.pattern_for, self.base, total)
         options = (self.steps, self.rate, self.target, self.move, self.loss, self.tokens)
-        return GraftStep(self, counts, BlockFit(model, windows, *options) if self.steps else None)
+        rows = self.row_factors(model, windows, work) if self.sensitivities else {}
+        return GraftStep(self, counts, BlockFit(model, windows, *options) if self.steps else None, rows)
 
-    def prune_block(self, block: "Block", pattern_for: PatternOf) -> None:
-        for linear, known in inputs_of(block, self.damp):
+    def row_factors(self, model: "Model", windows: Tensor, work: "Work") -> dict[str, Tensor]:
+        """What the rows of every linear are multiplied by when masks are chosen [out], by full name."""
+        from budwood.training.sensitivities import row_sensitivities
+
+        few = windows[:WINDOWS, :TOKENS_EACH]
+        found = work.tensors("row-sensitivities", lambda: row_sensitivities(model, few, model.linears))
+        return {name: row_factors(values) for name, values in found.items()}
+
+    @property
+    def statistic(self) -> Callable[[int], Gram]:
+        """Of the inputs."""
+        return partial(MixedGram, share=self.differences, pairs=self.pairs) if self.differences else Gram
+
+    def prune_block(
+        self, block: "Block", pattern_for: PatternOf, rows: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """rows: see `row_factors`."""
+        for linear, known in inputs_of(block, self.damp, self.statistic):
             pattern = pattern_for(linear.shape, linear.name)
-            weight = linear.weight
+            weight = linear.weight.clone()
             with naming(linear.name):
-                keep, start = self.choose(weight, known, pattern)
+                keep, start = self.choose(weight, known, pattern, rows.get(linear.name))
             if self.fit and known is not None:
                 fit(linear, start, keep, weight, known.moments, self.damp, self.iterations, self.tolerance)
             else:
-                linear.weight = torch.where(keep, weight, 0)
+                linear.weight = torch.where(keep.to(weight.device), weight, 0)
             if self.base:
                 linear.recovered = int(keep.sum()) - self._least(linear.shape)
+            if known is not None and isinstance(known.gram, MixedGram) and linear.bias is not None:
+                lost = mean_output(weight - linear.weight, known.gram.mean)
+                linear.bias = linear.bias + lost.float().to(linear.bias.device)
 
-    def choose(self, weight: Tensor, known: Inputs | None, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    def choose(
+        self, weight: Tensor, known: Inputs | None, pattern: Pattern, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The mask of a matrix, bool [out, in], and weights to start a fit from [out, in].
 
-        Where no token reached it, the largest weights are kept.
+        Where no token reached it, the largest weights are kept. rows: factors [out] of the rows in this choice.
         """
         if known is None:
             return pattern.keep(scores.magnitude(weight)), weight
+        factors = 1 if rows is None else rows.to(weight.device)[:, None]
         if self.select == "wanda":
-            return pattern.keep(scores.wanda(weight, known.gram.norms())), weight
-        return admm(weight, known.system, pattern, self.rounds)
+            return pattern.keep(scores.wanda(weight * factors, known.gram.norms())), weight
+        keep, start = admm(weight * factors, known.system, pattern, self.rounds)
+        return keep, start if rows is None else start / rows.to(start.device)[:, None]
 
 
 @dataclass(frozen=True)
 class GraftStep(Step):
     """counts: weights that a linear keeps, by full name; for others the method's own count.
 
-    block_fit: of the whole block at the end, where `steps` is above 0.
+    block_fit: of the whole block at the end, where `steps` is above 0. rows: see `Graft.row_factors`.
     """
 
     method: Graft
     counts: Mapping[str, int]
     block_fit: BlockFit | None
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, block: "Block") -> None:
         method = self.method
@@ -161,6 +201,6 @@ class GraftStep(Step):
 
         if self.block_fit is not None:
             self.block_fit.before(block)
-        method.prune_block(block, pattern_for)
+        method.prune_block(block, pattern_for, self.rows)
         if self.block_fit is not None:
             self.block_fit.fit(block)

@@ -15,6 +15,7 @@ from budwood.methods.structured import Slices, Structured, forecast_counts
 from budwood.methods.unit_pools import Sets, blocks_in, check_layers, chosen, pools_of, sets_of, units_left
 from budwood.methods.validation import number, truth, whole
 from budwood.sparsity.forecast import Forecast
+from budwood.sparsity.lora_importance import dropped_of
 from budwood.sparsity.patterns import Pattern, Shape, parse_pattern
 from budwood.sparsity.unit_shares import even_counts
 
@@ -128,8 +129,8 @@ class LoRAPrune(Structured):
     def counts(self, sets: Sets, pruned: Sets) -> list[int]:
         """Units to remove of every pool of the pruned blocks."""
         if self.published:
-            share = self.drop * self.gradual.last_share()
-            return [min(int(pool.count * share), pool.count - 1) for pool in pools_of(pruned)]
+            share = self.gradual.last_share()
+            return [dropped_of(self.drop * pool.count, share) for pool in pools_of(pruned)]
         return even_counts(pools_of(pruned), self.drop * sum(pool.weights for pool in pools_of(sets)))
 
     def work_bytes(self, structure: "ModelStructure", itemsize: int) -> int:
@@ -140,7 +141,7 @@ class LoRAPrune(Structured):
         return 5 * 4 * factors + 6 * weights
 
     def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
-        from budwood.training.descent import Checkpoints, curve_of
+        from budwood.training.descent import Checkpoints, curve_of, part_of
         from budwood.training.gradients import block_of
 
         assert windows is not None
@@ -149,10 +150,10 @@ class LoRAPrune(Structured):
         checkpoint = Checkpoints(work, f"{name}-steps", self.gradual.save_every).read()
         assert checkpoint is not None
         kept: dict[str, dict[str, Tensor]] = {}
-        for full, units in part(found, "kept").items():
+        for full, units in part_of(found, "kept").items():
             block = f"{model.path}.{block_of(model, full)}"
             kept.setdefault(block, {})[full.removeprefix(f"{block}.")] = units
-        values, masks = part(found, "value"), part(found, "keep")
+        values, masks = part_of(found, "value"), part_of(found, "keep")
         return LoRAPruneStep(kept, method=self, values=values, masks=masks, curve=curve_of(checkpoint))
 
     def trained(self, model: "Model", windows: Tensor, work: "Work", name: str) -> dict[str, Tensor]:
@@ -185,12 +186,6 @@ class LoRAPrune(Structured):
         if self.published:
             return UnitMasks(model.linears, by_name, {name: self.drop * len(units) for name, units in by_name.items()})
         return UnitMasks(model.linears, by_name, dict(zip(by_name, self.counts(sets, pruned), strict=True)))
-
-
-def part(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The tensors of one kind, by what follows it in their names."""
-    prefix = f"{kind}/"
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from budwood.methods.validation import number, one_of, whole
 from budwood.stream.activations import Activations, batch_size
 from budwood.stream.dense_stream import DenseStream
-from budwood.training.kinds import kinds_of, norms
+from budwood.training.move import norms, parse_fit, vectors
 from budwood.training.reconstruct import LOSSES, reconstruct, typical
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ TARGET = (
     '"pruned": the outputs of the dense block for the pruned model\'s inputs, "dense": those of the dense model; a '
     "number between 0 and 1 mixes both"
 )
-MOVE = "what moves in these steps: weights (the kept ones), biases, norms, joined by +"
+MOVE = "what moves in these steps: weights (the kept ones), biases (those of norms too), norms, joined by +"
 LOSS = '"relative": squared error over the mean square of each token\'s target, or "plain" squared error'
 TOKENS = "of a step, about: whole windows, one at least"
 
@@ -41,7 +41,7 @@ def check_block_fit(
         one_of("target", target, TARGETS)
     else:
         number("target", target, 0, 1)
-    kinds_of(move)
+    parse_fit(move)
     one_of("loss", loss, LOSSES)
     whole("tokens", tokens, 1)
 
@@ -65,7 +65,7 @@ class BlockFit:
     ):
         self.steps, self.rate, self.loss, self.tokens = steps, rate, LOSSES[loss], tokens
         self.share = TARGETS[target] if isinstance(target, str) else target
-        self.kinds = kinds_of(move)
+        self.move, self.kinds = parse_fit(move), move.split("+")
         self.dense = DenseStream(model, windows) if self.share > 0 else None
         self.model = model
         self.outputs: Activations | None = None  # of the dense block for the pruned model's inputs
@@ -85,7 +85,7 @@ class BlockFit:
         """Moves what may move so that the outputs of the block come near the target; zeros of matrices stay zero."""
         inputs, targets = block.activations, self._targets(block)
         assert inputs is not None
-        weights = {name: linear.weight for name, linear in block.linears.items()} if "weights" in self.kinds else {}
+        weights = {name: linear.weight for name, linear in block.linears.items()} if self.move.adapter else {}
         others = self._others(block)
         if not weights and not others:
             log.warning("%s has no %s, so nothing of it moves", block.name, " and no ".join(self.kinds))
@@ -132,11 +132,13 @@ class BlockFit:
         return self.outputs.hidden
 
     def _others(self, block: "Block") -> dict[str, Tensor]:
-        """Biases and norms that move, float32 by name inside the block."""
-        names = [f"{name}.bias" for name, linear in block.linears.items() if linear.bias is not None]
-        names = names if "biases" in self.kinds else []
-        names += norms(block.module) if "norms" in self.kinds else []
-        return {name: block.module.get_parameter(name).detach().float() for name in names}
+        """Norms, and biases of them and of the linears in scope, that move: float32 by name inside the block."""
+        of_norms = norms(block.module)
+        return {
+            name: parameter.detach().float()
+            for name, parameter in vectors(block.module, self.move).items()
+            if name in of_norms or name.removesuffix(".bias") in block.linears
+        }
 
     def _sizes(self, block: "Block", others: Mapping[str, Tensor]) -> dict[str, float]:
         """The typical size of a bias that is zero: that of the weights beside it."""

@@ -64,6 +64,11 @@ def keep_all_but(scores: Tensor, dropped: int) -> Tensor:
     return keep
 
 
+def dropped_of(count: float, share: float) -> int:
+    """How many are masked when a share of the `count` of the end is, rounded down."""
+    return int(count * share + 1e-9)
+
+
 def ratio_at(
     step: int, steps: int, final: float, first: float = 0.0, warm_up: float = 0.1, cool_down: float = 0.1
 ) -> float:

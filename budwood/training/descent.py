@@ -135,7 +135,8 @@ def descend(
     progress, masters = progress or Silent(), trainable.masters
     if not masters:
         return Curve(done=True)
-    adam = torch.optim.AdamW(masters.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
+    together = next(iter(masters.values())).is_cuda  # on a GPU one call for all tensors; else least memory
+    adam = torch.optim.AdamW(masters.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=together)
     found = checkpoints.read() if checkpoints else None
     if found is not None:
         curve, best = curve_of(found), part_of(found, "best")
@@ -157,7 +158,7 @@ def descend(
             for group in adam.param_groups:
                 group["lr"] = settings.rate * settings.factor(step)
             curve.losses.append(slope(step))
-            _step(adam, scale, settings.clip)
+            _step(adam, scale, settings.clip, together)
             trainable.push()
             done = step + 1
             if held is not None and (done % every == 0 or done == settings.steps):
@@ -184,13 +185,13 @@ def descend(
     return curve
 
 
-def _step(adam: torch.optim.Optimizer, scale: float, clip: float | None) -> None:
+def _step(adam: torch.optim.Optimizer, scale: float, clip: float | None, together: bool) -> None:
     moving = [parameter for group in adam.param_groups for parameter in group["params"] if parameter.grad is not None]
     if scale != 1:
         for parameter in moving:
             parameter.grad /= scale
     if clip is not None:
-        torch.nn.utils.clip_grad_norm_(moving, clip, foreach=False)
+        torch.nn.utils.clip_grad_norm_(moving, clip, foreach=together)
     adam.step()
     adam.zero_grad(set_to_none=True)
 

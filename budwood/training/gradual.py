@@ -13,14 +13,13 @@ from torch import Tensor
 from budwood.models.linears import read
 from budwood.progress import Progress
 from budwood.sparsity.lora_importance import importance, low_rank_gradient, ratio_at
-from budwood.stream.activations import batch_size
 from budwood.stream.model import Model
 from budwood.training.adapters import MaskLora
 from budwood.training.descent import Checkpoints, Curve, Descent, descend
 from budwood.training.gradients import scale_of
 from budwood.training.growing_masks import UnitMasks, WeightMasks
 from budwood.training.move import Move
-from budwood.training.recovery import TOKENS, Recovery, blocks_recomputed, slope
+from budwood.training.recovery import Recovery, at_once, blocks_recomputed, slope
 from budwood.training.trainable import Trainable, keys
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def prune_while_training(
     adapter = settings.adapter
     descent = Descent(settings.steps, settings.rate, warm_up=0.0)
     recovery = Recovery(Move(adapter=adapter), descent, settings.rank, settings.alpha, settings.batch, settings.seed)
-    many = batch_size(settings.batch, windows.shape[1], TOKENS)
+    many = at_once(model, settings.batch, windows.shape[1])
     with model.resident():
         trainable = Trainable({}, model.linears, adapter, settings.seed)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from budwood.models.linears import read
-from budwood.sparsity.lora_importance import keep_all_but, normal, smoothed
+from budwood.sparsity.lora_importance import dropped_of, keep_all_but, normal, smoothed
 from budwood.sparsity.patterns import NM, Share
 from budwood.sparsity.units import Units
+from budwood.training.descent import part_of
 
 Importances = Callable[[str], Tensor | None]  # of the weights of a linear [out, in]; None where it got no gradient
 
@@ -48,7 +49,7 @@ class UnitMasks:
         """Masks this share of the units that are masked in the end, rounded down."""
         for consumer, keep in self.keep.items():
             running = self.running.get(consumer, torch.zeros(len(keep)))
-            dropped = int(self.counts[consumer] * share + 1e-9)
+            dropped = dropped_of(self.counts[consumer], share)
             self.keep[consumer] = keep_all_but(torch.where(keep, running, -1), dropped)
         self.apply()
 
@@ -66,7 +67,7 @@ class UnitMasks:
         return named(running=self.running, keep=self.keep)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.running, self.keep = part(state, "running"), part(state, "keep")
+        self.running, self.keep = part_of(state, "running"), part_of(state, "keep")
         self.apply()
 
     def kept(self) -> dict[str, Tensor]:
@@ -113,22 +114,17 @@ class WeightMasks:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         devices = {name: read(linear).device for name, linear in self.linears.items()}
-        self.running = {name: value.to(devices[name]) for name, value in part(state, "running").items()}
-        self.keep = part(state, "keep")
+        self.running = {name: value.to(devices[name]) for name, value in part_of(state, "running").items()}
+        self.keep = part_of(state, "keep")
         self.apply()
 
 
 def part_of_pattern(pattern: NM | Share, share: float) -> NM | Share:
     """The pattern that drops a share of what `pattern` drops, rounded down; of N:M one that it refines."""
     if isinstance(pattern, NM):
-        return NM(pattern.group - int((pattern.group - pattern.kept) * share + 1e-9), pattern.group)
+        return NM(pattern.group - dropped_of(pattern.group - pattern.kept, share), pattern.group)
     return Share(pattern.drop * share, pattern.per)
 
 
 def named(**parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{kind}/{name}": tensor for kind, tensors in parts.items() for name, tensor in tensors.items()}
-
-
-def part(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    prefix = f"{kind}/"
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from budwood.errors import UsageError
 from budwood.training.adapters import ADAPTERS, Adapter
 
+FITTED = ("weights", "biases", "norms")  # what can be fitted to the outputs of a block
 PARTS = ("biases", "norms", "head", "embeddings", *ADAPTERS)
 NO_EFFECT = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative change of a block's outputs; 1e-2 in 16 bits
 
@@ -48,18 +49,41 @@ def parse_move(text: str, rank: int = 16, alpha: float = 32.0) -> Move:
     )
 
 
+def parse_fit(text: object) -> Move:
+    """What moves in a fit of a block to given outputs: some of FITTED, joined by +. Raises UsageError for all else."""
+    named = text.split("+") if isinstance(text, str) else []
+    if not named or len(set(named)) < len(named) or not set(named) <= set(FITTED):
+        raise UsageError(
+            f"move names some of {', '.join(FITTED)}, joined by '+', such as 'weights+norms'; got {text!r}"
+        )
+    return parse_move("+".join(named))
+
+
+def norms(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights and biases of norms, by name: parameters of modules that hold vectors and nothing else."""
+    return {
+        f"{path}.{name}".lstrip("."): parameter
+        for path, owner in module.named_modules()
+        if not any(True for _ in owner.children())
+        and all(parameter.dim() <= 1 for parameter in owner.parameters(recurse=False))
+        for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.is_floating_point()
+    }
+
+
+def biases(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Biases, by name, those of norms among them."""
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if name.rpartition(".")[2] == "bias" and parameter.dim() == 1
+    }
+
+
 def vectors(module: nn.Module, move: Move) -> dict[str, nn.Parameter]:
     """The biases and the parameters of norms in `module` that move, by name; a norm's bias is both."""
-    found: dict[str, nn.Parameter] = {}
-    for path, owner in module.named_modules():
-        weight = owner._parameters.get("weight")
-        norm = weight is not None and weight.dim() == 1
-        for name, parameter in owner._parameters.items():
-            if parameter is None or parameter.dim() != 1 or name not in ("weight", "bias"):
-                continue
-            if (move.norms and norm) or (move.biases and name == "bias"):
-                found[f"{path}.{name}".lstrip(".")] = parameter
-    return found
+    moving = (norms(module) if move.norms else {}) | (biases(module) if move.biases else {})
+    return {name: parameter for name, parameter in module.named_parameters() if name in moving}
 
 
 def check_move(move: Move, model: nn.Module) -> None:

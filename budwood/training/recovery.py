@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from budwood.checkpoints.work import Work
 
 TOKENS = 2048  # in one forward and backward pass; a step adds up several
+MORE = 4  # times as many on a GPU
 KEPT = 40  # values that a block keeps of a token for its backward pass, per hidden feature, about
 RECOMPUTED = 2**30  # bytes of these, in all blocks, above which a block is computed again in the backward pass
 
@@ -81,7 +82,7 @@ def retrain(
         trainable = trainable_of(model, recovery, windows, head)
         note(described(model, trainable, recovery, windows.shape[1]))
         training, out = split(len(windows))
-        many = batch_size(recovery.batch, windows.shape[1], TOKENS)
+        many = at_once(model, recovery.batch, windows.shape[1])
         with trainable.attached(), blocks_recomputed(model, many * windows.shape[1]):
             curve = descend(
                 trainable,
@@ -94,6 +95,11 @@ def retrain(
                 what="retraining",
             )
         return Recovered(trainable.values(), curve, head)
+
+
+def at_once(model: Model, batch: int, tokens: int) -> int:
+    """How many of a step's windows of so many tokens go through the model together."""
+    return batch_size(batch, tokens, TOKENS if model.device.type == "cpu" else MORE * TOKENS)
 
 
 def trainable_of(model: Model, recovery: Recovery, windows: Tensor, head: MaskLora | None) -> Trainable:

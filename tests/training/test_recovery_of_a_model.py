@@ -18,7 +18,13 @@ from budwood.training.recovery import Recovery, blocks_recomputed, held_out, los
 
 STEPS, BATCH, TOKENS, VOCABULARY, HIDDEN = 80, 32, 32, 64, 64
 RATES = {"biases+norms": 1e-2, "biases+norms+weights": 2e-3}
-MOVES = ["biases+norms", "biases+norms+masklora", "biases+norms+loraprune", "biases+norms+weights"]
+MOVES = [
+    "biases+norms",
+    "biases+norms+scalelora",
+    "biases+norms+masklora",
+    "biases+norms+loraprune",
+    "biases+norms+weights",
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +94,8 @@ def test_the_order_of_what_moves(corpus):
         dense = math.exp(float(loss_of(model, test)))
     found = {text: perplexities(corpus, text) for text in MOVES}
     pruned = found["biases+norms"][0]
-    few, masked, cut, full = (found[text][2] for text in MOVES)
-    assert dense < full < masked < few < pruned
+    few, scaled, masked, cut, full = (found[text][2] for text in MOVES)
+    assert dense < full < masked < scaled < few < pruned
     assert masked < cut
     assert found["biases+norms+loraprune"][1] < cut  # its loss jumps when it is merged
     for text in MOVES:
