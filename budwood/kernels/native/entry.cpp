@@ -174,6 +174,12 @@ void few_tiled(const Matrix* matrices, int32_t count, const void* x, int32_t typ
 void* scratch(int slot, size_t bytes) {
     static thread_local Room rooms[8];
     Room& room = rooms[slot];
+#ifdef BUDWOOD_EXACT_ROOM  // so that AddressSanitizer sees every access beyond it
+    std::free(room.data);
+    room.bytes = bytes;
+    if (posix_memalign(&room.data, 64, bytes)) std::abort();
+    return room.data;
+#endif
     if (room.bytes < bytes) {
         std::free(room.data);
         const size_t page = bytes < HUGE_PAGE ? 4096 : HUGE_PAGE;
@@ -196,7 +202,7 @@ using namespace budwood;
 extern "C" {
 
 // Changes with every change of the functions below or of `Matrix`.
-EXPORT int32_t budwood_interface() { return 4; }
+EXPORT int32_t budwood_interface() { return 5; }
 
 EXPORT const char* budwood_path() { return path->name; }
 
@@ -239,6 +245,47 @@ EXPORT int32_t budwood_starts(const uint8_t* places, int64_t out, int64_t in, in
     }
     starts[out] = int32_t(total);
     return 1;
+}
+
+// Whether all that kernels index by stays inside the matrix and agrees with itself: columns beyond the last are unset, two
+// places of a group differ and rise, recovered weights rise within their segment and are outside the 2:4 part, and scales are
+// positive and finite. The sizes of the tensors and the sums of the counts are checked before.
+EXPORT int32_t budwood_sound(const Matrix* matrix) {
+    const Matrix& a = *matrix;
+    const int64_t segments = segments_of(a), bytes = (a.in + 7) / 8;
+    const int tail = int(a.in % 8);
+    const auto rises = [](int nibble) { return (nibble & 3) < nibble >> 2; };
+    bool good[256], sound = true;
+    for (int byte = 0; byte < 256; ++byte) good[byte] = a.coding == BITMASK || (rises(byte & 15) && rises(byte >> 4));
+#pragma omp parallel for reduction(&& : sound)
+    for (int64_t row = 0; row < a.out; ++row) {
+        const uint8_t* places = a.places + row * a.stride;
+        bool fine = true;
+        for (int64_t byte = 0; byte < (tail ? bytes - 1 : bytes); ++byte) fine = fine & good[places[byte]];
+        if (tail) {  // for 2:4 there is one group, and no second one
+            const int last = places[bytes - 1];
+            fine = fine && (a.coding == BITMASK ? last >> tail == 0 : last < 16 && rises(last));
+        }
+        for (int64_t segment = 0; a.type == INT8 && segment < segments; ++segment) {
+            const float scale = a.scales[row * segments + segment];
+            fine = fine && scale > 0 && scale <= 3.4028234e38f;
+        }
+        int64_t next = a.more_starts ? a.more_starts[row] : 0, end = a.more_starts ? a.more_starts[row + 1] : 0;
+        for (int64_t segment = 0; a.more_starts && segment < segments; ++segment) {
+            int before = -1;
+            for (int n = a.more_counts[row * segments + segment]; fine && n; --n, ++next) {
+                if (next >= end) {
+                    fine = false;
+                    break;
+                }
+                const int64_t inside = a.more_columns[next], column = segment * SEGMENT + inside;
+                fine = inside > before && column < a.in && !(mask_word(a, row, column / 32) >> column % 32 & 1);
+                before = int(inside);
+            }
+        }
+        sound = sound && fine;
+    }
+    return sound;
 }
 
 // Whether the path multiplies matrices in tiles.
