@@ -2,9 +2,9 @@
 
     python tests/kernels/mutants.py [COUNT] [SEED]
 
-Every mutant goes the way of a file (`SparseLinear.from_packed`) and that of a change in place after a first product. What
-is accepted is multiplied by all kernels of all paths and equals the unpacked matrix; `make sanitize` runs it under
-AddressSanitizer and UBSan.
+Every mutant goes the way of a file (`SparseLinear.from_packed`), and every second one also that of a change in place
+after a first product. What is accepted is multiplied by all kernels of all paths and equals the unpacked matrix;
+`make sanitize` runs it under AddressSanitizer and UBSan.
 """
 
 import contextlib

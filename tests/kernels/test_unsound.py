@@ -59,7 +59,7 @@ def test_hostile_columns_are_refused_before_they_are_multiplied(path, format, ch
     else:
         free = tensors["places"][0, 0] & 3
         columns[0] = free
-    with pytest.raises(RunError, match="SparseLinear is damaged: .*; give the tensors of one packed matrix"):
+    with pytest.raises(RunError, match=r"SparseLinear is damaged: .*; give the tensors of one packed matrix"):
         SparseLinear.from_packed(format, shape, tensors)
     if format == "two_four_compact_int8":
         with pytest.raises(RunError, match="cannot be multiplied"):
@@ -71,7 +71,7 @@ def test_from_packed_takes_only_tensors_of_the_right_number_size_and_dtype(forma
     tensors = FORMATS[format].nearest(weight(0, share=0.0 if format in ("two_four", "two_four_int8") else 0.05))
     for suffix, tensor in tensors.items():
         for other in (tensor.reshape(-1)[:-1].clone(), tensor[None], tensor.to(torch.complex64)):
-            with pytest.raises(RunError, match=f"{suffix} does not fit a 64 x 256 matrix"):
+            with pytest.raises(RunError, match=r"SparseLinear.* (does not fit|is damaged)"):
                 SparseLinear.from_packed(format, SHAPE, tensors | {suffix: other})
         with pytest.raises(RunError, match=f"lacks SparseLinear.{suffix}"):
             SparseLinear.from_packed(format, SHAPE, {name: t for name, t in tensors.items() if name != suffix})
