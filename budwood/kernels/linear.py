@@ -16,9 +16,9 @@ from budwood.formats.two_four import covered
 from budwood.kernels import dispatch, gpu, ops, tiles
 from budwood.kernels.arena import Arena
 from budwood.kernels.file_parameters import FileParameters, held_elsewhere
-from budwood.kernels.native_matrix import CODINGS, REMEDY, NativeMatrix, check_input, native_matrix
+from budwood.kernels.native_matrix import CODINGS, REMEDY, NativeMatrix, native_matrix
 from budwood.kernels.shared_input import InputObserver, SharedInput
-from budwood.kernels.snapshot import Snapshot
+from budwood.kernels.snapshot import Snapshot, key_of
 from budwood.kernels.tiles import Tiles
 
 _restoring = threading.RLock()  # of any layer: seldom, and short
@@ -40,7 +40,7 @@ class SparseLinear(nn.Linear):
     shape: tuple[int, int]
     shared_input: InputObserver | SharedInput | None = None  # layers that get the same input, multiplied in one call
     _native: NativeMatrix | None = None
-    _native_for: Snapshot | None = None  # the tensors it was made for
+    _native_for: list[int] | None = None  # the `key_of` the tensors it was made for, which it keeps alive
     _dtype: torch.dtype | None = None
     _gpu: gpu.GpuMatrix | None = None
     _gpu_for: Snapshot | None = None
@@ -135,7 +135,6 @@ class SparseLinear(nn.Linear):
 
     def product(self, input: Tensor) -> Tensor:
         """The product without a gradient, by the fastest kernel on this machine."""
-        check_input(input, self.in_features)
         self._repack()
         matrix = self.native_matrix()
         if matrix is not None and input.dtype == self._dtype and not torch.is_autocast_enabled("cpu"):
@@ -165,10 +164,11 @@ class SparseLinear(nn.Linear):
         """
         if self._tiles is not None:
             return self._tiles.matrix
-        tensors = [self._parameters[suffix] for suffix in FORMATS[self.format].suffixes]
-        if self._native_for is None or not self._native_for.of(tensors):
-            made_for = Snapshot(tensors)
-            self._native, self._native_for = native_matrix(self.format, self.shape, self.packed()), made_for
+        parameters = self._parameters
+        key = key_of([parameters[suffix] for suffix in FORMATS[self.format].suffixes])
+        if key is None or key != self._native_for:
+            self._native = native_matrix(self.format, self.shape, self.packed())
+            self._native_for = None if self._native is None else key
             self._dtype = self._values().dtype
         return self._native
 

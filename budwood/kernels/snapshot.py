@@ -15,19 +15,20 @@ class Snapshot:
 
     def __init__(self, tensors: Iterable[Tensor]):
         tensors = list(tensors)
-        self._key = _key(tensors)
+        self.key = key_of(tensors)
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
 
     def of(self, tensors: Iterable[Tensor]) -> bool:
         """Whether these are the tensors of the snapshot, and unchanged."""
-        return self._key is not None and _key(tensors) == self._key and self.alive()
+        return self.key is not None and key_of(tensors) == self.key and self.alive()
 
     def alive(self) -> bool:
         """Whether the memory of all of them still exists."""
         return not any(storage.expired() for storage in self._storages)
 
 
-def _key(tensors: Iterable[Tensor]) -> list[int] | None:
+def key_of(tensors: Iterable[Tensor]) -> list[int] | None:
+    """The address and version of each; None where one is an inference tensor."""
     try:
         return [number for tensor in tensors for number in (tensor.data_ptr(), tensor._version)]
     except RuntimeError:  # inference tensors have no version

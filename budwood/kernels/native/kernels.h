@@ -40,7 +40,10 @@ struct Input {
     int64_t rows, stride;
     bool bfloat16;        // else float32, or
     const float* scales;  // where not null, 16-bit integers: one scale for each row and SEGMENT of columns
+    bool twice;           // of these, row 2 r + 1 is what row 2 r leaves of row r of x
 };
+
+constexpr float FINER = 65000;  // the scale of row 2 r over that of row 2 r + 1: what is left is at most half of an integer
 
 // Where products are written: y[row of x][row of the matrix], plus bias.
 struct Output {
@@ -210,6 +213,7 @@ struct Many {
 
 // Kernels for matrices in tiles. What they split among threads are strips: `border` is the first after a share.
 struct Tiled {
+    int64_t (*bytes)(const Matrix&);
     int64_t (*border)(const Matrix&, int part, int parts);
     // One thread's part of the products of several matrices of one type and width, for up to FEW rows of x.
     void (*few)(const Matrix*, int32_t count, const void* x, int32_t type, int64_t rows, const Output*, int part, int parts);
