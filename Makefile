@@ -53,8 +53,9 @@ demo: setup
 # A library of its own, opened in place of the installed one. Python is not built with AddressSanitizer, so its runtime is
 # loaded first; Python itself frees little at exit, so leaks are not looked for.
 sanitize: setup
-	cmake -S . -B $(SANITIZED) -DBUDWOOD_SANITIZE=ON > /dev/null
-	cmake --build $(SANITIZED) --parallel $(WORKERS)
+	@command -v cmake > /dev/null || $(BIN)/python -m pip install --quiet cmake
+	PATH="$$PATH:$(abspath $(BIN))" cmake -S . -B $(SANITIZED) -DBUDWOOD_SANITIZE=ON > /dev/null
+	PATH="$$PATH:$(abspath $(BIN))" cmake --build $(SANITIZED) --parallel $(WORKERS)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 		BUDWOOD_LIBRARY=$(SANITIZED)/libbudwood.so BUDWOOD_MUTANTS=$(MUTANTS) \

@@ -3,9 +3,9 @@
     python benchmarks/kernel_speed.py MODEL [--threads 2] [--rows 1,2,4,8,64,512] [--onnx]
 
 MODEL is a folder that `budwood prune` wrote with WRP. Weights have the layout that a loaded model has. Its matrices are
-timed, and larger ones tiled from them with the same statistics. Every round times each variant once, with weights outside
-the cache; `share` is bytes read per second relative to plain reading in the same round. Medians. --onnx: also onnxruntime's
-dense float32 product, its weights packed in advance (needs the packages onnx and onnxruntime).
+timed, and larger ones tiled from them with the same statistics. Every round times each variant once, with weights
+outside the cache; `share` is bytes read per second relative to plain reading in the same round. Medians. --onnx: also
+onnxruntime's dense float32 product, its weights packed in advance (needs the packages onnx and onnxruntime).
 """
 
 import argparse

@@ -5,6 +5,7 @@
 #include "tiles.h"
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #ifdef __linux__
@@ -160,9 +161,21 @@ inline float magnitude(const void* x, int64_t index) {
 // How x is rounded to 16-bit integers. Each is off by up to 1/65534 of the largest magnitude of its SEGMENT.
 enum Rounding { ONCE, TWICE, NEVER };
 
-constexpr double PEAK = 8;  // the largest magnitude of a SEGMENT over their mean that ONCE is used for
+constexpr double PEAK = 8;  // the largest magnitude of a SEGMENT over a typical one that ONCE is used for
+constexpr int SETS = 16;    // of columns of a SEGMENT: some large values are in some of them only
 
-// ONCE where the largest of no SEGMENT is far above their mean; TWICE where what is left has to be kept too; NEVER where that
+// A typical magnitude: the lower quartile of the means of those sets that are not zero.
+double typical(const float* sums, int64_t count) {
+    double means[SETS];
+    int found = 0;
+    for (int k = 0; k < SETS; ++k) {
+        if (sums[k] > 0) means[found++] = double(sums[k]) / double((count + SETS - 1 - k) / SETS);
+    }
+    std::sort(means, means + found);
+    return found ? means[found / 4] : 0;
+}
+
+// ONCE where the largest of no SEGMENT is far above a typical one; TWICE where what is left has to be kept too; NEVER where that
 // is not enough, and for values that are not finite or very small.
 template <int TYPE>
 Rounding rounding_of(const void* x, int64_t rows, int64_t in) {
@@ -170,26 +183,23 @@ Rounding rounding_of(const void* x, int64_t rows, int64_t in) {
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t column = 0; column < in; column += SEGMENT) {
             const int64_t count = in - column < SEGMENT ? in - column : SEGMENT, first = row * in + column;
-            float sums[16] = {}, largest[16] = {};
+            float sums[SETS] = {}, largest[SETS] = {};
+            const auto add = [&](int64_t i, int k) {
+                const float value = magnitude<TYPE>(x, first + i + k);
+                sums[k] += value;
+                largest[k] = largest[k] < value ? value : largest[k];
+            };
             int64_t i = 0;
-            for (; i + 16 <= count; i += 16) {
-                for (int k = 0; k < 16; ++k) {
-                    const float value = magnitude<TYPE>(x, first + i + k);
-                    sums[k] += value;
-                    largest[k] = largest[k] < value ? value : largest[k];
-                }
+            for (; i + SETS <= count; i += SETS) {
+                for (int k = 0; k < SETS; ++k) add(i, k);
             }
-            for (; i < count; ++i) {
-                const float value = magnitude<TYPE>(x, first + i);
-                sums[0] += value;
-                largest[0] = largest[0] < value ? value : largest[0];
-            }
+            for (int k = 0; i + k < count; ++k) add(i, k);
             double sum = 0, most = 0;
-            for (int k = 0; k < 16; ++k) sum += sums[k], most = most < largest[k] ? largest[k] : most;
+            for (int k = 0; k < SETS; ++k) sum += sums[k], most = most < largest[k] ? largest[k] : most;
             if (sum == 0) continue;
-            const double peak = most * double(count) / sum;
+            const double peak = most / typical(sums, count);
             const bool usable = sum <= 3e38 && most >= 0x1p-90 && !(TYPE == FLOAT16 && most >= 65536);
-            if (!usable || peak > PEAK * 65536) return NEVER;
+            if (!usable || !(peak <= PEAK * FINER)) return NEVER;
             if (peak > PEAK) found = TWICE;
         }
     }
