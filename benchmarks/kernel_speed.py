@@ -2,10 +2,10 @@
 
     python benchmarks/kernel_speed.py MODEL [--threads 2] [--rows 1,2,4,8,64,512] [--onnx]
 
-MODEL is a folder that `budwood prune` wrote with WRP. Its matrices are timed, and larger ones tiled from them with the
-same statistics. Every round times each variant once, with weights outside the cache; `share` is bytes read per second
-relative to plain reading in the same round. Medians. --onnx: also onnxruntime's dense float32 product, its weights
-packed in advance (needs the packages onnx and onnxruntime).
+MODEL is a folder that `budwood prune` wrote with WRP. Weights have the layout that a loaded model has. Its matrices are
+timed, and larger ones tiled from them with the same statistics. Every round times each variant once, with weights
+outside the cache; `share` is bytes read per second relative to plain reading in the same round. Medians. --onnx: also
+onnxruntime's dense float32 product, its weights packed in advance (needs the packages onnx and onnxruntime).
 """
 
 import argparse
@@ -21,11 +21,11 @@ from budwood.benchmarking import COLD
 from budwood.checkpoints.loading import load
 from budwood.environment import machine
 from budwood.formats import FORMATS, pack_as
-from budwood.kernels import dispatch, native
+from budwood.kernels import dispatch, native, tiles
 from budwood.kernels.arena import Arena, size_in_arena
 from budwood.kernels.head import multiply
 from budwood.kernels.linear import SparseLinear
-from budwood.kernels.native import BY_ROWS, FEW_ROWS, PANELS, SPARSE
+from budwood.kernels.native import BY_ROWS, FEW_ROWS, PANELS, SPARSE, TILES
 from budwood.kernels.native_matrix import NativeMatrix, native_matrix
 from budwood.timing import interleaved, ratio
 
@@ -68,16 +68,27 @@ class Case:
         self.memory = torch.zeros(2 * COLD, dtype=torch.uint8)
 
     def forms(self, format: str, weights: list[Tensor]) -> list[NativeMatrix]:
+        """In the layout that a loaded layer has: in tiles on AVX2, unless they would take too much memory."""
         matrices = []
         kinds = [FORMATS[format].nearest(weight) for weight in weights]
         size = sum(size_in_arena(tensor) for kind in kinds for tensor in kind.values())
-        arena = Arena(size * (1 + self.copies // len(kinds)))
+        arena = Arena(int(tiles.LIMIT * size) * (1 + self.copies // len(kinds)))
         for i in range(self.copies):
-            tensors = {suffix: arena.place(tensor) for suffix, tensor in kinds[i % len(kinds)].items()}
+            kind = kinds[i % len(kinds)]
+            in_tiles = tiles.pack(format, self.shape, kind, arena)
+            if in_tiles is not None:
+                matrices.append(in_tiles.matrix)
+                continue
+            tensors = {suffix: arena.place(tensor) for suffix, tensor in kind.items()}
             matrix = native_matrix(format, self.shape, tensors)
             assert matrix is not None, format
             matrices.append(matrix)
         return matrices
+
+    def layouts(self) -> str:
+        """Which layout each format has."""
+        named = {name: "tiles" if forms[0].matrix.coding == TILES else "file" for name, forms in self.packed.items()}
+        return ", ".join(f"{name} {layout}" for name, layout in named.items())
 
     def variants(self, rows: int, onnx: bool = False) -> dict[str, Callable[[int], object]]:
         x = torch.randn(rows, self.shape[1]).bfloat16()
@@ -116,7 +127,7 @@ class Case:
         return dispatch.fastest(products).kernel if products else FEW_ROWS
 
     def bytes(self, name: str) -> int:
-        """Bytes that a product reads: values, positions, row offsets, and any scales and recovered weights."""
+        """Bytes that a product reads: tiles; or values, positions, row offsets, any scales and recovered weights."""
         return sum(tensor.nbytes for tensor in self.packed[name][0].held)
 
 
@@ -171,6 +182,7 @@ def main() -> None:
         print(f"\n{rows} rows, {asked.threads} threads, microseconds")
         for shape, weights in cases.items():
             case = Case(weights, asked.threads)
+            print(f"layouts: {case.layouts()}")
             rounds = asked.rounds if rows <= 8 else max(7, asked.rounds // 4)
             times = interleaved(case.variants(rows, asked.onnx), rounds)
             medians = ", ".join(f"{name} {statistics.median(found) * 1e6:.0f}" for name, found in times.items())

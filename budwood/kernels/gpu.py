@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from budwood.kernels.autotune import AutotuneResult, autotune, graph_clock, wall_clock
 from budwood.kernels.gpu_layouts import FEW, SOME, TwoFourLayout, fits, pack_two_four
+from budwood.kernels.native_matrix import check_input
 
 Product = Callable[[Tensor, Tensor | None], Tensor]  # x [tokens, in], bias [out] -> [tokens, out]
 Key = tuple[tuple[int, int], int, torch.dtype, str]
@@ -71,6 +72,7 @@ class GpuMatrix:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x [..., in] -> [..., out]`, in the dtype of x, sums in float32 where the device does so."""
+        check_input(x, self.layout.shape[1])
         flat = x.reshape(-1, x.shape[-1])  # [tokens, in]
         with torch.cuda.device_of(x):  # Triton launches on the current device; no effect for a CPU tensor
             return self._fastest(flat, bias)(flat, bias).view(*x.shape[:-1], self.layout.shape[0])

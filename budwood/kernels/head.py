@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from budwood.kernels import native
 from budwood.kernels.native import MAX_FEW_ROWS, TYPES, Output
+from budwood.kernels.native_matrix import check_input, rounded_bias
 
 
 class DenseLinear(nn.Linear):
@@ -18,9 +19,10 @@ class DenseLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, rows = self.weight, input.numel() // self.in_features
+        weight, rows = self.weight, input.numel() // max(self.in_features, 1)
         supported = (
-            weight.dtype == input.dtype == torch.bfloat16
+            input.shape[-1:] == weight.shape[1:]
+            and weight.dtype == input.dtype == torch.bfloat16
             and weight.device.type == input.device.type == "cpu"
             and 0 < rows <= MAX_FEW_ROWS
             and not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
@@ -35,13 +37,22 @@ class DenseLinear(nn.Linear):
 
 
 def multiply(weight: Tensor, input: Tensor, bias: Tensor | None) -> Tensor | None:
-    """`input [..., in] -> [..., out]` for bfloat16 `weight [out, in]` and few rows; None where there is no kernel."""
+    """`input [..., in] -> [..., out]` for bfloat16 `weight [out, in]` and few rows; None where there is no kernel.
+
+    Raises RuntimeError, as torch does, where their widths differ.
+    """
+    check_input(input, weight.shape[1])
     library = native.library()
-    if library is None:
+    in_memory = (
+        all(tensor is None or tensor.is_cpu for tensor in (weight, input, bias))
+        and weight.is_contiguous()
+        and weight.numel() > 0
+    )
+    if library is None or not in_memory or not weight.dtype == input.dtype == torch.bfloat16:
         return None
     x = input.contiguous()
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    bias = rounded_bias(bias, weight.shape[0], x.dtype)
     output = Output(y.data_ptr(), None if bias is None else bias.data_ptr(), weight.shape[0], TYPES[y.dtype])
     rows, threads = x.numel() // weight.shape[1], torch.get_num_threads()
     done = library.budwood_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), rows, addressof(output), threads)
@@ -57,6 +68,7 @@ def dense(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @dense.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check_input(input, weight.shape[1])
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 

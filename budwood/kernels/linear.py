@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from budwood.formats import FORMATS, LOSSLESS, choose, named, pack_as
 from budwood.formats.bits import stored
+from budwood.formats.checks import check_layout, check_positions
 from budwood.formats.two_four import covered
 from budwood.kernels import dispatch, gpu, ops, tiles
 from budwood.kernels.arena import Arena
 from budwood.kernels.file_parameters import FileParameters, held_elsewhere
-from budwood.kernels.native_matrix import CODINGS, NativeMatrix, native_matrix
+from budwood.kernels.native_matrix import CODINGS, REMEDY, NativeMatrix, native_matrix
 from budwood.kernels.shared_input import InputObserver, SharedInput
+from budwood.kernels.snapshot import Snapshot, key_of
 from budwood.kernels.tiles import Tiles
 
 _restoring = threading.RLock()  # of any layer: seldom, and short
@@ -38,10 +40,10 @@ class SparseLinear(nn.Linear):
     shape: tuple[int, int]
     shared_input: InputObserver | SharedInput | None = None  # layers that get the same input, multiplied in one call
     _native: NativeMatrix | None = None
-    _native_for: list[int] | None = None  # the addresses it was made for
+    _native_for: list[int] | None = None  # the `key_of` the tensors it was made for, which it keeps alive
     _dtype: torch.dtype | None = None
     _gpu: gpu.GpuMatrix | None = None
-    _gpu_for: list[int] | None = None
+    _gpu_for: Snapshot | None = None
     _tiles: Tiles | None = None
     _prefers_tiles = False  # set by `to_native_format` with an arena
 
@@ -70,7 +72,20 @@ class SparseLinear(nn.Linear):
     def from_packed(
         cls, format: str, shape: Sequence[int], tensors: Mapping[str, Tensor], bias: Tensor | None = None
     ) -> "SparseLinear":
-        """The layer that holds these tensors, without a copy."""
+        """The layer that holds these tensors, without a copy.
+
+        Raises `RunError` where they do not describe a matrix of this shape, as tensors from a foreign file may.
+        """
+        found = {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()}
+        check_layout("SparseLinear", format, (shape[0], shape[1]), found, REMEDY)
+        if not any(tensor.is_meta for tensor in tensors.values()):
+            check_positions("SparseLinear", format, (shape[0], shape[1]), tensors, REMEDY)
+        return cls._of(format, shape, tensors, bias)
+
+    @classmethod
+    def _of(
+        cls, format: str, shape: Sequence[int], tensors: Mapping[str, Tensor], bias: Tensor | None
+    ) -> "SparseLinear":
         headers = {suffix: (tensor.shape, tensor.dtype) for suffix, tensor in tensors.items()}
         linear = cls(format, shape, headers, bias is not None, device="meta")
         for suffix, tensor in tensors.items():
@@ -86,7 +101,7 @@ class SparseLinear(nn.Linear):
         """
         weight = weight.detach()
         name, tensors = choose(weight, _SPARSE) if format == "auto" else (format, pack_as(format, weight))
-        return cls.from_packed(name, weight.shape, tensors, bias)
+        return cls._of(name, weight.shape, tensors, bias)
 
     def packed(self) -> dict[str, Tensor]:
         """The tensors of the format, by suffix; copies while the weight is in tiles."""
@@ -136,20 +151,24 @@ class SparseLinear(nn.Linear):
 
     def _on_gpu(self) -> gpu.GpuMatrix:
         """The weight in the layout of the GPU kernels, a second copy of it on the device."""
-        key = [parameter.data_ptr() for parameter in self._parameters.values() if parameter is not None]
-        if self._gpu is None or key != self._gpu_for:
-            two_four = "places" in self._parameters
-            base = covered(self.get_parameter("places"), self.in_features) if two_four else None
-            self._gpu, self._gpu_for = gpu.gpu_matrix(self.unpack(), base), key
+        tensors = self.packed()
+        if self._gpu is None or self._gpu_for is None or not self._gpu_for.of(tensors.values()):
+            base = covered(tensors["places"], self.in_features) if "places" in tensors else None
+            self._gpu, self._gpu_for = gpu.gpu_matrix(self.unpack(), base), Snapshot(tensors.values())
         return self._gpu
 
     def native_matrix(self) -> NativeMatrix | None:
-        """The weight for the native library, made once for as long as the tensors keep their addresses."""
+        """The weight for the native library, made once for as long as nobody replaces or changes the tensors.
+
+        Raises `RunError` where they no longer describe a matrix of this shape.
+        """
         if self._tiles is not None:
             return self._tiles.matrix
-        key = [parameter.data_ptr() for parameter in self._parameters.values() if parameter is not None]
-        if key != self._native_for:
-            self._native, self._native_for = native_matrix(self.format, self.shape, self.packed()), key
+        parameters = self._parameters
+        key = key_of([parameters[suffix] for suffix in FORMATS[self.format].suffixes])
+        if key is None or key != self._native_for:
+            self._native = native_matrix(self.format, self.shape, self.packed())
+            self._native_for = None if self._native is None else key
             self._dtype = self._values().dtype
         return self._native
 
@@ -171,7 +190,8 @@ class SparseLinear(nn.Linear):
             self._prefers_tiles = True
             return
         for suffix, tensor in tensors.items():
-            placed = tensor if arena is None else arena.place(tensor)
+            with torch.inference_mode(False):  # a change of an inference tensor could not be noticed
+                placed = tensor if arena is None else arena.place(tensor)
             self.register_parameter(suffix, nn.Parameter(placed, requires_grad=False))
 
     def _to_tiles(self, tensors: Mapping[str, Tensor], arena: Arena | None = None) -> bool:

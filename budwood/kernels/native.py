@@ -18,9 +18,10 @@ from torch import Tensor
 from budwood.errors import UsageError
 
 VARIABLE = "BUDWOOD_KERNELS"
+LIBRARY = "BUDWOOD_LIBRARY"  # a library to open in place of the installed one, as `make sanitize` does
 CHOICES = ("auto", "amx", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
-INTERFACE = 4  # version of the library interface that this file calls
+INTERFACE = 5  # version of the library interface that this file calls
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 INT8 = TYPES[torch.int8]
 BITMASK, NIBBLES, TILES = 0, 1, 2  # how the columns are coded
@@ -60,6 +61,8 @@ class Output(Structure):
 
 def file() -> Path | None:
     """The library that was built with the package: next to this file, or where an editable install puts it."""
+    if os.environ.get(LIBRARY):
+        return Path(os.environ[LIBRARY])
     places = (Path(__file__).parent, Path(sysconfig.get_path("platlib")) / "budwood" / "kernels")
     return next((place / NAME for place in places if (place / NAME).is_file()), None)
 
@@ -99,6 +102,7 @@ def opened(wanted: str) -> ctypes.CDLL | None:
     native.budwood_path.restype = c_char_p
     native.budwood_choose.argtypes = [c_char_p]
     native.budwood_starts.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p]
+    native.budwood_sound.argtypes = [c_void_p]
     native.budwood_linear.argtypes = [c_void_p, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32]
     native.budwood_has.argtypes = [c_int32]
     native.budwood_read.argtypes = [c_void_p, c_int64, c_int32]

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from budwood.errors import RunError
+from budwood.formats import FORMATS
+from budwood.formats.checks import check_layout
 from budwood.kernels import native
 from budwood.kernels.native import BITMASK, BY_ROWS, INT8, NIBBLES, TYPES, Matrix, Output
 
@@ -18,6 +21,20 @@ CODINGS = {
     "two_four_int8": (NIBBLES, "places"),
     "two_four_compact_int8": (NIBBLES, "places"),
 }
+
+
+REMEDY = "give the tensors of one packed matrix, all of them"
+
+
+def check_input(x: Tensor, width: int) -> None:
+    """Raises RuntimeError, as torch does, where the last dimension of x is not the width of the matrix."""
+    if x.shape[-1:] != (width,):
+        raise RuntimeError(f"a matrix with {width} columns cannot be multiplied with x {list(x.shape)}")
+
+
+def rounded_bias(bias: Tensor | None, out: int, dtype: torch.dtype) -> Tensor | None:
+    """The bias `[out]` as the library reads it. Raises RuntimeError where it does not have this size."""
+    return None if bias is None else bias.to(dtype).expand(out).contiguous()
 
 
 class NativeMatrix:
@@ -32,17 +49,16 @@ class NativeMatrix:
 
     def linear(self, x: Tensor, bias: Tensor | None = None, kernel: int = BY_ROWS) -> Tensor | None:
         """`x [..., in] -> [..., out]` in the dtype of x; None where this processor path has no such kernel."""
-        type = TYPES.get(x.dtype, INT8)
-        if type == INT8 or not x.is_cpu:
+        type, (out, width) = TYPES.get(x.dtype, INT8), self.shape
+        check_input(x, width)
+        if type == INT8 or not x.is_cpu or (bias is not None and not bias.is_cpu):
             return None
-        out, width = self.shape
         x = x.contiguous()
         result = x.new_empty((*x.shape[:-1], out))
         rows = x.numel() // width
         if not rows:
             return result
-        if bias is not None:
-            bias = bias.to(x.dtype).contiguous()
+        bias = rounded_bias(bias, out, x.dtype)
         output = Output(result.data_ptr(), None if bias is None else bias.data_ptr(), out, type)
         threads = torch.get_num_threads()
         done = self._multiply(self._address, 1, x.data_ptr(), type, rows, addressof(output), threads, kernel)
@@ -50,7 +66,10 @@ class NativeMatrix:
 
 
 def native_matrix(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> NativeMatrix | None:
-    """The matrix for the library; None where there is no native kernel for this format, dtype, device or machine."""
+    """The matrix for the library; None where there is no native kernel for this format, dtype, device or machine.
+
+    Raises RunError where the tensors do not describe a matrix `[out, in]`: all that kernels index by is checked here.
+    """
     coded, library = CODINGS.get(format), native.library()
     values = tensors["values"]
     if coded is None or library is None or values.dtype not in TYPES or not shape[0] or not shape[1]:
@@ -59,9 +78,16 @@ def native_matrix(format: str, shape: tuple[int, int], tensors: Mapping[str, Ten
     places = tensors[suffix]
     if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors.values()):
         return None
-    starts = native.starts(places, *shape, coding)
-    if starts is None or int(starts[-1]) != values.numel():
+    found = {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()}
+    check_layout("SparseLinear", format, shape, found, REMEDY)
+    recovered = tensors.get("rec_values")
+    if recovered is not None and (recovered.dtype not in TYPES or recovered.numel() >= 2**31):
         return None
+    starts = native.starts(places, *shape, coding)
+    if starts is None:
+        return None
+    if int(starts[-1]) != values.numel():
+        raise unsound(format, shape, tensors)
     matrix = Matrix(
         values=values.data_ptr(),
         places=places.data_ptr(),
@@ -77,17 +103,25 @@ def native_matrix(format: str, shape: tuple[int, int], tensors: Mapping[str, Ten
     if "scales" in tensors:
         matrix.scales = tensors["scales"].data_ptr()  # int32, the bits of float32
         held.append(tensors["scales"])
-    if "rec_values" in tensors:
-        counts, columns, recovered = (tensors[f"rec_{part}"] for part in ("counts", "columns", "values"))
+    if recovered is not None:
+        counts, columns = tensors["rec_counts"], tensors["rec_columns"]
         begins = F.pad(counts.sum(1, dtype=torch.int64).cumsum(0), (1, 0))
-        if int(begins[-1]) != recovered.numel() or recovered.numel() >= 2**31:
-            return None
+        if int(begins[-1]) != recovered.numel():
+            raise unsound(format, shape, tensors)
         begins = begins.int()
         matrix.more_counts, matrix.more_columns = counts.data_ptr(), columns.data_ptr()
         matrix.more_values, matrix.more_type = recovered.data_ptr(), TYPES[recovered.dtype]
         matrix.more_starts = begins.data_ptr()
         held += [counts, columns, recovered, begins]
+    if not library.budwood_sound(addressof(matrix)):
+        raise unsound(format, shape, tensors)
     return NativeMatrix(library, matrix, shape, held)
+
+
+def unsound(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> RunError:
+    """Says what is wrong with tensors that cannot be multiplied."""
+    fault = FORMATS[format].fault(tensors, shape) or "its positions contradict each other"
+    return RunError(f"the tensors of a SparseLinear cannot be multiplied: {fault}; {REMEDY}")
 
 
 class MatrixGroup:
@@ -102,14 +136,18 @@ class MatrixGroup:
     def linear(self, x: Tensor, biases: Sequence[Tensor | None], kernel: int = BY_ROWS) -> list[Tensor] | None:
         """`x [..., in] -> [..., out]` for each matrix; None where this processor path has no such kernel."""
         type = TYPES.get(x.dtype, INT8)
-        if type == INT8 or not x.is_cpu:
+        for matrix in self.matrices:
+            check_input(x, matrix.shape[1])
+        if type == INT8 or not x.is_cpu or not all(bias is None or bias.is_cpu for bias in biases):
             return None
         x = x.contiguous()
         rows, leading = x.numel() // self.matrices[0].shape[1], x.shape[:-1]
         results = [x.new_empty((*leading, matrix.shape[0])) for matrix in self.matrices]
         if not rows:
             return results
-        biases = [None if bias is None else bias.to(x.dtype).contiguous() for bias in biases]  # alive during the call
+        biases = [  # alive during the call
+            rounded_bias(bias, matrix.shape[0], x.dtype) for bias, matrix in zip(biases, self.matrices, strict=True)
+        ]
         outputs = self._outputs(
             *(
                 Output(result.data_ptr(), None if bias is None else bias.data_ptr(), matrix.shape[0], type)

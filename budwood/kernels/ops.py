@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from budwood.formats import FORMATS
 from budwood.kernels import dispatch
-from budwood.kernels.native_matrix import NativeMatrix, native_matrix
+from budwood.kernels.native_matrix import NativeMatrix, check_input, native_matrix
+from budwood.kernels.snapshot import Snapshot
 
 
 def unpack(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> Tensor:
@@ -45,25 +45,25 @@ def gradients(
     return to_input, to_bias
 
 
-_cache: dict[tuple[Any, ...], tuple[list[StorageWeakRef], NativeMatrix | None]] = {}
+_cache: dict[tuple[Any, ...], tuple[Snapshot, NativeMatrix | None]] = {}
 
 
 def cached_matrix(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> NativeMatrix | None:
-    """The `native_matrix` of this weight `[out, in]`, cached for as long as its memory exists.
+    """The `native_matrix` of this weight `[out, in]`, cached for as long as its memory exists and nobody changes it.
 
-    An operator gets tensors and no layer that could hold it. An address alone is not a key, since memory is reused:
-    the weak references tell whether it still belongs to the same tensors.
+    An operator gets tensors and no layer that could hold it.
     """
-    key = (format, shape, *(tensor.data_ptr() for tensor in packed))
+    key = (format, shape, *((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in packed))
     found = _cache.get(key)
-    if found is not None and not any(storage.expired() for storage in found[0]):
+    if found is not None and found[0].of(packed):
         return found[1]
-    for old in [old for old, (storages, _) in _cache.items() if any(storage.expired() for storage in storages)]:
+    for old in [old for old, (snapshot, _) in _cache.items() if not snapshot.alive()]:
         del _cache[old]
+    snapshot = Snapshot(packed)
     matrix = native_matrix(format, shape, dict(zip(FORMATS[format].suffixes, packed, strict=True)))
     if matrix is not None:  # the cache must not keep the weight alive
         matrix.held = [tensor for tensor in matrix.held if all(tensor is not other for other in packed)]
-    _cache[key] = [StorageWeakRef(tensor.untyped_storage()) for tensor in packed], matrix
+    _cache[key] = snapshot, matrix
     return matrix
 
 
@@ -92,6 +92,7 @@ def linear(
 def _(
     input: Tensor, bias: Tensor | None, packed: Sequence[Tensor], format: str, out_features: int, in_features: int
 ) -> Tensor:
+    check_input(input, in_features)
     return input.new_empty(*input.shape[:-1], out_features)
 
 

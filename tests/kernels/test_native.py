@@ -258,12 +258,12 @@ def test_an_operator_caches_a_native_matrix_as_long_as_its_memory_exists(fastest
         for _ in range(3):
             assert error(ops.linear(x, None, tensors, "bitmask", 96, 640), x, weight) < 1e-5
         assert len(made) == seed + 1
-        storages, kept = next(reversed(ops._cache.values()))
+        snapshot, kept = next(reversed(ops._cache.values()))
         assert kept is not None
-        assert not any(storage.expired() for storage in storages)
+        assert snapshot.alive()
         del tensors
         made[-1] = None
-        assert all(storage.expired() for storage in storages)
+        assert not snapshot.alive()
     assert len(ops._cache) == 1  # the others expired with their memory
 
 
@@ -324,3 +324,49 @@ def test_inside_exact_products_equal_those_of_torch(fastest):
     x = torch.randn(33, 576)
     with torch.no_grad(), dispatch.exact():
         assert torch.equal(layer(x), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", ["bitmask_int8", "two_four_int8", "two_four_compact_int8"])
+def test_one_large_activation_does_not_spoil_the_others(path, format, dtype):
+    torch.manual_seed(6)
+    shape = (40, 600)
+    tensors = FORMATS[format].nearest(weights(*shape, 0.0 if format == "two_four_int8" else 0.03, torch.float32))
+    rounded, matrix = FORMATS[format].unpack(tensors, shape), native_matrix(format, shape, tensors)
+    assert matrix is not None
+    for rows in (1, 2, 4, 7, 11):
+        for large in (1, 5, 30, 1e3, 3e4, 1e6, 1e9):
+            if large > 1e4 and dtype == torch.float16:
+                continue
+            x = torch.randn(rows, 600)
+            x[rows // 2, 70] = large
+            x[0, 598] = -large
+            x, bias = x.to(dtype), torch.randn(40).to(dtype)
+            product = matrix.linear(x, bias, FEW_ROWS)
+            assert product is not None
+            others = torch.where(x.abs() < 10, x, 0)  # the large ones do not hide what is lost of the others
+            exact = x.double() @ rounded.double().T
+            size = others.double().abs() @ rounded.double().abs().T
+            sums = exact.abs() + size + bias.double().abs()
+            allowed = 5e-5 * size + (torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6) * sums
+            assert ((product.double() - exact - bias.double()).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e-33, 3e38])
+def test_activations_that_integers_cannot_hold(path, value):
+    torch.manual_seed(7)
+    tensors = FORMATS["bitmask_int8"].nearest(weights(16, 512, 0.03, torch.float32))
+    weight, matrix = (
+        FORMATS["bitmask_int8"].unpack(tensors, (16, 512)),
+        native_matrix("bitmask_int8", (16, 512), tensors),
+    )
+    assert matrix is not None
+    x = torch.randn(2, 512)
+    x[1, :256] = value
+    product = matrix.linear(x, None, FEW_ROWS)
+    assert product is not None
+    assert error(product[:1], x[:1], weight) < 5e-5
+    if value == 1e-33:
+        assert error(product[1:], x[1:], weight) < 5e-5
+    else:
+        assert not product[1].isfinite().any()

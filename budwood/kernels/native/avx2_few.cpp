@@ -90,7 +90,7 @@ void few_of(const Matrix& a, const Input& in, const Output& out, int64_t first, 
 // A dense matrix.
 template <int M>
 void dense_rows(const uint16_t* weight, int64_t in, const Input& x, const Output& out, int64_t first, int64_t last) {
-    constexpr int R = M <= 3 ? 4 : 1;
+    constexpr int R = M <= 3 ? 4 : M <= 6 ? 2 : 1;
     const int64_t part = (last - first + R - 1) / R;
     const float* inputs = static_cast<const float*>(x.data);
     for (int64_t i = 0; i < part; ++i) {
@@ -104,18 +104,25 @@ void dense_rows(const uint16_t* weight, int64_t in, const Input& x, const Output
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) s[r][m] = _mm256_setzero_ps();
         }
-        int64_t column = 0;
-        for (; column + 8 <= in; column += 8) {
+        const auto multiply = [&](int64_t from) {
+            __m256 w[R];
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                _mm_prefetch(reinterpret_cast<const char*>(at[r] + column) + AHEAD, _MM_HINT_T0);
-                const __m256 w = Values<BFLOAT16>::eight(at[r] + column);
+            for (int r = 0; r < R; ++r) w[r] = Values<BFLOAT16>::eight(at[r] + from);
 #pragma GCC unroll 8
-                for (int m = 0; m < M; ++m) {
-                    s[r][m] = _mm256_fmadd_ps(w, _mm256_loadu_ps(inputs + place(M, m, column)), s[r][m]);
-                }
+            for (int m = 0; m < M; ++m) {
+                const __m256 eight = _mm256_loadu_ps(inputs + place(M, m, from));
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) s[r][m] = _mm256_fmadd_ps(w[r], eight, s[r][m]);
             }
+        };
+        int64_t column = 0;
+        for (; column + LANE <= in; column += LANE) {  // a cache line of each row
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(at[r] + column) + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (int piece = 0; piece < LANE; piece += 8) multiply(column + piece);
         }
+        for (; column + 8 <= in; column += 8) multiply(column);
         for (int r = 0; r < R; ++r) {
             for (int m = 0; m < M; ++m) {
                 float sum = sum_of(s[r][m]);

@@ -115,14 +115,15 @@ void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first
     });
 }
 
-// x -> 16-bit integers, 32767 for the largest of a SEGMENT. A segment with an infinite value gives NaN.
+// x -> 16-bit integers, 32767 for the largest of a SEGMENT; where `twice`, what they leave in the next row.
 void integers(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last) {
     int16_t* all = static_cast<int16_t*>(const_cast<void*>(to.data));
     float* scales = const_cast<float*>(to.scales);
     const __m256i magnitude = _mm256_set1_epi32(INT32_MAX);
     for (int64_t segment = first; segment < last; ++segment) {
         const int64_t column = segment * SEGMENT, end = in - column < SEGMENT ? in : column + SEGMENT;
-        for (int64_t row = 0; row < to.rows; ++row) {
+        for (int64_t to_row = 0; to_row < to.rows; to_row += to.twice ? 2 : 1) {
+            const int64_t row = to.twice ? to_row / 2 : to_row, segments = to.stride / SEGMENT;
             __m256 values[SEGMENT / 8];
             __m256i largest = _mm256_setzero_si256();  // of the bits: NaN > infinity > finite
             for (int i = 0; i < SEGMENT / 8; ++i) {
@@ -138,13 +139,22 @@ void integers(const void* x, int32_t type, int64_t in, const Input& to, int64_t 
             const bool finite = bits < 0x7f800000;
             const float inverse = 32767 / most;
             const bool usable = finite && inverse <= 3.4028234e38f;  // else zeros, or too small for its inverse
+            const auto keep = [&](int64_t at_row, int i, __m256i rounded) {
+                const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(all + place(to.rows, at_row, column + 8 * i)), narrow);
+            };
+            const float scale = finite ? most / 32767 : __builtin_nanf("");
+            const float finer = FINER * inverse <= 3.4028234e38f ? FINER * inverse : 0;
             for (int i = 0; i < SEGMENT / 8; ++i) {
                 const __m256i rounded = usable ? _mm256_cvtps_epi32(_mm256_mul_ps(values[i], _mm256_set1_ps(inverse)))
                                                : _mm256_set1_epi32(finite ? 0 : 1);
-                const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(all + place(to.rows, row, column + 8 * i)), narrow);
+                keep(to_row, i, rounded);
+                if (!to.twice) continue;
+                const __m256 left = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(rounded), _mm256_set1_ps(scale), values[i]);
+                keep(to_row + 1, i, _mm256_cvtps_epi32(_mm256_mul_ps(left, _mm256_set1_ps(finer))));
             }
-            scales[row * (to.stride / SEGMENT) + segment] = finite ? most / 32767 : __builtin_nanf("");
+            scales[to_row * segments + segment] = scale;
+            if (to.twice) scales[(to_row + 1) * segments + segment] = scale / FINER;
         }
     }
 }

@@ -118,7 +118,7 @@ void many(const Matrix& a, const Input& in, const char* table, const Output& out
                     List& list = lists[r];
                     fill(list, a, row + r, block, mask[r], at[r], bytes);
                     more[r].upto(a, (block + 1) * COLUMNS);
-                    for (; more[r].next < more[r].stop; ++more[r].next) {
+                    for (; more[r].next < more[r].stop && list.count < ROOM; ++more[r].next) {
                         list.weights[list.count] = load(a.more_values, a.more_type, more[r].next);
                         list.entries[list.count++] =
                             uint16_t(a.more_columns[more[r].next] % COLUMNS * TOKENS * sizeof(float));

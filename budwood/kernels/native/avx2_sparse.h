@@ -11,10 +11,12 @@ constexpr int PASS = 512;                                     // rows of x whose
 constexpr size_t PART = size_t(COLUMNS) * TOKENS * sizeof(float);
 constexpr int NEARBY = 192;  // bytes: prefetch distance
 
+constexpr int ROOM = COLUMNS + 40;  // eight more than there can be are written
+
 // One row in one block: its weights, and the byte offsets of their columns in the table.
 struct List {
-    float weights[COLUMNS + 40];
-    uint16_t entries[COLUMNS + 40];
+    float weights[ROOM];
+    uint16_t entries[ROOM];
     int count;
 };
 

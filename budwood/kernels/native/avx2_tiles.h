@@ -55,6 +55,7 @@ INLINE void transpose(__m256 r[8]) {
 
 }  // namespace
 
+int64_t bytes(const Matrix& a);
 int64_t border(const Matrix& a, int part, int parts);
 void few(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs, int part,
          int parts);

@@ -261,6 +261,8 @@ void few_of(const Matrix* matrices, int32_t count, const void* x, int32_t type, 
 
 }  // namespace
 
+int64_t bytes(const Matrix& a) { return head_of(a).bytes; }
+
 int64_t border(const Matrix& a, int part, int parts) {
     const Head& h = head_of(a);
     const int64_t *begins = begins_of(h), wanted = h.data + (begins[h.strips] - h.data) * part / parts;

@@ -10,6 +10,7 @@ using with_avx2::COLUMNS;
 using with_avx2::List;
 using with_avx2::PART;
 using with_avx2::PASS;
+using with_avx2::ROOM;
 using with_avx2::TOKENS;
 
 constexpr int BLOCKS = SEGMENT / COLUMNS;  // of columns in a segment
@@ -116,6 +117,7 @@ void multiply(const Matrix& a, const Input& in, const char* table, const Output&
                             const int column = at<uint16_t>(entry, 0)[i];
                             if (column >= (segment + 1) * SEGMENT) break;
                             List& list = lists[column % SEGMENT / COLUMNS][STRIP * s + i];
+                            if (list.count >= ROOM) break;
                             list.weights[list.count] = load(entry + 16, h.extra_type, i);
                             list.entries[list.count++] = uint16_t(column % COLUMNS * TOKENS * sizeof(float));
                         }

@@ -163,14 +163,15 @@ void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first
     by_rows(in.rows, [&](auto rows) { int8_rows<rows()>(a, in, out, first, last); });
 }
 
-// x -> 16-bit integers, 32767 for the largest of a SEGMENT. A segment with an infinite value gives NaN.
+// x -> 16-bit integers, 32767 for the largest of a SEGMENT; where `twice`, what they leave in the next row.
 void integers(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last) {
     int16_t* all = static_cast<int16_t*>(const_cast<void*>(to.data));
     float* scales = const_cast<float*>(to.scales);
     const __m512 sign = _mm512_set1_ps(-0.0f);
     for (int64_t segment = first; segment < last; ++segment) {
         const int64_t column = segment * SEGMENT, count = in - column < SEGMENT ? in - column : SEGMENT;
-        for (int64_t row = 0; row < to.rows; ++row) {
+        for (int64_t to_row = 0; to_row < to.rows; to_row += to.twice ? 2 : 1) {
+            const int64_t row = to.twice ? to_row / 2 : to_row, segments = to.stride / SEGMENT;
             __m512 largest = _mm512_setzero_ps(), values[SEGMENT / 16];
             for (int i = 0; i < SEGMENT / 16; ++i) {
                 const int64_t left = count - 16 * i;
@@ -186,13 +187,22 @@ void integers(const void* x, int32_t type, int64_t in, const Input& to, int64_t 
             const bool finite = bits < 0x7f800000;
             const float inverse = 32767 / most;
             const bool usable = finite && inverse <= 3.4028234e38f;  // else zeros, or too small for its inverse
+            const auto keep = [&](int64_t at_row, int i, __m512i rounded) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(all + place(to.rows, at_row, column + 16 * i)),
+                                    _mm512_cvtepi32_epi16(rounded));
+            };
+            const float scale = finite ? most / 32767 : __builtin_nanf("");
+            const float finer = FINER * inverse <= 3.4028234e38f ? FINER * inverse : 0;
             for (int i = 0; i < SEGMENT / 16; ++i) {
                 const __m512i rounded = usable ? _mm512_cvtps_epi32(_mm512_mul_ps(values[i], _mm512_set1_ps(inverse)))
                                                : _mm512_set1_epi32(finite ? 0 : 1);
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(all + place(to.rows, row, column + 16 * i)),
-                                    _mm512_cvtepi32_epi16(rounded));
+                keep(to_row, i, rounded);
+                if (!to.twice) continue;
+                const __m512 left = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(rounded), _mm512_set1_ps(scale), values[i]);
+                keep(to_row + 1, i, _mm512_cvtps_epi32(_mm512_mul_ps(left, _mm512_set1_ps(finer))));
             }
-            scales[row * (to.stride / SEGMENT) + segment] = finite ? most / 32767 : __builtin_nanf("");
+            scales[to_row * segments + segment] = scale;
+            if (to.twice) scales[(to_row + 1) * segments + segment] = scale / FINER;
         }
     }
 }

@@ -250,7 +250,8 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                 } else {
                     for (int r = 0; r < rows; ++r) {
                         more[r].upto(a, (block + 1) * COLUMNS);
-                        counts[r] = uint8_t(__builtin_popcountll(bits[r]) + more[r].stop - more[r].next);
+                        const int64_t held = __builtin_popcountll(bits[r]);
+                        counts[r] = uint8_t(held + more[r].in_block(LONGEST - held));
                     }
                 }
                 for (int r = 0; r < rows; ++r) ++begin[counts[r] + 1];
@@ -294,6 +295,7 @@ void many_of(const Matrix& a, const Input& in, const char* table, const Output& 
                             weights[n] = load(a.more_values, a.more_type, more[r].next);
                             columns[k][n] = uint8_t(a.more_columns[more[r].next] % COLUMNS);
                         }
+                        more[r].next = more[r].stop;
                         for (; n < (longest + 15) / 16 * 16; ++n) weights[n] = 0, columns[k][n] = 0;
                         for (int c = 0; c < longest; c += 16) {
                             _mm512_storeu_ps(list[c / 16].weights + 16 * k, _mm512_load_ps(weights + c));

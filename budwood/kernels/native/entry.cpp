@@ -5,6 +5,7 @@
 #include "tiles.h"
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #ifdef __linux__
@@ -136,10 +137,79 @@ Input input_for(const void* x, int32_t type, int64_t rows, int64_t in, bool bflo
     return input;
 }
 
-Input integers_for(int64_t rows, int64_t in) {
+Input integers_for(int64_t rows, int64_t in, bool twice) {
+    if (twice) rows *= 2;
     const int64_t segments = (in + SEGMENT - 1) / SEGMENT;
     float* scales = static_cast<float*>(scratch(7, size_t(rows * segments) * sizeof(float)));
-    return {scratch(4, size_t(rows * segments * SEGMENT) * sizeof(int16_t)), rows, segments * SEGMENT, false, scales};
+    return {scratch(4, size_t(rows * segments * SEGMENT) * sizeof(int16_t)), rows, segments * SEGMENT, false, scales, twice};
+}
+
+// |x| at `index`; of float16 finite too where x is not, from 65536 on.
+template <int TYPE>
+inline float magnitude(const void* x, int64_t index) {
+    uint32_t bits;
+    if (TYPE == FLOAT32) {
+        bits = static_cast<const uint32_t*>(x)[index] & 0x7fffffffu;
+    } else {
+        bits = (static_cast<const uint16_t*>(x)[index] & 0x7fffu) << (TYPE == BFLOAT16 ? 16 : 13);
+    }
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return TYPE == FLOAT16 ? value * 0x1p112f : value;
+}
+
+// How x is rounded to 16-bit integers. Each is off by up to 1/65534 of the largest magnitude of its SEGMENT.
+enum Rounding { ONCE, TWICE, NEVER };
+
+constexpr double PEAK = 8;  // the largest magnitude of a SEGMENT over a typical one that ONCE is used for
+constexpr int SETS = 16;    // of columns of a SEGMENT: some large values are in some of them only
+
+// A typical magnitude: the lower quartile of the means of those sets that are not zero.
+double typical(const float* sums, int64_t count) {
+    double means[SETS];
+    int found = 0;
+    for (int k = 0; k < SETS; ++k) {
+        if (sums[k] > 0) means[found++] = double(sums[k]) / double((count + SETS - 1 - k) / SETS);
+    }
+    std::sort(means, means + found);
+    return found ? means[found / 4] : 0;
+}
+
+// ONCE where the largest of no SEGMENT is far above a typical one; TWICE where what is left has to be kept too; NEVER where that
+// is not enough, and for values that are not finite or very small.
+template <int TYPE>
+Rounding rounding_of(const void* x, int64_t rows, int64_t in) {
+    Rounding found = ONCE;
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t column = 0; column < in; column += SEGMENT) {
+            const int64_t count = in - column < SEGMENT ? in - column : SEGMENT, first = row * in + column;
+            float sums[SETS] = {}, largest[SETS] = {};
+            const auto add = [&](int64_t i, int k) {
+                const float value = magnitude<TYPE>(x, first + i + k);
+                sums[k] += value;
+                largest[k] = largest[k] < value ? value : largest[k];
+            };
+            int64_t i = 0;
+            for (; i + SETS <= count; i += SETS) {
+                for (int k = 0; k < SETS; ++k) add(i, k);
+            }
+            for (int k = 0; i + k < count; ++k) add(i, k);
+            double sum = 0, most = 0;
+            for (int k = 0; k < SETS; ++k) sum += sums[k], most = most < largest[k] ? largest[k] : most;
+            if (sum == 0) continue;
+            const double peak = most / typical(sums, count);
+            const bool usable = sum <= 3e38 && most >= 0x1p-90 && !(TYPE == FLOAT16 && most >= 65536);
+            if (!usable || !(peak <= PEAK * FINER)) return NEVER;
+            if (peak > PEAK) found = TWICE;
+        }
+    }
+    return found;
+}
+
+Rounding rounding_for(const void* x, int32_t type, int64_t rows, int64_t in) {
+    return type == FLOAT32    ? rounding_of<FLOAT32>(x, rows, in)
+           : type == BFLOAT16 ? rounding_of<BFLOAT16>(x, rows, in)
+                              : rounding_of<FLOAT16>(x, rows, in);
 }
 
 // Rows [row, row + count) of an input with `at_once` rows per group.
@@ -151,9 +221,19 @@ Input some_of(const Input& input, int64_t row, int64_t count) {
     return some;
 }
 
+// As many threads as have work: a start and a join take as long as reading so many bytes of tiles with one row of x.
+int32_t threads_for(const Matrix* matrices, int32_t count, int64_t rows, int32_t threads) {
+    constexpr int64_t WORTH = 64 << 10;
+    int64_t bytes = 0;
+    for (int32_t i = 0; i < count; ++i) bytes += path->tiled->bytes(matrices[i]);
+    const int64_t most = bytes * (rows + 1) / 2 / WORTH;
+    return most < 1 ? 1 : most < threads ? int32_t(most) : threads;
+}
+
 // Products with matrices in tiles, FEW rows of x at a time.
 void few_tiled(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs,
                int32_t threads) {
+    threads = threads_for(matrices, count, rows, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const auto [me, all] = team();
@@ -174,6 +254,12 @@ void few_tiled(const Matrix* matrices, int32_t count, const void* x, int32_t typ
 void* scratch(int slot, size_t bytes) {
     static thread_local Room rooms[8];
     Room& room = rooms[slot];
+#ifdef BUDWOOD_EXACT_ROOM  // so that AddressSanitizer sees every access beyond it
+    std::free(room.data);
+    room.bytes = bytes;
+    if (posix_memalign(&room.data, 64, bytes)) std::abort();
+    return room.data;
+#endif
     if (room.bytes < bytes) {
         std::free(room.data);
         const size_t page = bytes < HUGE_PAGE ? 4096 : HUGE_PAGE;
@@ -196,7 +282,7 @@ using namespace budwood;
 extern "C" {
 
 // Changes with every change of the functions below or of `Matrix`.
-EXPORT int32_t budwood_interface() { return 4; }
+EXPORT int32_t budwood_interface() { return 5; }
 
 EXPORT const char* budwood_path() { return path->name; }
 
@@ -241,6 +327,47 @@ EXPORT int32_t budwood_starts(const uint8_t* places, int64_t out, int64_t in, in
     return 1;
 }
 
+// Whether all that kernels index by stays inside the matrix and agrees with itself: columns beyond the last are unset, two
+// places of a group differ and rise, recovered weights rise within their segment and are outside the 2:4 part, and scales are
+// positive and finite. The sizes of the tensors and the sums of the counts are checked before.
+EXPORT int32_t budwood_sound(const Matrix* matrix) {
+    const Matrix& a = *matrix;
+    const int64_t segments = segments_of(a), bytes = (a.in + 7) / 8;
+    const int tail = int(a.in % 8);
+    const auto rises = [](int nibble) { return (nibble & 3) < nibble >> 2; };
+    bool good[256], sound = true;
+    for (int byte = 0; byte < 256; ++byte) good[byte] = a.coding == BITMASK || (rises(byte & 15) && rises(byte >> 4));
+#pragma omp parallel for reduction(&& : sound)
+    for (int64_t row = 0; row < a.out; ++row) {
+        const uint8_t* places = a.places + row * a.stride;
+        bool fine = true;
+        for (int64_t byte = 0; byte < (tail ? bytes - 1 : bytes); ++byte) fine = fine & good[places[byte]];
+        if (tail) {  // for 2:4 there is one group, and no second one
+            const int last = places[bytes - 1];
+            fine = fine && (a.coding == BITMASK ? last >> tail == 0 : last < 16 && rises(last));
+        }
+        for (int64_t segment = 0; a.type == INT8 && segment < segments; ++segment) {
+            const float scale = a.scales[row * segments + segment];
+            fine = fine && scale > 0 && scale <= 3.4028234e38f;
+        }
+        int64_t next = a.more_starts ? a.more_starts[row] : 0, end = a.more_starts ? a.more_starts[row + 1] : 0;
+        for (int64_t segment = 0; a.more_starts && segment < segments; ++segment) {
+            int before = -1;
+            for (int n = a.more_counts[row * segments + segment]; fine && n; --n, ++next) {
+                if (next >= end) {
+                    fine = false;
+                    break;
+                }
+                const int64_t inside = a.more_columns[next], column = segment * SEGMENT + inside;
+                fine = inside > before && column < a.in && !(mask_word(a, row, column / 32) >> column % 32 & 1);
+                before = int(inside);
+            }
+        }
+        sound = sound && fine;
+    }
+    return sound;
+}
+
 // Whether the path multiplies matrices in tiles.
 EXPORT int32_t budwood_has_tiles() { return path->tiled != nullptr; }
 
@@ -278,16 +405,23 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     const Many* many = way == AS_PANELS ? path->panels : way != AS_SPARSE ? nullptr : tiled ? path->tiled->sparse : path->sparse;
     const bool integers = path->integers && !many && int8;
     if (integers && int8 < count) return 0;  // they need the activations in different dtypes
-    const Input input = integers ? integers_for(rows, in) : input_for(x, type, rows, in, bfloat16 || way == AS_PANELS, many != nullptr);
+    const Rounding rounding = integers ? rounding_for(x, type, rows, in) : ONCE;
+    if (rounding == NEVER) return budwood_linear(matrices, count, x, type, rows, outputs, threads, AS_SPARSE);
+    const bool twice = rounding == TWICE;
+    const Input input = integers ? integers_for(rows, in, twice) : input_for(x, type, rows, in, bfloat16 || way == AS_PANELS, many != nullptr);
     const bool copy = input.data != x;
     char* table = many ? static_cast<char*>(scratch(5, many->bytes(matrices[0], input))) : nullptr;
     const int64_t parts = many ? many->parts(matrices[0], input) : 0;
-    const int64_t at_once = path == &scalar ? rows : FEW;
+    const int64_t at_once = path == &scalar ? rows : twice ? FEW / 2 : FEW, per = twice ? 2 : 1;
     const auto each_few = [&](auto use) {
         for (int64_t row = 0; row < rows; row += at_once) {
-            use(row, some_of(input, row, rows - row < at_once ? rows - row : at_once));
+            use(row, some_of(input, per * row, per * (rows - row < at_once ? rows - row : at_once)));
         }
     };
+    int64_t all_out = 0;
+    for (int32_t i = 0; twice && i < count; ++i) all_out += matrices[i].out;
+    // Of both parts of x; added and rounded at the end.
+    float* parts_of_y = twice ? static_cast<float*>(scratch(5, size_t(2 * rows * all_out) * sizeof(float))) : nullptr;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const auto [me, all] = team();
@@ -308,7 +442,8 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
             many->tabulate(input, table, share(parts, me, all), share(parts, me + 1, all));
 #pragma omp barrier
         }
-        for (int32_t i = 0; i < count; ++i) {
+        float* both = parts_of_y;
+        for (int32_t i = 0; i < count; both += twice ? 2 * rows * matrices[i].out : 0, ++i) {
             const Matrix& a = matrices[i];
             const auto border_of = tiled ? path->tiled->border : border;
             const int64_t first = border_of(a, me, all), last = border_of(a, me + 1, all);
@@ -324,8 +459,13 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
                 each_few([&](int64_t row, const Input& some) {
                     Output out = outputs[i];
                     out.y = static_cast<char*>(out.y) + row * out.stride * width(out.type);
+                    if (twice) out = {both + 2 * row * a.out, nullptr, a.out, FLOAT32};
                     path->few(a, some, out, begin, end);
                 });
+            }
+            for (int64_t token = 0; twice && token < rows; ++token) {
+                const float* whole = both + 2 * token * a.out;
+                for (int64_t row = first; row < last; ++row) store(outputs[i], token, row, whole[row] + whole[a.out + row]);
             }
         }
     }

@@ -40,7 +40,10 @@ struct Input {
     int64_t rows, stride;
     bool bfloat16;        // else float32, or
     const float* scales;  // where not null, 16-bit integers: one scale for each row and SEGMENT of columns
+    bool twice;           // of these, row 2 r + 1 is what row 2 r leaves of row r of x
 };
+
+constexpr float FINER = 65000;  // the scale of row 2 r over that of row 2 r + 1: what is left is at most half of an integer
 
 // Where products are written: y[row of x][row of the matrix], plus bias.
 struct Output {
@@ -162,34 +165,39 @@ inline void by_rows(int64_t rows, Use use) {
 
 inline int64_t segments_of(const Matrix& a) { return (a.in + SEGMENT - 1) / SEGMENT; }
 
-// Calls use(column, value) for every recovered weight of a row with int8 values.
+// Calls use(column, value) for every recovered weight of a row with int8 values; never beyond the row.
 template <class Use>
 inline void each_more(const Matrix& a, int64_t row, Use use) {
     if (!a.more_starts) return;
     int64_t next = a.more_starts[row];
+    const int64_t end = a.more_starts[row + 1];
     for (int64_t segment = 0; segment < segments_of(a); ++segment) {
-        for (int n = a.more_counts[row * segments_of(a) + segment]; n; --n, ++next) {
-            use(segment * SEGMENT + a.more_columns[next], load(a.more_values, a.more_type, next));
+        for (int n = a.more_counts[row * segments_of(a) + segment]; n && next < end; --n, ++next) {
+            const int64_t column = segment * SEGMENT + a.more_columns[next];
+            if (column < a.in) use(column, load(a.more_values, a.more_type, next));
         }
     }
 }
 
-// The recovered weights of a row, block of columns by block; blocks divide a segment.
+// The recovered weights of a row, block of columns by block; blocks divide a segment. Never beyond the row.
 struct More {
     int64_t row = 0, segment = 0, next = 0, stop = 0, end = 0;  // [next, stop): those of the block; end: of the segment
+    int64_t last = 0;                                           // of the row
     bool any = false;
     More() = default;
     More(const Matrix& a, int64_t row) : row(row), any(a.more_starts != nullptr) {
-        if (any) next = stop = end = a.more_starts[row];
+        if (any) next = stop = end = a.more_starts[row], last = a.more_starts[row + 1];
     }
     void upto(const Matrix& a, int64_t column) {  // the block that ends before `column`
         if (!any) return;
         while (segment * SEGMENT < column && segment < segments_of(a)) {
             end += a.more_counts[row * segments_of(a) + segment++];
         }
+        if (end > last) end = last;
         const int64_t within = column - (segment - 1) * SEGMENT;
         while (stop < end && a.more_columns[stop] < within) ++stop;
     }
+    int64_t in_block(int64_t room) const { return stop - next < room ? stop - next : room; }
 };
 
 }  // namespace
@@ -205,6 +213,7 @@ struct Many {
 
 // Kernels for matrices in tiles. What they split among threads are strips: `border` is the first after a share.
 struct Tiled {
+    int64_t (*bytes)(const Matrix&);
     int64_t (*border)(const Matrix&, int part, int parts);
     // One thread's part of the products of several matrices of one type and width, for up to FEW rows of x.
     void (*few)(const Matrix*, int32_t count, const void* x, int32_t type, int64_t rows, const Output*, int part, int parts);
