@@ -48,6 +48,17 @@ class ModelStructure:
         self.path, self.modules = find_blocks(self.module)
         self.linears = prunable(self.module, skip)
         self._routers = routers(self.module)
+        if not self.linears:
+            raise UsageError(
+                "nothing is left to prune: --skip names every matrix; skip fewer"
+                if skip
+                else "this model has no matrix in its blocks that can be pruned"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return len(self.module.get_input_embeddings().get_parameter("weight"))
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

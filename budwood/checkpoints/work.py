@@ -47,5 +47,8 @@ class Work:
 
     def file(self, name: str) -> Path:
         """The path of a file in the folder, which exists from now on."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.folder} cannot be made ({error}); make room, or give another folder") from error
         return self.folder / name

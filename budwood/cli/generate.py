@@ -12,7 +12,7 @@ from budwood.cli import options
 from budwood.cli.checks import check_model
 from budwood.cli.printable import printable
 from budwood.cli.terminal import print_result, stdout_to_stderr
-from budwood.errors import UsageError
+from budwood.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,13 +97,20 @@ def generate(
         single = len(prompt) == 1
         streamer = Streamer(tokenizer, length, None if json else place_of_answer) if single else None
         started = time.monotonic()
-        output = loaded.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        try:
+            output = loaded.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            context = getattr(loaded.config, "max_position_embeddings", "no number of")
+            raise RunError(
+                f"{model} cannot generate: {error}; the prompt has {length} tokens, up to {max_new_tokens} more were "
+                f"asked for, and config.json gives {context} positions"
+            ) from error
         seconds = time.monotonic() - started
     stop = stop_tokens(loaded)
     answers = []
