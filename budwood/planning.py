@@ -48,6 +48,7 @@ def plan(
     method = parse_method(method) if isinstance(method, str) else method
     layout = known_layout(format, values)
     structure, config, shards = _open(source, skip, trust_remote_code)
+    structure.check_scope()
     method.check(structure.shapes)
     method.check_structure(structure)
     layout = layout_of(layout, method, structure)

@@ -136,6 +136,7 @@ class Job:
         if Path(target).expanduser().resolve() == opened.folder.resolve():
             raise UsageError(f"{target} is the model to prune itself; give another folder")
         structure = opened.structure(skip=skip)
+        structure.check_scope()
         method.check(structure.shapes)
         method.check_structure(structure)
         layout = layout_of(layout, method, structure)

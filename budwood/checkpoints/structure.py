@@ -48,17 +48,17 @@ class ModelStructure:
         self.path, self.modules = find_blocks(self.module)
         self.linears = prunable(self.module, skip)
         self._routers = routers(self.module)
-        if not self.linears:
-            raise UsageError(
-                "nothing is left to prune: --skip names every matrix; skip fewer"
-                if skip
-                else "this model has no matrix in its blocks that can be pruned"
-            )
 
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding."""
         return len(self.module.get_input_embeddings().get_parameter("weight"))
+
+    def check_scope(self) -> None:
+        """UsageError where there is nothing to prune."""
+        if not self.linears:
+            skipped = "--skip names every matrix, so nothing is left to prune; skip fewer"
+            raise UsageError(skipped if self.skip else "the blocks of this model have no matrix that can be pruned")
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from budwood.checkpoints.loading import load
 from budwood.checkpoints.source import Source, open_source
+from budwood.checkpoints.weights import storage_dtype
 from budwood.data.evaluation import Variant, evaluation_windows
 from budwood.data.sources import Data
 from budwood.data.tokens import Bos, check_vocabulary, tokenizer_for
@@ -182,4 +183,5 @@ def resident(source: Source, compute: torch.dtype, device: torch.device) -> Loss
 
 def streamed(source: Source, compute: torch.dtype, device: torch.device) -> Losses:
     """Losses with one block in memory at a time."""
-    return partial(streamed_losses, Model(source, arithmetic=Arithmetic(compute), device=device))
+    storage = storage_dtype(source.shards, otherwise=torch.float32)
+    return partial(streamed_losses, Model(source, storage=storage, arithmetic=Arithmetic(compute), device=device))

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from budwood.models.blocks import find_blocks
-from budwood.models.expressions import Expression
 from budwood.models.experts import ExpertLinears, is_fused
+from budwood.models.expressions import Expression
 from budwood.models.reshape import replace
 
 ROUTER = "router"
