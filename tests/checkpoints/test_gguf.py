@@ -9,6 +9,7 @@ import gguf
 import numpy
 import pytest
 import torch
+from full_disk import files_up_to
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -293,6 +294,15 @@ def test_a_failed_write_leaves_nothing(tmp_path, model, monkeypatch):
     file = write(tmp_path / "m.gguf", model)
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     with pytest.raises(RunError, match="No space left"):
+        convert(file, tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("size", [4096, 100_000])
+def test_a_disk_that_is_full_is_one_sentence(tmp_path, model, size):
+    """The serializers of weights and of the tokenizer have errors of their own."""
+    file = write(tmp_path / "m.gguf", model)
+    with files_up_to(size), pytest.raises(RunError, match="could not be written .*make room or give another folder"):
         convert(file, tmp_path / "m")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
