@@ -302,7 +302,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, model, monkeypatch):
 def test_a_disk_that_is_full_is_one_sentence(tmp_path, model, size):
     """The serializers of weights and of the tokenizer have errors of their own."""
     file = write(tmp_path / "m.gguf", model)
-    with files_up_to(size), pytest.raises(RunError, match="could not be written .*make room or give another folder"):
+    with files_up_to(size), pytest.raises(RunError, match=r"could not be written .*make room or give another folder"):
         convert(file, tmp_path / "m")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
