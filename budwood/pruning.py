@@ -152,7 +152,7 @@ class Job:
             raise UsageError(
                 f"{self.method} chooses by activations and needs text: give --data FILE, or a name such as sotu"
             )
-        self.tokenizer = tokenizer_for(self.source.folder, data)
+        self.tokenizer = tokenizer_for(self.source.folder, data, self.source.trust_remote_code)
         length = min(seq_length, context(self.source.config))
         self.windows = calibration_windows(data, self.tokenizer, seq_length=length, **options)
         check_vocabulary(self.windows.ids, self.structure.vocabulary, self.windows.record["data"])

@@ -70,7 +70,7 @@ def retrain(
     placed = known_device(device)
     if (opened.folder / INDEX_NAME).is_file():
         verify(opened.folder)
-    tokenizer = tokenizer_for(opened.folder, data)
+    tokenizer = tokenizer_for(opened.folder, data, trust_remote_code)
     length = min(seq_length, context(opened.config))
     windows = calibration_windows(
         data, tokenizer, num_samples=num_samples, seq_length=length, sampling=sampling, seed=seed, bos=bos

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from budwood.checkpoints import quantizer
 from budwood.checkpoints.meta_model import needs_code, reason_of, refused_code
 from budwood.checkpoints.reader import Shards
-from budwood.checkpoints.sidecars import check_layers, read_config_json
+from budwood.checkpoints.sidecars import check_blocks, read_config_json
 from budwood.errors import BudwoodError, RunError, UsageError
 
 
@@ -33,7 +33,7 @@ def load(
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} holds no config.json; give the folder of a model or a hub name")
         content = read_config_json(path / "config.json")
-        check_layers(content, len(Shards.of_folder(path).locations), path / "config.json")
+        check_blocks(content, len(Shards.of_folder(path).locations), path / "config.json")
     elif path.exists() or path.is_absolute() or str(folder).startswith((".", "~")) or len(path.parts) > 2:
         raise UsageError(f"there is no folder {path}; give the folder of a model or a hub name")
     if device is not None:

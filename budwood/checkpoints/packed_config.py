@@ -6,12 +6,12 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from budwood.checkpoints.checksums import INDEX_NAME
-from budwood.checkpoints.schema import POSITIVE, Each, fault
+from budwood.checkpoints.schema import FILE_NAME, NONE, POSITIVE, Each, fault
 from budwood.errors import RunError, UsageError
 
 METHOD = "budwood"
 FORMAT_VERSION = 1
-CHECKED = {"format_version": POSITIVE, "linears": Each({"format": str})}
+CHECKED = {"format_version": POSITIVE, "linears": Each({"format": str}), "index": (FILE_NAME, NONE)}
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -50,7 +50,7 @@ class PackedConfig(QuantizationConfigMixin):
         """Raises UsageError when the checkpoint needs a newer budwood, RunError when an entry is malformed."""
         from budwood.formats import FORMATS
 
-        found = fault({"format_version": self.format_version, "linears": self.linears}, CHECKED, "quantization_config")
+        found = fault(dict(vars(self)), CHECKED, "quantization_config")
         if found:
             raise RunError(f"config.json is damaged: {found}; fetch or write it again")
         if self.format_version > FORMAT_VERSION:

@@ -103,9 +103,17 @@ def read_config_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def check_layers(content: dict[str, Any], most: int, file: Path) -> None:
-    """UsageError where a number of layers is above `most`, before lists or modules of that length are made."""
+def check_layers(content: dict[str, Any], most: int, file: Path, names: tuple[str, ...] = ("layer", "layers")) -> None:
+    """UsageError where a number of layers is above `most`, before lists or modules of that length are made.
+
+    names: what the names of the fields end with.
+    """
     for inside in (content, *(value for value in content.values() if isinstance(value, dict))):
         for name, value in inside.items():
-            if name.endswith(("layer", "layers")) and type(value) in (int, float) and value > most:
+            if name.endswith(names) and type(value) in (int, float) and value > most:
                 raise UsageError(f"{file} gives {name} as {shown(value)}, which is more than {most}; correct it")
+
+
+def check_blocks(content: dict[str, Any], tensors: int, file: Path) -> None:
+    """UsageError where a model would have more decoder blocks than its files have tensors."""
+    check_layers(content, tensors, file, ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from budwood.checkpoints.locate import local_folder
 from budwood.checkpoints.meta_model import read_config
 from budwood.checkpoints.reader import Shards, sample
-from budwood.checkpoints.sidecars import check_layers, read_config_json
+from budwood.checkpoints.sidecars import check_blocks, read_config_json
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.trial import Trial
 from budwood.checkpoints.weights import Weights
@@ -80,7 +80,7 @@ class Source:
 
         Raises UsageError where config.json asks for more layers than the files can hold.
         """
-        check_layers(self.content, len(self.shards.locations), self.folder / "config.json")
+        check_blocks(self.content, len(self.shards.locations), self.folder / "config.json")
         return ModelStructure(
             self.config, compute=compute, skip=skip, trust_remote_code=self.trust_remote_code, shapes=self.shapes
         )

@@ -84,7 +84,7 @@ def generate(
         from budwood.stream.arithmetic import known_device
 
         place = known_device(device)
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, trust_remote_code)
         check_tokenizer(tokenizer, model, chat, len(prompt))
         inputs = encode(tokenizer, prompt, chat)
         loaded: Any = load(model, dtype=dtype, device=str(place), trust_remote_code=trust_remote_code)

@@ -16,10 +16,10 @@ from budwood.errors import UsageError
 Bos = Literal["auto", "every", "none"]
 
 
-def tokenizer_for(folder: Path, data: Data) -> Any:
+def tokenizer_for(folder: Path, data: Data, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model; None where there is none and none is needed. Raises UsageError when text needs one."""
     try:
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, trust_remote_code)
     except UsageError:
         if are_token_ids(data):
             return None

@@ -52,7 +52,7 @@ def evaluate(
     start = time.perf_counter()
     place = known_device(device or "auto")
     source = open_source(model, trust_remote_code)
-    tokenizer = tokenizer_for(source.folder, data)
+    tokenizer = tokenizer_for(source.folder, data, trust_remote_code)
     seq_length = min(seq_length, context(source.config))
     windows = evaluation_windows(
         data, tokenizer, variant=variant, seq_length=seq_length, limit=limit, bos=bos, seed=seed
