@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from budwood.checkpoints.decoding import decode_plainly
 from budwood.checkpoints.loading import load
 from budwood.environment import machine, peak_memory
 from budwood.errors import UsageError
@@ -39,6 +40,7 @@ def bench(
     rows: Sequence[int] = ROWS,
     threads: int | None = None,
     dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Time `model`, a pruned folder; returns the figures, which are also added to its `report.json` and model card.
@@ -55,17 +57,22 @@ def bench(
         torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            return _bench(model, against, rows, dtype, progress)
+            return _bench(model, against, rows, dtype, trust_remote_code, progress)
     finally:
         torch.set_num_threads(before)
 
 
 def _bench(
-    model: str | Path, against: str | Path | None, rows: Sequence[int], dtype: str | torch.dtype, progress: Progress
+    model: str | Path,
+    against: str | Path | None,
+    rows: Sequence[int],
+    dtype: str | torch.dtype,
+    trust_remote_code: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     read_report(Path(model))  # a damaged one is refused before the minutes of timing
     start = time.perf_counter()
-    pruned = load(model, dtype=dtype)
+    pruned = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     seconds = time.perf_counter() - start
     layers = group_by_shape(pruned)
     if not layers and against is None:
@@ -91,7 +98,9 @@ def _bench(
         progress.finish()
     models = {"pruned": pruned}
     if against is not None:
-        models["dense"] = load(against, dtype=pruned.dtype)
+        models["dense"] = load(against, dtype=pruned.dtype, trust_remote_code=trust_remote_code)
+    for loaded in models.values():
+        decode_plainly(loaded, model)
     report["model"] = time_models(models, progress)
     report["peak_memory"] = peak_memory()
     report["warnings"] = slowdowns(report)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from budwood.checkpoints.gguf import open_gguf, own_dtype, unpack
 from budwood.demo_assets import SMALL_MODEL
-from budwood.errors import RunError, UsageError
+from budwood.errors import BudwoodError, RunError, UsageError
 from budwood.runs.target import MANIFEST, Target
 from budwood.stream.arithmetic import TYPES
 
@@ -39,8 +39,14 @@ def convert(file: str | Path, target: str | Path, dtype: str = "auto", overwrite
                 shard.chmod((held.folder / "config.json").stat().st_mode)
             held.note([MANIFEST, *(entry.name for entry in held.folder.iterdir())])
             held.complete()
-        except OSError as error:
-            raise RunError(f"{held.path} could not be written: {error}") from error
+        except BudwoodError:
+            raise
+        except Exception as error:  # each serializer has its own kind for a full disk
+            reason = " ".join(str(error).split())
+            raise RunError(
+                f"{held.path} could not be written ({reason}); make room or give another folder, and give the command "
+                "again"
+            ) from error
         finally:
             held.drop_stage()
     finally:

@@ -1,5 +1,6 @@
 """Bytes, fractions, durations, shapes and numbers as text, and sizes of memory from text."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ def span(parts: Sequence[float]) -> str:
 
 def seconds(amount: float | None) -> str:
     """A duration: 4.2 s, 3 min 20 s, 2 h 5 min."""
-    if amount is None:
+    if amount is None or not math.isfinite(amount):
         return "-"
     if amount < 60:
         return f"{amount:.1f} s"

@@ -1,6 +1,5 @@
 """The contents of a folder of weights, read from the files with one stored tensor in memory at a time."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from budwood.formats import count
 from budwood.humanize import share
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method
+from budwood.runs.recipe import FILE
+from budwood.runs.recipe import read_recipe as recipe_file
 from budwood.sparsity.histogram import x4_histogram
 from budwood.sparsity.patterns import NM, LowPrunes, Pattern, Share
 
@@ -36,7 +37,7 @@ class StoredMatrix:
         return self.weight.shape[0], self.weight.shape[1]
 
 
-def inspect(folder: str | Path, x4: bool = False) -> dict[str, Any]:
+def inspect(folder: str | Path, x4: bool = False, trust_remote_code: bool = False) -> dict[str, Any]:
     """Per matrix: shape, format, density, recovered share, bytes, pattern; and totals and notes.
 
     folder: dense or pruned, or a name on the hub. x4: also the shares of groups of four adjacent weights of which
@@ -44,10 +45,11 @@ def inspect(folder: str | Path, x4: bool = False) -> dict[str, Any]:
     pattern of the recipe's method is checked; where this version cannot parse the method, a note says so.
     Raises UsageError when there is no such model, RunError when a file is damaged or altered.
     """
-    source = open_source(folder)
+    source = open_source(folder, trust_remote_code)
     checksums = compare_checksums(source.folder)
     recipe = read_recipe(source.folder)
-    method, notes = parse_recorded_method(recipe["method"]) if recipe else (None, [])
+    recorded = recipe["method"] if recipe else None
+    method, notes = parse_recorded_method(recorded) if recorded is not None else (None, [])
     linears: dict[str, dict[str, Any]] = {}
     for matrix in stored_matrices(source, tuple(recipe["skip"]) if recipe else ()):
         linears[matrix.name] = describe(matrix, method)
@@ -55,7 +57,7 @@ def inspect(folder: str | Path, x4: bool = False) -> dict[str, Any]:
             linears[matrix.name]["x4"] = x4_shares(matrix.weight)
     return {
         "source": str(folder),
-        "method": recipe["method"] if recipe else None,
+        "method": recorded,
         "checksums": checksums,
         "totals": sum_up(linears, source),
         "linears": linears,
@@ -74,11 +76,8 @@ def compare_checksums(folder: Path) -> str:
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
     """Method and skipped names of a pruned folder, None for other folders."""
-    file = folder / "recipe.json"
-    if not file.is_file():
-        return None
-    recipe = json.loads(file.read_text("utf-8"))
-    return {"method": recipe["method"], "skip": recipe.get("skip", [])}
+    recipe = recipe_file(folder / FILE)
+    return None if recipe is None else {"method": recipe.method, "skip": recipe.skip}
 
 
 def parse_recorded_method(expression: str) -> tuple[Method | None, list[str]]:

@@ -11,6 +11,7 @@ import torch
 
 from budwood.checkpoints.meta_model import read_config
 from budwood.checkpoints.reader import Shards
+from budwood.checkpoints.sidecars import read_config_json
 from budwood.checkpoints.source import open_source
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import storage_dtype
@@ -48,6 +49,7 @@ def plan(
     method = parse_method(method) if isinstance(method, str) else method
     layout = known_layout(format, values)
     structure, config, shards = _open(source, skip, trust_remote_code)
+    structure.check_scope()
     method.check(structure.shapes)
     method.check_structure(structure)
     layout = layout_of(layout, method, structure)
@@ -94,6 +96,9 @@ def _open(
     path = Path(source).expanduser()
     if path.suffix == ".json" and path.is_file():
         config = read_config(path, trust_remote_code)
+        method = (read_config_json(path).get("quantization_config") or {}).get("quant_method")
+        if method not in (None, "budwood"):
+            raise UsageError(f"{source} is of a model that is stored with {method!r}; give that of the dense model")
         return ModelStructure(config, skip=skip, trust_remote_code=trust_remote_code), config, None
     opened = open_source(source, trust_remote_code)
     has_weights = any(opened.folder.glob("*.safetensors"))

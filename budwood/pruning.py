@@ -13,7 +13,7 @@ from budwood.checkpoints.source import Source, open_source
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import storage_dtype
 from budwood.data.sources import Data
-from budwood.data.tokens import Bos, tokenizer_for
+from budwood.data.tokens import Bos, check_vocabulary, tokenizer_for
 from budwood.data.windows import Sampling, Windows, calibration_windows
 from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import BOS_TOKENS, bos_note, context, streamed_losses, with_bos
@@ -136,6 +136,7 @@ class Job:
         if Path(target).expanduser().resolve() == opened.folder.resolve():
             raise UsageError(f"{target} is the model to prune itself; give another folder")
         structure = opened.structure(skip=skip)
+        structure.check_scope()
         method.check(structure.shapes)
         method.check_structure(structure)
         layout = layout_of(layout, method, structure)
@@ -151,9 +152,10 @@ class Job:
             raise UsageError(
                 f"{self.method} chooses by activations and needs text: give --data FILE, or a name such as sotu"
             )
-        self.tokenizer = tokenizer_for(self.source.folder, data)
+        self.tokenizer = tokenizer_for(self.source.folder, data, self.source.trust_remote_code)
         length = min(seq_length, context(self.source.config))
         self.windows = calibration_windows(data, self.tokenizer, seq_length=length, **options)
+        check_vocabulary(self.windows.ids, self.structure.vocabulary, self.windows.record["data"])
 
     @property
     def ids(self) -> Tensor | None:

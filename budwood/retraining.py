@@ -6,7 +6,7 @@ from typing import Any
 from budwood.checkpoints.checksums import INDEX_NAME, verify
 from budwood.checkpoints.source import open_source
 from budwood.data.sources import Data
-from budwood.data.tokens import Bos, tokenizer_for
+from budwood.data.tokens import Bos, check_vocabulary, tokenizer_for
 from budwood.data.windows import Sampling, calibration_windows
 from budwood.errors import UsageError
 from budwood.evaluation.perplexity import context
@@ -70,11 +70,12 @@ def retrain(
     placed = known_device(device)
     if (opened.folder / INDEX_NAME).is_file():
         verify(opened.folder)
-    tokenizer = tokenizer_for(opened.folder, data)
+    tokenizer = tokenizer_for(opened.folder, data, trust_remote_code)
     length = min(seq_length, context(opened.config))
     windows = calibration_windows(
         data, tokenizer, num_samples=num_samples, seq_length=length, sampling=sampling, seed=seed, bos=bos
     )
+    check_vocabulary(windows.ids, structure.vocabulary, windows.record["data"])
     options: dict[str, Any] = {
         "move": move,
         "rank": rank,

@@ -5,11 +5,12 @@ The index is the usual one of Hugging Face (`metadata`, `weight_map`) with one m
 """
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from budwood.checkpoints.schema import FILE_NAME
+from budwood.checkpoints.sidecars import INDEX, read_object
 from budwood.errors import RunError
 
 INDEX_NAME = "sparse.safetensors.index.json"
@@ -30,16 +31,14 @@ def index_of(weight_map: dict[str, str], total_size: int, digests: dict[str, str
 
 def read_index(index: Path) -> dict[str, Any]:
     """The content of an index; RunError when it is missing, damaged, or names files outside its folder."""
-    try:
-        content = json.loads(index.read_text("utf-8"))
-        shards = set(content["weight_map"].values())
-        digests = content.setdefault("metadata", {}).get("sha256", {})
-        if any(Path(name).name != name for name in {*shards, *digests}):
-            raise ValueError("it names files outside its own folder")
-    except FileNotFoundError as error:
-        raise RunError(f"{index} is missing; fetch or write the checkpoint again") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{index} is damaged: {error}; fetch or write the checkpoint again") from error
+    advice = "fetch or write the checkpoint again"
+    content = read_object(index, INDEX, advice)
+    if content is None:
+        raise RunError(f"{index} is missing; {advice}")
+    digests = content.setdefault("metadata", {}).get("sha256", {})
+    outside = next((name for name in digests if not FILE_NAME.holds(name)), None)
+    if outside is not None:
+        raise RunError(f"{index} is damaged: it has a sha256 of {outside!r}, a file outside its folder; {advice}")
     return content
 
 

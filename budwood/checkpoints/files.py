@@ -38,7 +38,9 @@ def write_json(file: Path, content: Any) -> None:
 
 def write_text(file: Path, text: str) -> None:
     with written_whole(file) as temporary:
-        temporary.write_text(text, "utf-8")
+        # Names of files may hold bytes that are no UTF-8, which Python keeps as halves of surrogate pairs. Written as
+        # \\udcXX they are the same text again in JSON.
+        temporary.write_text(text, "utf-8", "backslashreplace")
 
 
 def copy_file(source: Path, file: Path) -> None:

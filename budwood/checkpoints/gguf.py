@@ -9,10 +9,15 @@ from typing import Any
 
 import torch
 
+from budwood.checkpoints.gguf_header import check_costs
+from budwood.checkpoints.gguf_rope import FREQUENCIES, LONG, SHORT
+from budwood.checkpoints.gguf_settings import Header, carry_over
+from budwood.checkpoints.meta_model import build
 from budwood.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
 
+TABLES = (FREQUENCIES, LONG, SHORT)  # of positions: tensors that become settings
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Values of `tokenizer.ggml.pre` whose rule is: every digit alone, then the byte-level split. transformers
@@ -31,15 +36,17 @@ def open_gguf(file: Path) -> Any:
         from gguf import GGUFReader
     except ImportError as error:
         raise UsageError("reading a GGUF file needs the package gguf; run: pip install gguf") from error
+    check_costs(file)
     try:
         reader = GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+    except Exception as error:  # of a dozen kinds, for every field of the header
         size = file.stat().st_size
         raise RunError(
             f"{file} is truncated or damaged: its {size} bytes do not hold what its header promises "
             f"({error}); fetch it again"
         ) from error
-    if "general.architecture" not in reader.fields:
+    named = reader.fields.get("general.architecture")
+    if named is None or not isinstance(named.contents(), str):
         raise RunError(f"{file} does not say what architecture it holds (general.architecture); fetch it again")
     return reader
 
@@ -70,9 +77,10 @@ def unpack(reader: Any, file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
             f"to a language model: {error}"
         ) from error
     model, loading = loaded
+    carry(reader, file, model)
     if missing := sorted(loading["missing_keys"]):
         raise UsageError(f"{file} lacks {len(missing)} tensors of the model, such as {missing[0]}; fetch a whole file")
-    stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in TABLES)
     taken = sum(parameter.numel() for parameter in model.parameters())
     if stored > taken:
         logger.warning(
@@ -83,6 +91,32 @@ def unpack(reader: Any, file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         )
     mend(tokenizer, reader)
     return model, tokenizer
+
+
+def carry(reader: Any, file: Path, model: Any) -> None:
+    """Puts all that the header says of the computation into the configuration of the model, whose weights fit it.
+
+    Raises UsageError where something has no place there.
+    """
+    prefix = f"{reader.fields['general.architecture'].contents()}."
+    settings = {
+        name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if name.startswith(prefix)
+    }
+    tables = {tensor.name: tensor.data for tensor in reader.tensors if tensor.name in TABLES}
+    try:
+        carry_over(Header(settings, tables, file), model.config, lambda config: build(config, torch.float32))
+        changed = build(model.config, torch.float32).state_dict()
+    except UsageError:
+        raise
+    except Exception as error:  # values of the header that the class refuses
+        raise UsageError(
+            f"{file} has settings that make no model of transformers ({error}); fetch it again, or convert it with the "
+            "program that wrote it"
+        ) from error
+    if {name: weight.shape for name, weight in changed.items()} != {
+        name: weight.shape for name, weight in model.state_dict().items()
+    }:
+        raise UsageError(f"{file} has tensors that do not fit its header; fetch it again")
 
 
 @contextlib.contextmanager

@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from budwood.checkpoints import quantizer
+from budwood.checkpoints.meta_model import needs_code, reason_of, refused_code
 from budwood.checkpoints.reader import Shards
-from budwood.errors import RunError, UsageError
+from budwood.checkpoints.sidecars import check_blocks, read_config_json
+from budwood.errors import BudwoodError, RunError, UsageError
 
 
 def load(
@@ -20,14 +22,18 @@ def load(
     """The model of a folder, or of a hub name, ready for inference; `kwargs` go to `from_pretrained`.
 
     Stricter than `from_pretrained`: UsageError when there is no model, RunError when a file is damaged or a
-    weight is missing (transformers would initialise it at random).
+    weight is missing (transformers would initialise it at random). Code of the folder is run with
+    `trust_remote_code=True` only.
     """
     quantizer.register()
     path = Path(folder).expanduser()
+    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None would ask on standard input
+    content: dict[str, Any] = {"auto_map": True}  # of a repository of the hub
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} holds no config.json; give the folder of a model or a hub name")
-        Shards.of_folder(path)
+        content = read_config_json(path / "config.json")
+        check_blocks(content, len(Shards.of_folder(path).locations), path / "config.json")
     elif path.exists() or path.is_absolute() or str(folder).startswith((".", "~")) or len(path.parts) > 2:
         raise UsageError(f"there is no folder {path}; give the folder of a model or a hub name")
     if device is not None:
@@ -37,8 +43,14 @@ def load(
     source = str(path) if path.is_dir() else str(folder)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except BudwoodError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a dozen kinds, for every file of the folder
+        if not kwargs["trust_remote_code"] and needs_code(content, error):
+            raise refused_code(folder) from error
+        raise UsageError(f"{folder} cannot be loaded: {reason_of(error)}") from error
     model, report = opened
     missing = sorted(report["missing_keys"])
     if missing:

@@ -6,10 +6,12 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from budwood.checkpoints.checksums import INDEX_NAME
+from budwood.checkpoints.schema import FILE_NAME, NONE, POSITIVE, Each, fault
 from budwood.errors import RunError, UsageError
 
 METHOD = "budwood"
 FORMAT_VERSION = 1
+CHECKED = {"format_version": POSITIVE, "linears": Each({"format": str}), "index": (FILE_NAME, NONE)}
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -48,15 +50,18 @@ class PackedConfig(QuantizationConfigMixin):
         """Raises UsageError when the checkpoint needs a newer budwood, RunError when an entry is malformed."""
         from budwood.formats import FORMATS
 
+        found = fault(dict(vars(self)), CHECKED, "quantization_config")
+        if found:
+            raise RunError(f"config.json is damaged: {found}; fetch or write it again")
         if self.format_version > FORMAT_VERSION:
             raise UsageError(
                 f"the checkpoint has format_version {self.format_version} and this budwood reads up to "
                 f"{FORMAT_VERSION}; install a newer budwood"
             )
         for name, entry in self.linears.items():
-            if entry.get("format") not in FORMATS:
+            if entry["format"] not in FORMATS:
                 raise UsageError(
-                    f"{name} is stored in format {entry.get('format')!r}, which this budwood does not know "
+                    f"{name} is stored in format {entry['format']!r}, which this budwood does not know "
                     f"(it knows {', '.join(FORMATS)}); install a newer budwood"
                 )
             shape = entry.get("shape")

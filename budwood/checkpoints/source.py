@@ -1,7 +1,6 @@
 """A model to read from: a folder or a hub name, its configuration, its shards, its fingerprint."""
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from transformers import PretrainedConfig
 
 from budwood.checkpoints.locate import local_folder
 from budwood.checkpoints.meta_model import read_config
-from budwood.checkpoints.packed_config import check_shapes
 from budwood.checkpoints.reader import Shards, sample
+from budwood.checkpoints.sidecars import check_blocks, read_config_json
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.trial import Trial
 from budwood.checkpoints.weights import Weights
@@ -45,7 +44,7 @@ class Source:
     @cached_property
     def content(self) -> dict[str, Any]:
         """config.json"""
-        return dict(json.loads((self.folder / "config.json").read_text("utf-8")))
+        return read_config_json(self.folder / "config.json")
 
     @cached_property
     def shards(self) -> Shards:
@@ -54,13 +53,12 @@ class Source:
     @cached_property
     def packed(self) -> dict[str, dict[str, Any]]:
         """Format and shape of every packed matrix; empty for a dense model."""
-        return dict(self._quantization.get("linears", {}))
+        return dict(self._quantization.get("linears") or {})
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters that differ from those of the configuration, by full name; empty for most models."""
-        shapes = self._quantization.get("shapes", {})
-        check_shapes(shapes)
+        shapes = self._quantization.get("shapes") or {}
         return {name: tuple(shape) for name, shape in shapes.items()}
 
     @cached_property
@@ -78,7 +76,12 @@ class Source:
         return settings
 
     def structure(self, skip: Sequence[str] = (), compute: torch.dtype = torch.float32) -> ModelStructure:
-        """The model without its weights; see `ModelStructure`."""
+        """The model without its weights; see `ModelStructure`.
+
+        Raises UsageError where config.json asks for more layers than the files can hold.
+        """
+        if any(self.folder.glob("*.safetensors")):  # `plan` takes a folder without weights too
+            check_blocks(self.content, len(self.shards.locations), self.folder / "config.json")
         return ModelStructure(
             self.config, compute=compute, skip=skip, trust_remote_code=self.trust_remote_code, shapes=self.shapes
         )

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from budwood.checkpoints.meta_model import build
+from budwood.checkpoints.meta_model import MODULES, at_most, build, reason_of
 from budwood.checkpoints.trial import Trial
+from budwood.errors import BudwoodError, UsageError
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import LINEAR, split_fused, unfuse
 from budwood.models.linears import prunable, read, routers
@@ -37,15 +38,27 @@ class ModelStructure:
     ):
         self.trial = Trial(type(config), config.to_dict(), trust_remote_code)
         self.compute, self.skip = compute, skip
-        self.module = build(config, compute, trust_remote_code)
+        self.module = _built(config, compute, trust_remote_code)
         described = self.module.state_dict()
-        experts = unfuse(self.module)
+        with at_most(MODULES):
+            experts = unfuse(self.module)
         fit_shapes(self.module, shapes_unfused(shapes or {}))
         self.fused = tensors_in_files(described, self.module.state_dict(), experts, shapes or {})
         self.parameters = sum(parameter.numel() for parameter in self.module.parameters())
         self.path, self.modules = find_blocks(self.module)
         self.linears = prunable(self.module, skip)
         self._routers = routers(self.module)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return len(self.module.get_input_embeddings().get_parameter("weight"))
+
+    def check_scope(self) -> None:
+        """UsageError where there is nothing to prune."""
+        if not self.linears:
+            skipped = "--skip names every matrix, so nothing is left to prune; skip fewer"
+            raise UsageError(skipped if self.skip else "the blocks of this model have no matrix that can be pruned")
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -79,6 +92,19 @@ class ModelStructure:
     def in_scope(self) -> int:
         """Weights in the matrices in scope."""
         return sum(rows * columns for rows, columns in self.shapes.values())
+
+
+def _built(config: PretrainedConfig, compute: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on meta; UsageError where transformers cannot build what config.json says."""
+    try:
+        return build(config, compute, trust_remote_code)
+    except BudwoodError:
+        raise
+    except Exception as error:  # models fail on wrong fields in every way
+        raise UsageError(
+            f"config.json describes no model that transformers can build ({type(error).__name__}: {reason_of(error)}); "
+            "correct it, or fetch it again"
+        ) from error
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.structure import ModelStructure
-from budwood.errors import RunError
+from budwood.errors import RunError, UsageError
 from budwood.formats import named
 from budwood.formats.checks import check_layout, check_positions
 from budwood.models.experts import split_fused
@@ -122,10 +122,22 @@ def _numbers_in_order(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
-def storage_dtype(shards: Shards) -> torch.dtype:
-    """The floating-point dtype that takes most bytes."""
+STORED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def storage_dtype(shards: Shards, otherwise: torch.dtype | None = None) -> torch.dtype:
+    """The floating-point dtype that takes most bytes. Where it is none that is written: `otherwise`, or UsageError."""
     bytes_by_type: dict[torch.dtype, int] = {}
     for location in shards.locations.values():
         if location.dtype.is_floating_point:
             bytes_by_type[location.dtype] = bytes_by_type.get(location.dtype, 0) + location.nbytes
-    return max(bytes_by_type, key=lambda dtype: bytes_by_type[dtype], default=torch.float32)
+    found = max(bytes_by_type, key=lambda dtype: bytes_by_type[dtype], default=torch.float32)
+    if found not in STORED and otherwise is not None:
+        return otherwise
+    if found not in STORED:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED)
+        raise UsageError(
+            f"the weights are stored in {str(found).removeprefix('torch.')}, which is not written; give --dtype, "
+            f"one of {names}"
+        )
+    return found

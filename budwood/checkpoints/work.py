@@ -1,6 +1,5 @@
 """Intermediate results of a run: computed once, kept in a folder, found again when the run is resumed."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from torch import Tensor
 from budwood.checkpoints.files import write_json, written_whole
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.shard import write_shard
+from budwood.checkpoints.sidecars import parse
+from budwood.errors import RunError
 
 
 class Work:
@@ -26,7 +27,10 @@ class Work:
         file = self.file(f"{name}.json")
         if not file.is_file():
             write_json(file, make())
-        return json.loads(file.read_text("utf-8"))
+        try:
+            return parse(file.read_bytes())
+        except ValueError as error:
+            raise RunError(f"{file} is damaged ({error}); delete it and give the same command again") from error
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors that `make` returns, by name; from `name`.safetensors where an earlier run made them."""
@@ -43,5 +47,8 @@ class Work:
 
     def file(self, name: str) -> Path:
         """The path of a file in the folder, which exists from now on."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.folder} cannot be made ({error}); make room, or give another folder") from error
         return self.folder / name

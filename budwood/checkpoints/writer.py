@@ -17,7 +17,9 @@ from budwood.checkpoints.description import Description
 from budwood.checkpoints.files import copy_file, write_json, written_whole
 from budwood.checkpoints.packing import PackedEntries
 from budwood.checkpoints.reader import Shards, read_header
+from budwood.checkpoints.schema import fault
 from budwood.checkpoints.shard import write_shard
+from budwood.checkpoints.sidecars import BLOCK_NOTES, SHARD, parse
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import Weights
 from budwood.errors import RunError
@@ -82,11 +84,23 @@ class Writer:
     def about(self, index: int) -> ShardNotes:
         """What the header of a shard says. Raises RunError where it is damaged."""
         file = self.shard(index)
+        advice = "delete it and give the same command again"
         try:
-            said = json.loads(read_header(file)[1].get("budwood", "{}"))
-            return ShardNotes(said.get("run"), said.get("packed", {}), said.get("shapes", {}), said.get("notes", {}))
-        except (ValueError, AttributeError) as error:
-            raise RunError(f"{file} is damaged ({error}); delete it and give the same command again") from error
+            said = parse(read_header(file)[1].get("budwood", "{}"))
+        except ValueError as error:
+            raise RunError(f"{file} is damaged ({error}); {advice}") from error
+        found = fault(said, SHARD, "its header")
+        if found:
+            raise RunError(f"{file} is damaged: {found}; {advice}")
+        return ShardNotes(said.get("run"), said.get("packed", {}), said.get("shapes", {}), said.get("notes", {}))
+
+    def notes(self, index: int) -> dict[str, Any]:
+        """The notes of a finished block. Raises RunError where they are not those of a block."""
+        notes = self.about(index).notes
+        found = fault(notes, BLOCK_NOTES, "its header")
+        if found:
+            raise RunError(f"{self.shard(index)} is damaged: {found}; delete it and give the same command again")
+        return notes
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every matrix stored under its own name, by linear; those fused with others are not listed."""

@@ -9,7 +9,7 @@ from budwood import humanize
 from budwood.cli import options
 from budwood.cli.checks import check_model
 from budwood.cli.progress import progress_for
-from budwood.cli.terminal import console, name_value_table, print_result, stdout_to_stderr, table
+from budwood.cli.terminal import console, name_value_table, print_notes, print_result, stdout_to_stderr, table
 from budwood.errors import UsageError
 
 
@@ -24,6 +24,7 @@ def bench(
     ] = "1,8,64,512",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default torch's number.")] = None,
     dtype: options.ComputeDtype = "auto",
+    trust_remote_code: options.Trust = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
@@ -41,7 +42,15 @@ def bench(
             check_model(against)
         import budwood
 
-        result = budwood.bench(model, against, rows=numbers, threads=threads, dtype=dtype, progress=progress_for(quiet))
+        result = budwood.bench(
+            model,
+            against,
+            rows=numbers,
+            threads=threads,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress_for(quiet),
+        )
     print_result(result, json, show)
 
 
@@ -115,8 +124,7 @@ def show(result: Mapping[str, Any]) -> None:
             f"prefill {models['prefill_times_dense']:.2f}; a token reads {models['fewer_bytes_read']:.2f} times "
             "fewer bytes"
         )
-    for sentence in result["warnings"]:
-        out.print(f"note: {sentence}")
+    print_notes(out, result["warnings"])
 
 
 def microseconds(seconds: Mapping[str, float]) -> str:

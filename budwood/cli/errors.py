@@ -8,6 +8,7 @@ from typing import ParamSpec
 
 import typer
 
+from budwood.cli.printable import one_line
 from budwood.errors import BudwoodError
 
 P = ParamSpec("P")
@@ -40,7 +41,7 @@ def report_errors(verb: Callable[P, None]) -> Callable[P, None]:
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 raise
-            typer.echo(f"budwood: {message(error)}", err=True)
+            typer.echo(f"budwood: {one_line(message(error))}", err=True)
             raise typer.Exit(exit_status(error)) from None
 
     return reporting

@@ -9,7 +9,7 @@ from budwood import humanize
 from budwood.cli import options
 from budwood.cli.checks import check_model
 from budwood.cli.progress import progress_for
-from budwood.cli.terminal import console, print_result, stdout_to_stderr
+from budwood.cli.terminal import console, print_notes, print_result, stdout_to_stderr
 
 
 def evaluate(
@@ -35,6 +35,7 @@ def evaluate(
     ] = False,
     dtype: options.ComputeDtype = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.Trust = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
@@ -60,6 +61,7 @@ def evaluate(
             stream=stream,
             dtype=dtype,
             device=device,
+            trust_remote_code=trust_remote_code,
             progress=progress_for(quiet),
         )
     print_result(result, json, show)
@@ -72,5 +74,4 @@ def show(result: Mapping[str, Any]) -> None:
         f"{result['windows']} windows of {result['seq_length']:,} tokens, {result['variant']}, "
         f"bos {result['bos']}, {result['dtype']}, {humanize.seconds(result['seconds'])}"
     )
-    for note in result["notes"]:
-        out.print(f"note: {note}")
+    print_notes(out, result["notes"])

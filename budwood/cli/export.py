@@ -25,6 +25,7 @@ def export(
         ),
     ] = None,
     values: options.Values = None,
+    trust_remote_code: options.Trust = False,
     overwrite: options.Overwrite = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
@@ -45,7 +46,15 @@ def export(
         check_format(name, values)
         from budwood.repacking import repack
 
-        report = repack(model, target, name, values, overwrite=overwrite, progress=progress_for(quiet))
+        report = repack(
+            model,
+            target,
+            name,
+            values,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress_for(quiet),
+        )
     result = {"source": model, "target": target, "format": report["format"], "totals": report["totals"]}
     print_result(result, json, show)
 

@@ -1,27 +1,31 @@
 """`budwood generate`: continue a prompt with a model."""
 
-import contextlib
+import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from budwood.cli import options
 from budwood.cli.checks import check_model
+from budwood.cli.printable import printable
 from budwood.cli.terminal import print_result, stdout_to_stderr
-from budwood.errors import UsageError
+from budwood.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Streamer:
-    """Prints text token by token. `generate` calls `put` with the prompt first and then with every new token."""
+    """Prints text token by token to `out`, where given.
 
-    def __init__(self, tokenizer: Any, prompt_length: int, write: bool) -> None:
-        self.tokenizer, self.prompt_length, self.write = tokenizer, prompt_length, write
+    `generate` calls `put` with the prompt first and then with every new token.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_length: int, out: TextIO | None) -> None:
+        self.tokenizer, self.prompt_length, self.out = tokenizer, prompt_length, out
         self.tokens: list[int] = []
         self.printed = ""
 
@@ -35,8 +39,8 @@ class Streamer:
     def print_new(self, final: bool) -> None:
         text = self.tokenizer.decode(self.tokens[self.prompt_length :], skip_special_tokens=True)
         # The bytes of one character may span tokens; an incomplete one is decoded as U+FFFD, so wait.
-        if self.write and (final or not text.endswith("\ufffd")):
-            print(text[len(self.printed) :], end="", file=sys.stdout, flush=True)
+        if self.out is not None and (final or not text.endswith("\ufffd")):
+            print(printable(text[len(self.printed) :]), end="", file=self.out, flush=True)
             self.printed = text
 
 
@@ -57,6 +61,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     dtype: options.ComputeDtype = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.Trust = False,
     json: options.Json = False,
 ) -> None:
     """Continue a prompt with MODEL, or answer it with --chat.
@@ -66,35 +71,47 @@ def generate(
       budwood generate ./SmolLM2-wrp --prompt "The capital of France is" --max-new-tokens 20
       budwood generate ./SmolLM2-wrp --chat --prompt "Name three rivers." --prompt "And a lake?" --temperature 0.7
     """
+    place_of_answer = sys.stdout
     with stdout_to_stderr():
         check_model(model)
+        check_temperature(temperature)
         import torch
 
+        from budwood.checkpoints.decoding import decode_plainly
         from budwood.checkpoints.loading import load
         from budwood.checkpoints.tokenizer import load_tokenizer
+        from budwood.data.tokens import check_vocabulary
         from budwood.stream.arithmetic import known_device
 
         place = known_device(device)
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, trust_remote_code)
         check_tokenizer(tokenizer, model, chat, len(prompt))
-        loaded: Any = load(model, dtype=dtype, device=str(place))
-        inputs = encode(tokenizer, prompt, chat).to(loaded.device)
+        inputs = encode(tokenizer, prompt, chat)
+        loaded: Any = load(model, dtype=dtype, device=str(place), trust_remote_code=trust_remote_code)
+        check_vocabulary(inputs["input_ids"], loaded.get_input_embeddings().weight.shape[0], "the prompt")
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        decode_plainly(loaded, model, **sampling)
+        inputs = inputs.to(loaded.device)
         torch.manual_seed(seed)
-    length = inputs["input_ids"].shape[1]
-    single = len(prompt) == 1
-    streamer = Streamer(tokenizer, length, write=not json) if single else None
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    started = time.monotonic()
-    with stdout_to_stderr() if json else contextlib.nullcontext():  # the streamer writes to stdout
-        output = loaded.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id,
-            **sampling,
-        )
-    seconds = time.monotonic() - started
+        length = inputs["input_ids"].shape[1]
+        single = len(prompt) == 1
+        streamer = Streamer(tokenizer, length, None if json else place_of_answer) if single else None
+        started = time.monotonic()
+        try:
+            output = loaded.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            context = getattr(loaded.config, "max_position_embeddings", "no number of")
+            raise RunError(
+                f"{model} cannot generate: {error}; the prompt has {length} tokens, up to {max_new_tokens} more were "
+                f"asked for, and config.json gives {context} positions"
+            ) from error
+        seconds = time.monotonic() - started
     stop = stop_tokens(loaded)
     answers = []
     for text, row in zip(prompt, output[:, length:].tolist(), strict=True):
@@ -104,8 +121,15 @@ def generate(
         )
     result = {"model": model, **(answers[0] if single else {"answers": answers}), "seconds": seconds}
     print_result(
-        result, json, lambda _: print() if single else print("\n\n".join(a["prompt"] + a["text"] for a in answers))
+        result,
+        json,
+        lambda _: print() if single else print(printable("\n\n".join(a["prompt"] + a["text"] for a in answers))),
     )
+
+
+def check_temperature(temperature: float) -> None:
+    if not math.isfinite(temperature):
+        raise UsageError(f"--temperature takes a number such as 0.7, not {temperature}")
 
 
 def check_tokenizer(tokenizer: Any, model: str, chat: bool, prompts: int) -> None:
@@ -119,21 +143,30 @@ def check_tokenizer(tokenizer: Any, model: str, chat: bool, prompts: int) -> Non
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], chat: bool) -> Any:
-    """Token ids and attention mask [prompts, tokens], padded on the left so that all continue at the same place."""
-    texts = [as_message(tokenizer, text) for text in prompts] if chat else list(prompts)
-    return tokenizer(
+    """Token ids and attention mask [prompts, tokens], padded on the left so that all continue at the same place.
+
+    Raises UsageError for a prompt that is no text or holds no token.
+    """
+    from budwood.checkpoints.chat import as_text
+    from budwood.data.texts import check_text
+
+    for text in prompts:
+        check_text(text, "the prompt")
+    texts = list(prompts)
+    if chat:
+        messages = [[{"role": "user", "content": text}] for text in prompts]
+        texts = [as_text(tokenizer, message, "the prompt", answer_next=True) for message in messages]
+    encoded = tokenizer(
         texts,
         return_tensors="pt",
         add_special_tokens=not chat,  # a chat template writes its own
         padding=len(texts) > 1,
         padding_side="left",
     )
-
-
-def as_message(tokenizer: Any, text: str) -> str:
-    """The text as a user's message in the chat template, up to where the answer begins."""
-    message = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    for text, mask in zip(prompts, encoded["attention_mask"], strict=True):
+        if not int(mask.sum()):
+            raise UsageError(f"the prompt {text!r} holds no token, so there is nothing to continue; give some text")
+    return encoded
 
 
 def stop_tokens(model: Any) -> set[int]:

@@ -8,7 +8,7 @@ import typer
 from budwood import humanize
 from budwood.cli import options
 from budwood.cli.checks import check_model
-from budwood.cli.terminal import console, print_result, stdout_to_stderr, table
+from budwood.cli.terminal import console, print_notes, print_result, stdout_to_stderr, table
 
 
 def inspect(
@@ -20,6 +20,7 @@ def inspect(
             help="Of every four adjacent weights, how many pruning half of each row by magnitude keeps, in per cent.",
         ),
     ] = False,
+    trust_remote_code: options.Trust = False,
     json: options.Json = False,
 ) -> None:
     """Show what a folder of weights holds, matrix by matrix.
@@ -36,7 +37,7 @@ def inspect(
         check_model(model)
         from budwood import inspection
 
-        result = inspection.inspect(model, x4=x4)
+        result = inspection.inspect(model, x4=x4, trust_remote_code=trust_remote_code)
     print_result(result, json, show_x4 if x4 else show)
     if result["totals"]["broken"]:
         raise typer.Exit(1)
@@ -72,8 +73,7 @@ def show(result: Mapping[str, Any]) -> None:
         f"all weights: {humanize.size(totals['bytes'])} on disk, "
         f"{humanize.share(totals['bytes'] / totals['bytes_dense'], 1)} of dense; {result['checksums']}"
     )
-    for note in result["notes"]:
-        out.print(f"note: {note}")
+    print_notes(out, result["notes"])
 
 
 def show_x4(result: Mapping[str, Any]) -> None:

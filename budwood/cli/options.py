@@ -39,6 +39,10 @@ Values = Annotated[
         "by default all have the dtype of the written weights."
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run model code that comes with the model; without it none is run."),
+]
 Device = Annotated[
     str, typer.Option(metavar="NAME", help="auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N.")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from budwood import humanize
 from budwood.cli import options
 from budwood.cli.checks import check_format, check_method, check_model
-from budwood.cli.terminal import console, print_result, stdout_to_stderr, table
+from budwood.cli.terminal import console, print_notes, print_result, stdout_to_stderr, table
 
 KINDS = {"attention": "KV groups", "mlp": "neurons"}
 
@@ -21,6 +21,7 @@ def plan(
     skip: options.Skip = None,
     num_samples: options.NumSamples = 128,
     seq_length: options.SeqLength = 2048,
+    trust_remote_code: options.Trust = False,
     json: options.Json = False,
 ) -> None:
     """Predict the result of pruning SOURCE.
@@ -49,6 +50,7 @@ def plan(
             skip=tuple(skip or ()),
             num_samples=num_samples,
             seq_length=seq_length,
+            trust_remote_code=trust_remote_code,
         )
     print_result(prediction, json, show)
 
@@ -108,8 +110,7 @@ def show(prediction: Mapping[str, Any]) -> None:
     )
     if prediction["work_bytes"]:
         out.print(f"intermediate results: {humanize.size(prediction['work_bytes'])} on disk until the run is finished")
-    for note in prediction["notes"]:
-        out.print(f"note: {note}")
+    print_notes(out, prediction["notes"])
 
 
 def unit_rows(blocks: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

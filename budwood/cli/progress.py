@@ -9,6 +9,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from budwood import humanize
+from budwood.cli.printable import Escaping, one_line, unwrapped
 from budwood.progress import Progress, Silent
 
 INTERVAL = 5.0  # seconds between two lines where there is no terminal
@@ -45,7 +46,7 @@ class LineProgress:
         self.note(f"{self.what}: {done} of {self.total}{measured(relative_error, loss)}{duration}")
 
     def note(self, sentence: str) -> None:
-        print(sentence, file=sys.stderr, flush=True)
+        print(one_line(sentence), file=sys.stderr, flush=True)
 
     def finish(self) -> None: ...
 
@@ -60,13 +61,16 @@ class BarProgress:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[last]}", markup=False),
-            console=Console(stderr=True, highlight=False),
+            console=Console(file=unwrapped(sys.stderr), highlight=False),
             redirect_stdout=False,
         )
 
     def start(self, total: int, what: str) -> None:
-        self.task = self.progress.add_task(what, total=total, last="")
+        self.task = self.progress.add_task(one_line(what), total=total, last="")
+        before = sys.stderr
         self.progress.start()
+        if sys.stderr is not before:  # from here on rich shows above the bar what others print
+            sys.stderr = Escaping(sys.stderr)  # type: ignore[assignment]
 
     def block(
         self,
@@ -79,7 +83,7 @@ class BarProgress:
         self.progress.update(self.task, completed=index + 1, last=measured(relative_error, loss).lstrip(", "))
 
     def note(self, sentence: str) -> None:
-        self.progress.console.print(Text(sentence))
+        self.progress.console.print(Text(one_line(sentence)))
 
     def finish(self) -> None:
         self.progress.stop()

@@ -11,7 +11,7 @@ from budwood.cli import options
 from budwood.cli.checks import check_format, check_method, check_model
 from budwood.cli.errors import Interrupted
 from budwood.cli.progress import progress_for
-from budwood.cli.terminal import console, name_value_table, print_result, stdout_to_stderr
+from budwood.cli.terminal import console, name_value_table, print_notes, print_result, stdout_to_stderr
 from budwood.errors import UsageError
 
 
@@ -67,9 +67,7 @@ def prune(
     activation_memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Activations beyond this many bytes are kept in a file.")
     ] = "4GB",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with SOURCE.")
-    ] = False,
+    trust_remote_code: options.Trust = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
@@ -161,6 +159,5 @@ def show(report: Mapping[str, Any], target: str) -> None:
     if roundings:
         rows.insert(4, ("rounding error of a matrix", humanize.span(roundings)))
     out.print(name_value_table(rows))
-    for note in report["notes"]:
-        out.print(f"note: {note}")
+    print_notes(out, report["notes"])
     out.print(f"written: {target} (block by block in {target}/report.md)")

@@ -10,7 +10,7 @@ from budwood.cli import options
 from budwood.cli.checks import check_model, check_training
 from budwood.cli.errors import Interrupted
 from budwood.cli.progress import progress_for
-from budwood.cli.terminal import console, name_value_table, print_result, stdout_to_stderr
+from budwood.cli.terminal import console, name_value_table, print_notes, print_result, stdout_to_stderr
 
 
 def retrain(
@@ -50,9 +50,7 @@ def retrain(
     ] = "auto",
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with MODEL.")
-    ] = False,
+    trust_remote_code: options.Trust = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
@@ -101,11 +99,11 @@ def retrain(
 
 def show(report: Mapping[str, Any], target: str) -> None:
     out = console()
-    training = report["training"][-1]
-    losses = [loss for _, loss in training["held_out"]]
+    training = (report.get("training") or [{}])[-1]
+    losses = [loss for _, loss in training.get("held_out", [])]
     rows: list[tuple[str, object]] = [
-        ("trained", f"{training['trained']:,} ({humanize.share(training['trained_share'])} of the weights)"),
-        ("steps", f"{training['steps']:,}, the best after {training['best_step']:,}"),
+        ("trained", f"{training.get('trained', 0):,} ({humanize.share(training.get('trained_share'))} of the weights)"),
+        ("steps", f"{training.get('steps', 0):,}, the best after {training.get('best_step', 0):,}"),
         ("density of the pruned matrices", humanize.share(report["totals"]["density"])),
         ("weights on disk", humanize.size(report["totals"]["bytes"])),
         ("peak memory", humanize.size(report["peak_memory"])),
@@ -114,6 +112,5 @@ def show(report: Mapping[str, Any], target: str) -> None:
     if losses:
         rows.insert(2, ("held-out loss", f"{losses[0]:.4g} before, {min(losses):.4g} after"))
     out.print(name_value_table(rows))
-    for note in report["notes"]:
-        out.print(f"note: {note}")
+    print_notes(out, report["notes"])
     out.print(f"written: {target} (details in {target}/report.md)")

@@ -14,18 +14,33 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from budwood.cli.printable import Escaping, one_line, printable, printable_json
+
 FILE_WIDTH = 160  # columns when stdout is a file or a pipe, where nothing needs to fit a screen
 
 
-def console() -> Console:
+class SafeConsole(Console):
+    """A console that escapes every text that it prints."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+def console() -> SafeConsole:
     """A console on stdout, for results."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
-    return Console(width=width, highlight=False, markup=False, emoji=False)
+    return SafeConsole(width=width, highlight=False, markup=False, emoji=False)
+
+
+def print_notes(out: SafeConsole, notes: Sequence[object]) -> None:
+    """One line for each note."""
+    for note in notes:
+        out.print(f"note: {one_line(note)}")
 
 
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Send what the library and its dependencies print to stderr: stdout is for the result.
+    """Send what the library and its dependencies print to stderr, escaped: stdout is for the result.
 
     Warnings and progress bars of the dependencies are turned off.
     """
@@ -34,7 +49,8 @@ def stdout_to_stderr() -> Iterator[None]:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    safe: Any = Escaping(sys.stderr)
+    with contextlib.redirect_stderr(safe), contextlib.redirect_stdout(safe), warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
         yield
@@ -43,7 +59,7 @@ def stdout_to_stderr() -> Iterator[None]:
 def print_result(result: Mapping[str, Any], as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
     """Print `result`: as exactly one JSON object, or as text through `show`."""
     if as_json:
-        print(json.dumps(finite(result), ensure_ascii=False, default=str))
+        print(printable_json(json.dumps(finite(result), ensure_ascii=False, default=str)))
     else:
         show(result)
 
@@ -76,5 +92,6 @@ def name_value_table(rows: Sequence[tuple[str, object]]) -> Table:
 
 def _add_rows(target: Table, rows: Sequence[Sequence[object]]) -> Table:
     for row in rows:
-        target.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))  # Text: names are not markup
+        cells = ("-" if cell is None else printable(cell, keep="") for cell in row)
+        target.add_row(*(Text(cell) for cell in cells))  # Text: names are not markup
     return target

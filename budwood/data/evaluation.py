@@ -42,7 +42,7 @@ def evaluation_windows(
         raise UsageError(f"the variant is plain, gptq or c4-random, not {variant!r}")
     prefix = start_token(tokenizer, bos)
     enough = math.inf if variant == "c4-random" else limit and limit * seq_length * CHARACTERS_PER_TOKEN
-    source = read(data, "evaluation", enough)
+    source = read(data, "evaluation", enough, tokenizer)
     if not isinstance(source, Texts):
         if variant != "plain":
             raise UsageError(f"{source.name} holds token ids, which have no documents or rows; use the variant plain")
@@ -55,7 +55,7 @@ def evaluation_windows(
         ids, available = random_windows(source, tokenizer, seq_length, prefix, bos, count, random.Random(seed))
     else:
         text = source.joined() if variant == "plain" else "\n\n".join(source.rows())
-        tokens, documents = tokenise(text, tokenizer, bos)[None], len(source.documents)
+        tokens, documents = tokenise(text, tokenizer, bos, source.templated)[None], len(source.documents)
         ids = cut(tokens, seq_length, prefix, source.name)[:limit]
         available = tokens.numel()
     record = {
@@ -92,7 +92,7 @@ def random_windows(
     while len(windows) < count:
         index = generator.randint(0, len(source.documents) - 1)
         if index not in seen:
-            seen[index] = tokenise(source.documents[index], tokenizer, bos)
+            seen[index] = tokenise(source.documents[index], tokenizer, bos, source.templated)
         tokens = seen[index]
         if len(tokens) >= width:
             start = generator.randint(0, max(len(tokens) - width - 1, 0))

@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from budwood.data.rows import texts_of
+from budwood.data.rows import Chat, RowReader
 from budwood.data.texts import Purpose, Texts
 from budwood.errors import UsageError
 
@@ -46,18 +46,22 @@ C4_EVALUATION = HubRows(
 WIKITEXT2: dict[Purpose, str] = {"calibration": "train", "evaluation": "test"}
 
 
-def hub_rows(name: str, rows: HubRows, characters: float | None) -> Texts:
-    """The texts of the rows until they hold that many characters; None: the default number of rows."""
-    texts = stream(name, rows)
+def hub_rows(name: str, rows: HubRows, characters: float | None, chat: Chat | None = None) -> Texts:
+    """The texts of the rows until they hold that many characters; None: the default number of rows.
+
+    chat: writes a conversation as text.
+    """
+    reader = RowReader([rows.text] if rows.text else None, chat=chat)
+    texts = stream(name, rows, reader)
     if characters is None:
-        return Texts(name, tuple(itertools.islice(texts, rows.default_rows)))
+        return Texts(name, tuple(itertools.islice(texts, rows.default_rows)), templated=reader.templated)
     documents, held = [], 0
     for document in texts:
         documents.append(document)
         held += len(document)
         if held >= characters:
             break
-    return Texts(name, tuple(documents))
+    return Texts(name, tuple(documents), templated=reader.templated)
 
 
 def wikitext2(purpose: Purpose) -> Texts:
@@ -67,7 +71,7 @@ def wikitext2(purpose: Purpose) -> Texts:
     return Texts("wikitext2", (text,), rows_are_lines=True)
 
 
-def stream(name: str, rows: HubRows) -> Iterator[str]:
+def stream(name: str, rows: HubRows, reader: RowReader | None = None) -> Iterator[str]:
     """The texts, row by row; UsageError without the library, without a network, or when the hub refuses."""
     try:
         from datasets import load_dataset
@@ -78,7 +82,7 @@ def stream(name: str, rows: HubRows) -> Iterator[str]:
     require_network(name)
     try:
         found = load_dataset(rows.repo, rows.config, data_files=rows.files, split=rows.split, streaming=True)
-        yield from texts_of(((name, row) for row in found), rows.text)
+        yield from (reader or RowReader([rows.text] if rows.text else None)).texts((name, row) for row in found)
     except UsageError:
         raise
     except Exception as error:  # the library passes on errors of a dozen others

@@ -16,26 +16,32 @@ from budwood.errors import UsageError
 Bos = Literal["auto", "every", "none"]
 
 
-def tokenizer_for(folder: Path, data: Data) -> Any:
+def tokenizer_for(folder: Path, data: Data, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model; None where there is none and none is needed. Raises UsageError when text needs one."""
     try:
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, trust_remote_code)
     except UsageError:
         if are_token_ids(data):
             return None
         raise
 
 
-def tokenise(text: str, tokenizer: Any, bos: Bos) -> Tensor:
-    """The ids of the text as one string, int64 [tokens]. Raises UsageError without a tokenizer."""
+def tokenise(text: str, tokenizer: Any, bos: Bos, templated: bool = False) -> Tensor:
+    """The ids of the text as one string, int64 [tokens]. templated: it holds its special tokens already.
+
+    Raises UsageError without a tokenizer.
+    """
     if tokenizer is None:
         raise UsageError("the model has no tokenizer, so text cannot be read; give token ids (.npy, .safetensors)")
-    encoded = tokenizer(
-        text,
-        add_special_tokens=bos == "auto",
-        return_attention_mask=False,
-        verbose=False,  # a text is longer than the model's context, and is cut afterwards
-    )
+    try:
+        encoded = tokenizer(
+            text,
+            add_special_tokens=bos == "auto" and not templated,
+            return_attention_mask=False,
+            verbose=False,  # a text is longer than the model's context, and is cut afterwards
+        )
+    except Exception as error:  # tokenizers fail in their own ways, such as without a token for what they do not know
+        raise UsageError(f"the tokenizer of the model cannot read the text: {error}; give token ids as data") from error
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
@@ -48,6 +54,16 @@ def known_ids(source: TokenIds, tokenizer: Any) -> Tensor:
             "the ids were made with another tokenizer"
         )
     return source.ids
+
+
+def check_vocabulary(ids: Tensor, size: int, where: str) -> None:
+    """UsageError where a token id is beyond the embedding of the model, which has `size` rows."""
+    highest = int(ids.max()) if ids.numel() else 0
+    if highest >= size:
+        raise UsageError(
+            f"{where} holds the token id {highest}, but the embedding of the model has {size} rows; use the tokenizer "
+            "of this model"
+        )
 
 
 def start_token(tokenizer: Any, bos: Bos) -> Tensor:

@@ -53,10 +53,10 @@ def calibration_windows(
     if sampling not in ("random", "consecutive"):
         raise UsageError(f"sampling is random or consecutive, not {sampling!r}")
     prefix = start_token(tokenizer, bos)
-    source = read(data, "calibration", num_samples * seq_length * CHARACTERS_PER_TOKEN)
+    source = read(data, "calibration", num_samples * seq_length * CHARACTERS_PER_TOKEN, tokenizer)
     if isinstance(source, Texts):
         rows, documents = (
-            tokenise(source.joined(), tokenizer, bos)[None],
+            tokenise(source.joined(), tokenizer, bos, source.templated)[None],
             len(source.documents),
         )  # [1, tokens]
     else:

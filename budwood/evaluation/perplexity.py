@@ -12,10 +12,11 @@ from torch import Tensor
 
 from budwood.checkpoints.loading import load
 from budwood.checkpoints.source import Source, open_source
+from budwood.checkpoints.weights import storage_dtype
 from budwood.data.evaluation import Variant, evaluation_windows
 from budwood.data.sources import Data
-from budwood.data.tokens import Bos, tokenizer_for
-from budwood.errors import RunError
+from budwood.data.tokens import Bos, check_vocabulary, tokenizer_for
+from budwood.errors import RunError, UsageError
 from budwood.kernels.dispatch import exact
 from budwood.progress import Progress, Silent
 from budwood.stream.arithmetic import Arithmetic, dtype_named, known_device, name_of
@@ -51,13 +52,14 @@ def evaluate(
     start = time.perf_counter()
     place = known_device(device or "auto")
     source = open_source(model, trust_remote_code)
-    tokenizer = tokenizer_for(source.folder, data)
+    tokenizer = tokenizer_for(source.folder, data, trust_remote_code)
     seq_length = min(seq_length, context(source.config))
     windows = evaluation_windows(
         data, tokenizer, variant=variant, seq_length=seq_length, limit=limit, bos=bos, seed=seed
     )
     compute = _compute_dtype(dtype, source, place)
     ids = windows.ids
+    check_vocabulary(ids, vocabulary(source.config), windows.record["data"])
     losses_of = (streamed if stream else resident)(source, compute, place)
     pair = with_bos(ids[:1], tokenizer)
     note = bos_note(*losses_of(pair, Silent())) if pair is not None else None
@@ -130,8 +132,21 @@ def streamed_losses(model: Model, ids: Tensor, progress: Progress | None = None)
 
 
 def context(config: Any) -> int:
-    """The context length of the model, in tokens."""
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
+    """The context length of the model, in tokens. Raises UsageError where config.json gives none that can be."""
+    return _size(config, 2**31, "max_position_embeddings", "n_positions")
+
+
+def vocabulary(config: Any) -> int:
+    """The rows of the model's embedding. Raises UsageError where config.json gives none that can be."""
+    return _size(config.get_text_config(), 2**31, "vocab_size")
+
+
+def _size(config: Any, default: int, *names: str) -> int:
+    """The first of several fields that is given."""
+    found = next((value for name in names if (value := getattr(config, name, None))), default)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise UsageError(f"config.json gives {names[0]} as {found!r}, which is no size; correct it")
+    return found
 
 
 def _compute_dtype(dtype: str, source: Source, device: torch.device) -> torch.dtype:
@@ -168,4 +183,5 @@ def resident(source: Source, compute: torch.dtype, device: torch.device) -> Loss
 
 def streamed(source: Source, compute: torch.dtype, device: torch.device) -> Losses:
     """Losses with one block in memory at a time."""
-    return partial(streamed_losses, Model(source, arithmetic=Arithmetic(compute), device=device))
+    storage = storage_dtype(source.shards, otherwise=torch.float32)
+    return partial(streamed_losses, Model(source, storage=storage, arithmetic=Arithmetic(compute), device=device))

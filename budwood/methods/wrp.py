@@ -1,6 +1,5 @@
 """WRP: 2:4 with the crucial dropped weights recovered (Tan, Zhang, Wei, ACL 2024, pp. 6433-6443)."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +10,7 @@ from budwood.methods.method import PatternMethod, PatternOf, prune
 from budwood.methods.metrics import METRICS, wanda
 from budwood.methods.option import option
 from budwood.methods.validation import number, one_of, truth, whole
+from budwood.models.expressions import Expression
 from budwood.sparsity.blocks import TopBlocks
 from budwood.sparsity.forecast import expected_density
 from budwood.sparsity.patterns import NM, Pattern, Scope, Shape, Top, parse_pattern
@@ -95,10 +95,7 @@ class Wrp(PatternMethod):
             return
         for expression, alpha in self.alpha.items():
             number(f"alpha of {expression!r}", alpha, 0, 1)
-            try:
-                re.compile(expression)
-            except (re.error, TypeError) as error:
-                raise UsageError(f"alpha: {expression!r} is not a regular expression: {error}") from error
+            Expression(expression, "alpha:")
 
     @property
     def base(self) -> NM:
@@ -110,7 +107,7 @@ class Wrp(PatternMethod):
     def check(self, linears: Mapping[str, Shape]) -> None:
         super().check(linears)
         for expression in self.alpha if isinstance(self.alpha, Mapping) else ():
-            if not any(re.search(expression, name) for name in linears):
+            if not any(Expression(expression, "alpha:").search(name) for name in linears):
                 raise UsageError(
                     f"alpha: {expression!r} is found in no linear's name, such as {next(iter(linears), '')}"
                 )
@@ -118,7 +115,8 @@ class Wrp(PatternMethod):
     def alpha_for(self, name: str) -> float:
         if not isinstance(self.alpha, Mapping):
             return self.alpha
-        return next((alpha for expression, alpha in self.alpha.items() if re.search(expression, name)), ALPHA)
+        found = (alpha for text, alpha in self.alpha.items() if Expression(text, "alpha:").search(name))
+        return next(found, ALPHA)
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         base, alpha = self.base, self.alpha_for(name)

@@ -1,6 +1,5 @@
 """The matrices of the decoder blocks that may be pruned, always as [out, in]."""
 
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -9,9 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from budwood.errors import UsageError
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import ExpertLinears, is_fused
+from budwood.models.expressions import Expression
 from budwood.models.reshape import replace
 
 ROUTER = "router"
@@ -27,7 +26,7 @@ def prunable(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, nn.M
     Experts are among them once they are unfused. Works on the meta device. Raises UsageError for a bad
     expression.
     """
-    rules = [compiled(text) for text in skip]
+    rules = [Expression(text) for text in skip]
     found = linears_in_blocks(model)
     routing = routers(model)
     for message in unmatched(model, skip):
@@ -45,13 +44,13 @@ def unmatched(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
     return [
         f"--skip {text!r} matches no linear of the decoder blocks"
         for text in skip
-        if not any(compiled(text).search(name) for name in found)
+        if not any(Expression(text).search(name) for name in found)
     ]
 
 
 def skipped(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, str]:
     """Every module with a matrix of its own that is not in scope, by full name, and the reason."""
-    rules = [compiled(text) for text in skip]
+    rules = [Expression(text) for text in skip]
     found = linears_in_blocks(model)
     routing = routers(model)
     path, _ = find_blocks(model)
@@ -152,10 +151,3 @@ def outputs(module: nn.Module) -> int | None:
     if isinstance(module, nn.Linear | Conv1D):
         return read(module).shape[0]
     return next((len(weight) for weight in module.parameters(recurse=False) if weight.dim() == 2), None)
-
-
-def compiled(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UsageError(f"--skip {text!r} is not a regular expression: {error}") from error

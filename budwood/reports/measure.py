@@ -47,8 +47,8 @@ def measure(
             {
                 "name": f"{model.path}.{index}",
                 "seconds": seconds.get(index),
-                "relative_error": writer.about(index).notes["relative_error"],
-                "units": writer.about(index).notes.get("units", {}),
+                "relative_error": writer.notes(index)["relative_error"],
+                "units": writer.notes(index).get("units", {}),
             }
             for index in range(len(model))
         ],
@@ -66,7 +66,7 @@ def matrices_of(model: Model, writer: Writer) -> dict[str, MatrixReport]:
     matrices: dict[str, MatrixReport] = {}
     for index in range(len(model)):
         about = writer.about(index)
-        for name, found in about.notes["linears"].items():
+        for name, found in writer.notes(index)["linears"].items():
             count = max(1, found["shape"][0] * found["shape"][1])
             matrices[name] = {
                 "shape": found["shape"],

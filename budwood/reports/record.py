@@ -1,11 +1,12 @@
 """The report of a run as a record, kept in its folder as `report.json`. Sizes in bytes, times in seconds."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from budwood.checkpoints.files import write_json, write_text
+from budwood.checkpoints.schema import COUNT, MATRIX, NONE, NUMBER, PAIR, POSITIVE, Each, Rule
+from budwood.checkpoints.sidecars import read_object
 from budwood.errors import RunError
 from budwood.reports.card import with_speed
 
@@ -69,22 +70,47 @@ class Report(TypedDict):
     speed: NotRequired[dict[str, Any]]  # what `budwood bench` measured
 
 
-SECTIONS: dict[str, type] = {"totals": dict, "blocks": list, "linears": dict, "seconds": dict, "notes": list}
+STEP_AND_LOSS = Rule(
+    "a step and its loss", lambda value: type(value) is list and len(value) == 2 and all(map(NUMBER.holds, value))
+)
+# What readers use: the table of a verb, the page, the model card, `bench`. Sections are named for messages and tests.
+SECTIONS: dict[str, Any] = {
+    "totals": {
+        "density": NUMBER,
+        "recovered": (NUMBER, NONE),
+        "bytes": COUNT,
+        "bytes_dense": POSITIVE,
+        "bits_per_weight": NUMBER,
+        "coverage": NUMBER,
+    },
+    "blocks": [{"name": str, "relative_error": (NUMBER, NONE), "seconds?": (NUMBER, NONE), "units?": Each(PAIR)}],
+    "linears": Each({"shape": MATRIX, "format": str, "rounding_error?": (NUMBER, NONE)}),
+    "seconds": {"total": NUMBER, "blocks?": NUMBER},
+    "notes": [str],
+}
+SCHEMA: dict[str, Any] = {
+    **SECTIONS,
+    "method": str,
+    "source": str,
+    "format": str,
+    "peak_memory": (COUNT, NONE),
+    "training?": [
+        {
+            "trained": COUNT,
+            "trained_share": NUMBER,
+            "steps?": COUNT,
+            "best_step?": COUNT,
+            "held_out?": [STEP_AND_LOSS],
+        }
+    ],
+    "speed?": dict,
+}
 
 
 def read_report(folder: Path) -> Report | None:
     """The report of a folder; None where there is none. Raises RunError where it is damaged."""
-    file = folder / FILE
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        for name, kind in SECTIONS.items():
-            if not isinstance(content[name], kind):
-                raise TypeError(f"{name} is no {kind.__name__}")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} is damaged ({error}); write the folder again, or delete the file") from error
-    return cast(Report, content)
+    content = read_object(folder / FILE, SCHEMA, "write the folder again, or delete the file")
+    return None if content is None else cast(Report, content)
 
 
 def add_section(folder: Path, name: str, section: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from budwood.checkpoints.sidecars import read_object
 from budwood.environment import installed
 from budwood.errors import UsageError
 
@@ -120,15 +121,8 @@ class Recipe:
 
 def read_recipe(file: Path) -> Recipe | None:
     """The recipe in a file; None where there is no such file. Raises UsageError where it is none."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} is damaged ({error}); give another folder, or --overwrite") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} holds no JSON object, so it is no recipe; give another folder, or --overwrite")
-    return Recipe.from_json(content, file)
+    content = read_object(file, {}, "so it is no recipe; give another folder, or --overwrite", UsageError)
+    return None if content is None else Recipe.from_json(content, file)
 
 
 def recipe_options(file: str | Path) -> dict[str, Any]:

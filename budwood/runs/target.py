@@ -6,7 +6,6 @@ the files that budwood wrote; no other file is ever deleted or replaced.
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -14,6 +13,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from budwood.checkpoints.files import TEMPORARY, write_json
+from budwood.checkpoints.sidecars import MANIFEST as WRITTEN
+from budwood.checkpoints.sidecars import SWAP as SWAPPED
+from budwood.checkpoints.sidecars import read_object
 from budwood.errors import RunError, UsageError
 from budwood.runs.recipe import FILE as RECIPE
 from budwood.runs.recipe import read_recipe
@@ -205,13 +207,15 @@ class Target:
         While it lasts there is no config.json, so that no mixture can be loaded.
         """
         staging = self.path / STAGING
-        listed = json.loads((staging / SWAP).read_text("utf-8"))
-        names = [Path(name).name for name in listed["move"]]
+        listed = read_object(staging / SWAP, SWAPPED, f"delete {staging} and give the command again")
+        if listed is None:
+            raise RunError(f"{staging / SWAP} is missing; delete {staging} and give the command again")
+        names = list(listed["move"])
         if (staging / "config.json").is_file():
             (self.path / "config.json").unlink(missing_ok=True)
         for name in listed["remove"]:
             if name not in names:
-                (self.path / Path(name).name).unlink(missing_ok=True)
+                (self.path / name).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name == "config.json"):
             if (staging / name).is_file():
                 os.replace(staging / name, self.path / name)
@@ -221,16 +225,9 @@ class Target:
 
 
 def read_manifest(folder: Path) -> set[str] | None:
-    """The files that budwood wrote into a folder; None where it kept no list."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
-        if not isinstance(files, list):
-            raise TypeError("files is no list")
-        return set(map(str, files))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder / MANIFEST} is damaged ({error}); give another folder") from error
+    """The files that budwood wrote into a folder; None where it kept no list. Raises RunError where it is damaged."""
+    content = read_object(folder / MANIFEST, WRITTEN, "give another folder")
+    return None if content is None else set(content["files"])
 
 
 def _cannot_be_written(folder: Path, error: OSError) -> RunError:

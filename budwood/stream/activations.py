@@ -1,6 +1,8 @@
 """The hidden states of all calibration windows between two blocks, in memory or in a file."""
 
+import errno
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from copy import copy
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from budwood.checkpoints.files import TEMPORARY
+from budwood.errors import RunError
 
 
 class Activations:
@@ -31,9 +34,16 @@ class Activations:
         if math.prod(shape) * dtype.itemsize <= limit:
             self.hidden = torch.empty(shape, dtype=dtype)
             return
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".activations", suffix=TEMPORARY) as file:
-            file.truncate(math.prod(shape) * dtype.itemsize)
-            self.hidden = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".activations", suffix=TEMPORARY) as file:
+                reserve(file.fileno(), size)
+                self.hidden = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        except OSError as error:
+            raise RunError(
+                f"{size} bytes of activations cannot be kept in {folder or tempfile.gettempdir()} ({error.strerror}); "
+                "make room, or raise --activation-memory to keep them in memory"
+            ) from error
 
     def __len__(self) -> int:
         return math.ceil(self.shape[0] / self.batch)
@@ -58,6 +68,30 @@ class Activations:
 
     def indices(self) -> Iterator[int]:
         return iter(range(len(self)))
+
+
+def reserve(file: int, size: int) -> None:
+    """Makes the open file `size` bytes long, all of them on the disk. Raises OSError where there is no room.
+
+    A file that is only truncated to its size has no blocks yet: when the disk is full, writing to its mapping kills the
+    process.
+    """
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        _fill(file, size)
+    except AttributeError:  # not on this system
+        _fill(file, size)
+
+
+def _fill(file: int, size: int) -> None:
+    zeros = bytes(1 << 20)
+    for start in range(0, size, len(zeros)):
+        part = zeros[: size - start]
+        while part:
+            part = part[os.write(file, part) :]
 
 
 def batch_size(windows: int, tokens: int, target: int) -> int:

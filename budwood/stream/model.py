@@ -133,10 +133,11 @@ class Model:
             stored, about = written.read(index, self.structure)
             with self._filled(index, stored, about):
                 block = self._block(index, stored, None)
-                block.relative_error = about.notes["relative_error"]
-                block.kept_units = about.notes.get("units", {})
+                notes = written.notes(index)
+                block.relative_error = notes["relative_error"]
+                block.kept_units = notes.get("units", {})
                 for linear in block.linears.values():
-                    linear.recovered = about.notes["linears"][linear.name]["recovered"]
+                    linear.recovered = notes["linears"].get(linear.name, {}).get("recovered")
                 yield block
                 block.round(writer.layout)
                 self._write_block(block, writer)

@@ -1,6 +1,5 @@
 """The search in one supernet: its size, its stages on calibration windows, its state on disk."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,10 @@ import torch
 from torch import Tensor
 
 from budwood.checkpoints.files import write_json
+from budwood.checkpoints.schema import COUNT
+from budwood.checkpoints.sidecars import read_object
 from budwood.checkpoints.work import Work
+from budwood.errors import RunError
 from budwood.progress import tracked
 from budwood.sparsity.level_search import Progress, Settings, Space, Stage, State, begin, search
 from budwood.supernet.supernet import Supernet
@@ -84,8 +86,12 @@ def choose_levels(
     levels = [range(min(counts), max(counts) + 1) for counts in supernet.levels]
     space = Space(levels, [site.group for site in supernet.sites])
     file = work.file(f"{supernet.name}-search.json")
-    kept = json.loads(file.read_text("utf-8")) if file.is_file() else None
-    progress = begin(space, seed) if kept is None else Progress.from_json(kept["progress"])
+    advice = "delete it and give the same command again"
+    kept = read_object(file, {"progress": dict, "block_tokens": COUNT}, advice)
+    try:
+        progress = begin(space, seed) if kept is None else Progress.from_json(kept["progress"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunError(f"{file} is damaged ({error}); {advice}") from error
     fitness.block_tokens = 0 if kept is None else kept["block_tokens"]
     generations = search(space, settings, len(pool), fitness, progress)
     for _ in tracked(

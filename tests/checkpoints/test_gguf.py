@@ -9,6 +9,7 @@ import gguf
 import numpy
 import pytest
 import torch
+from full_disk import files_up_to
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -51,7 +52,7 @@ def file_order(name, weight):
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(path, model, kind=F32, architecture="llama", pre="smollm", leave_out=(), add=()):
+def write(path, model, kind=F32, architecture="llama", pre="smollm", leave_out=(), add=(), say=()):
     """The model as a file, its matrices in `kind`; returns the matrices by file name as they read back."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     writer = gguf.GGUFWriter(path, architecture)
@@ -64,6 +65,9 @@ def write(path, model, kind=F32, architecture="llama", pre="smollm", leave_out=(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_rope_freq_base(10000.0)
+    for key, value in dict(say).items():
+        kind_of = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}[type(value)]
+        getattr(writer, f"add_{kind_of}")(key, value)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -161,7 +165,7 @@ def test_missing_tensors_are_never_made_up(tmp_path, model):
 
 
 def test_tensors_without_a_place_are_told(tmp_path, model, caplog):
-    file = write(tmp_path / "m.gguf", model, add=[("rope_freqs.weight", torch.ones(8))])
+    file = write(tmp_path / "m.gguf", model, add=[("blk.0.extra.weight", torch.ones(8))])
     with caplog.at_level(logging.WARNING, logger="budwood"):
         convert(file, tmp_path / "m")
     assert "try its answers" in caplog.text
@@ -290,6 +294,15 @@ def test_a_failed_write_leaves_nothing(tmp_path, model, monkeypatch):
     file = write(tmp_path / "m.gguf", model)
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     with pytest.raises(RunError, match="No space left"):
+        convert(file, tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("size", [4096, 100_000])
+def test_a_disk_that_is_full_is_one_sentence(tmp_path, model, size):
+    """The serializers of weights and of the tokenizer have errors of their own."""
+    file = write(tmp_path / "m.gguf", model)
+    with files_up_to(size), pytest.raises(RunError, match=r"could not be written .*make room or give another folder"):
         convert(file, tmp_path / "m")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 

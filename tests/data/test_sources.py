@@ -37,8 +37,8 @@ def test_rows_are_documents(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_the_only_string_field_will_do(tmp_path, suffix):
-    path = written(tmp_path / f"data{suffix}", [{"body": "a", "stars": 3}, {"body": "b", "stars": 4}])
-    assert read(path, "calibration").documents == ("a", "b")
+    path = written(tmp_path / f"data{suffix}", [{"body": "one of two", "stars": 3}, {"body": "b", "stars": 4}])
+    assert read(path, "calibration").documents == ("one of two", "b")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

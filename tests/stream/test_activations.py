@@ -1,9 +1,14 @@
 """Hidden states between two blocks: in memory or in a file, batch by batch."""
 
+import errno
+import os
+
 import pytest
 import torch
+from full_disk import files_up_to
 
-from budwood.stream.activations import Activations, batch_size
+from budwood.errors import RunError
+from budwood.stream.activations import Activations, batch_size, reserve
 
 CPU = torch.device("cpu")
 
@@ -46,3 +51,28 @@ def test_only_what_exceeds_the_limit_goes_to_a_file(tmp_path, monkeypatch):
 )
 def test_batches_are_alike_where_that_is_possible(windows, tokens, target, size):
     assert batch_size(windows, tokens, target) == size
+
+
+def test_room_for_a_file_is_taken_at_once_or_it_is_a_sentence(tmp_path):
+    with open(tmp_path / "a", "wb") as file:
+        reserve(file.fileno(), 3 << 20)
+    assert (tmp_path / "a").stat().st_size == 3 << 20
+    assert (tmp_path / "a").stat().st_blocks * 512 >= 3 << 20
+    with (
+        files_up_to(1 << 16),
+        pytest.raises(RunError, match=r"65792 bytes of activations cannot be kept in .*make room"),
+    ):
+        Activations((1, 257, 64), torch.float32, 1, limit=0, folder=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(RunError, match="cannot be kept in"):
+        Activations((1, 257, 64), torch.float32, 1, limit=0, folder=tmp_path / "none")
+
+
+def test_where_room_cannot_be_reserved_the_file_is_filled(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with open(tmp_path / "a", "wb") as file:
+        reserve(file.fileno(), (1 << 20) + 5)
+    assert (tmp_path / "a").read_bytes() == bytes((1 << 20) + 5)
