@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from budwood.checkpoints.meta_model import read_config
+from budwood.checkpoints.meta_model import read_config, stays_float32
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.source import open_source
 from budwood.checkpoints.structure import ModelStructure
@@ -18,7 +18,7 @@ from budwood.errors import UsageError
 from budwood.formats import FORMATS, known_layout, predict
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method, layout_of
-from budwood.models.linears import skipped, unmatched
+from budwood.models.linears import skipped, unmatched, unsplit
 from budwood.stream.arithmetic import TYPES, dtype_named, name_of
 from budwood.stream.model import DEFAULT_LIMIT
 
@@ -54,8 +54,8 @@ def plan(
     storage = _storage(dtype, config, shards)
 
     reduced = method.reduced(structure)
-    dense = structure.in_scope * storage.itemsize + _unpruned_bytes(structure, storage.itemsize)
-    unpruned = _unpruned_bytes(reduced, storage.itemsize)
+    dense = structure.in_scope * storage.itemsize + _unpruned_bytes(structure, storage)
+    unpruned = _unpruned_bytes(reduced, storage)
     formats = {name: _total(name, structure, method, storage.itemsize, unpruned, dense) for name in (*FORMATS, layout)}
     chosen = formats[layout]
     weights = _weights(structure, method)
@@ -83,7 +83,7 @@ def plan(
         "bits_per_weight": chosen["bits_per_weight"],
         "memory_peak": _memory(structure, method, storage.itemsize, num_samples * seq_length, config),
         "seconds": _seconds(structure, method, num_samples * seq_length),
-        "notes": unmatched(structure.module, skip) + _notes(unpruned, chosen["bytes"], method),
+        "notes": unmatched(structure.module, skip) + _notes(structure, unpruned, chosen["bytes"], method),
     }
 
 
@@ -109,12 +109,13 @@ def _storage(dtype: str | None, config: Any, shards: Shards | None) -> torch.dty
     return TYPES.get(named, torch.float32)
 
 
-def _unpruned_bytes(structure: ModelStructure, itemsize: int) -> int:
+def _unpruned_bytes(structure: ModelStructure, storage: torch.dtype) -> int:
     """Bytes of the tensors not in scope: embeddings, head, norms, biases, skipped linear layers."""
+    wide = stays_float32(structure.module, storage)
     tied = set(getattr(structure.module, "all_tied_weights_keys", None) or {})
     scope = {f"{name}.weight" for name in structure.linears}
     return sum(
-        tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.element_size())
+        tensor.numel() * (storage.itemsize if tensor.is_floating_point() and not wide(name) else tensor.element_size())
         for name, tensor in structure.module.state_dict().items()
         if name not in tied and name not in scope
     )
@@ -220,8 +221,8 @@ def _seconds(structure: ModelStructure, method: Method, tokens: int) -> float:
     return PASSES * structure.in_scope * tokens * best / (rows * width * width)
 
 
-def _notes(unpruned: int, total: int, method: Method) -> list[str]:
-    notes = []
+def _notes(structure: ModelStructure, unpruned: int, total: int, method: Method) -> list[str]:
+    notes = [note] if (note := unsplit(structure.module)) else []
     if unpruned > HEAD_SHARE * total:
         notes.append(f"embeddings, head and norms are not pruned and are {unpruned / total:.0%} of the written bytes")
     if not method.calibrated:

@@ -7,6 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from budwood.checkpoints import quantizer
+from budwood.checkpoints.checksums import INDEX_NAME, verify
+from budwood.checkpoints.locate import refuse_adapter
+from budwood.checkpoints.model_files import model_files
 from budwood.checkpoints.reader import Shards
 from budwood.errors import RunError, UsageError
 
@@ -27,7 +30,11 @@ def load(
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} holds no config.json; give the folder of a model or a hub name")
-        Shards.of_folder(path)
+        refuse_adapter(path)
+        files = model_files(path)
+        Shards(files.shards)
+        if files.index is not None and files.index.name != INDEX_NAME:  # the plug-in compares those of packed folders
+            verify(files.index)
     elif path.exists() or path.is_absolute() or str(folder).startswith((".", "~")) or len(path.parts) > 2:
         raise UsageError(f"there is no folder {path}; give the folder of a model or a hub name")
     if device is not None:
@@ -40,6 +47,8 @@ def load(
     except OSError as error:
         raise UsageError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     model, report = opened
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UsageError(f"{folder} holds an adapter beside its model; merge it (peft: merge_and_unload) and give that")
     missing = sorted(report["missing_keys"])
     if missing:
         raise RunError(f"{folder} lacks {len(missing)} weights of its model, {missing[0]} among them; fetch it again")

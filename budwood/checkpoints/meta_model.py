@@ -3,6 +3,8 @@
 Buffers such as rotary tables are not in the files, so they are computed; parameters are filled block by block.
 """
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +14,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from budwood.errors import UsageError
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -47,9 +51,24 @@ def build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool 
     return model.eval()
 
 
-def float32_names(model: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
-    """Parts of the names of parameters that transformers keeps in float32 when the model runs in `dtype`."""
-    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+def stays_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether transformers holds the tensor of a name in float32 when it loads the model in `dtype`.
+
+    Its classes name parts of names for that, which are expressions. Parameters that are created in float32 whatever
+    the dtype of the model are not known here; see `created_float32`.
+    """
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype in HALF else set()
     if dtype == torch.float16:
         names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return tuple(names)
+    if not names:
+        return lambda name: False
+    rule = re.compile("|".join(f"(?:{part.replace('*', '.*')})" for part in sorted(names)))
+    return lambda name: rule.search(name) is not None
+
+
+def created_float32(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> set[str]:
+    """Names of the tensors that the model of `config` creates in float32 although it is built in `dtype`."""
+    if dtype not in HALF:
+        return set()
+    state = build(config, dtype, trust_remote_code).state_dict()
+    return {name for name, tensor in state.items() if tensor.dtype == torch.float32}

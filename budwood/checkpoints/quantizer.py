@@ -157,13 +157,18 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from budwood.checkpoints.reshaping import remove_dimension
         from budwood.checkpoints.substitution import local_names
+        from budwood.formats import FORMATS
         from budwood.kernels.linear import SparseLinear
         from budwood.kernels.optimize import optimize
 
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):
                 packed = module.packed()
-                tensors = {suffix: self._positions(f"{name}.{suffix}", packed[suffix]) for suffix in packed}
+                placing = FORMATS[module.format].placing
+                tensors = {
+                    suffix: self._positions(f"{name}.{suffix}", tensor, suffix in placing)
+                    for suffix, tensor in packed.items()
+                }
                 check_positions(name, module.format, module.shape, tensors)
                 for suffix in packed:
                     module.get_parameter(suffix).requires_grad_(False)
@@ -178,10 +183,11 @@ class PackedQuantizer(HfQuantizer):
         self.quantization_config.index = None  # from here on, `save_pretrained` writes the usual names
         return model
 
-    def _positions(self, name: str, tensor: Tensor) -> Tensor:
-        """A packed tensor to check; positions that are offloaded to disk are read from there."""
+    def _positions(self, name: str, tensor: Tensor, placing: bool) -> Tensor:
+        """A packed tensor to check: from its file where positions are offloaded, or lie in values that were cast."""
         offloaded = tensor.is_meta and not tensor.is_floating_point()
-        return read_tensor(self.locations[name]) if offloaded else tensor
+        cast = placing and (tensor.is_meta or tensor.dtype != self.locations[name].dtype)
+        return read_tensor(self.locations[name]) if offloaded or cast else tensor
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor] | None, dict]:
         """What `save_pretrained` writes: the tensors, and what makes transformers without the plug-in refuse them.

@@ -3,21 +3,25 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from budwood.checkpoints.locate import local_folder
-from budwood.checkpoints.meta_model import read_config
+from budwood.checkpoints.checksums import read_index, verify
+from budwood.checkpoints.companions import is_own
+from budwood.checkpoints.locate import local_folder, refuse_adapter
+from budwood.checkpoints.meta_model import created_float32, read_config, stays_float32
+from budwood.checkpoints.model_files import ModelFiles, model_files
 from budwood.checkpoints.packed_config import check_shapes
 from budwood.checkpoints.reader import Shards, sample
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.trial import Trial
+from budwood.checkpoints.tying import differ_though_tied
 from budwood.checkpoints.weights import Weights
 from budwood.errors import UsageError
 
@@ -34,7 +38,10 @@ class Source:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        return read_config(self.folder, self.trust_remote_code)
+        config = read_config(self.folder, self.trust_remote_code)
+        if self.untied:
+            config.tie_word_embeddings = False
+        return config
 
     @cached_property
     def trial(self) -> Trial:
@@ -44,12 +51,43 @@ class Source:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """config.json"""
-        return dict(json.loads((self.folder / "config.json").read_text("utf-8")))
+        """config.json, and that nothing is tied where the files say so."""
+        content = dict(json.loads((self.folder / "config.json").read_text("utf-8")))
+        return content | {"tie_word_embeddings": False} if self.untied else content
+
+    @cached_property
+    def untied(self) -> bool:
+        """Whether the files hold other values for a tensor than for the one that the configuration ties it to.
+
+        transformers then ties neither, so the configuration of what is pruned says that nothing is tied.
+        """
+        config = read_config(self.folder, self.trust_remote_code)
+        return differ_though_tied(self.folder, config, self.trust_remote_code)
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        """The files of weights that the folder means."""
+        return model_files(self.folder)
 
     @cached_property
     def shards(self) -> Shards:
-        return Shards.of_folder(self.folder)
+        """All tensors of these files, unchecked; see `weights`."""
+        return Shards(self.files.shards)
+
+    def check(self) -> bool:
+        """Compares the shards with the checksums of the index, once; False where there are none to compare.
+
+        Raises RunError where one differs.
+        """
+        return self._checked
+
+    @cached_property
+    def _checked(self) -> bool:
+        index = self.files.index
+        if index is None or not read_index(index)["metadata"].get("sha256"):
+            return False
+        verify(index)
+        return True
 
     @cached_property
     def packed(self) -> dict[str, dict[str, Any]]:
@@ -83,8 +121,23 @@ class Source:
             self.config, compute=compute, skip=skip, trust_remote_code=self.trust_remote_code, shapes=self.shapes
         )
 
+    def stays_float32(self, dtype: torch.dtype, model: PreTrainedModel) -> Callable[[str], bool]:
+        """Whether transformers holds the tensor of a full name in float32 when it loads the model in `dtype`."""
+        if dtype not in self._created_float32:
+            self._created_float32[dtype] = created_float32(self.config, dtype, self.trust_remote_code)
+        created, named = self._created_float32[dtype], stays_float32(model, dtype)
+        return lambda name: name in created or named(name)
+
+    @cached_property
+    def _created_float32(self) -> dict[torch.dtype, set[str]]:
+        return {}
+
     def weights(self, structure: ModelStructure) -> Weights:
-        """The tensors of the folder, under the names of the modules of `structure`."""
+        """The tensors of the folder, under the names of the modules of `structure`; compared with their checksums.
+
+        This and `load` are the only ways to the weights of a folder. Raises RunError where one was altered.
+        """
+        self.check()
         return Weights(self.shards, structure, self.packed)
 
     @property
@@ -96,14 +149,20 @@ class Source:
     def license(self) -> str | None:
         """The license named in the model card, None without any."""
         card = self.folder / "README.md"
-        text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
+        text = card.read_text("utf-8", errors="replace") if is_own(card) else ""
         found = re.search(r"^license:\s*(\S+)\s*$", text, re.MULTILINE)
         return found[1] if found else None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the configuration, every header and the first bytes of every tensor."""
+        """Hex digest of the configuration, every header and the first bytes of every tensor; of code, where it is run.
+
+        It tells most sources apart before a run begins, without a pass over the files. What is behind the first bytes
+        is compared while it is read; see `Reads`.
+        """
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in sorted(self.folder.glob("*.py")) if self.trust_remote_code else ():
+            digest.update(file.read_bytes())
         for name, location in sorted(self.shards.locations.items()):
             digest.update(f"{name} {location.dtype} {location.shape}".encode())
             digest.update(sample(location))
@@ -116,7 +175,10 @@ def open_source(name: str | Path, trust_remote_code: bool = False) -> Source:
     Raises UsageError when there is no such model, with the nearest local name.
     """
     folder = local_folder(name)
-    return Source(str(name), _download(str(name)) if folder is None else folder, trust_remote_code)
+    if folder is None:
+        folder = _download(str(name))
+        refuse_adapter(folder)
+    return Source(str(name), folder, trust_remote_code)
 
 
 def _download(name: str) -> Path:

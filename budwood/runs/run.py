@@ -1,6 +1,6 @@
 """One run of a verb that writes a model folder: claimed, resumed, filled block by block, finished with its report.
 
-    with Run.open(target, recipe, overwrite=overwrite) as run:
+    with Run.open(target, recipe, source, overwrite=overwrite) as run:
         if run.report is not None:
             return run.report  # an earlier call finished it
         run.start(model, arithmetic)
@@ -21,22 +21,26 @@ from typing import Any
 
 from torch import Tensor
 
+from budwood.checkpoints.companions import companions, copy_companions, left_out
 from budwood.checkpoints.description import describe
 from budwood.checkpoints.files import TEMPORARY, write_json, write_text
 from budwood.checkpoints.reader import shard_files
+from budwood.checkpoints.reads import Reads
+from budwood.checkpoints.source import Source
 from budwood.checkpoints.work import Work
-from budwood.checkpoints.writer import Writer, companions, copy_companions
-from budwood.errors import BudwoodError, UsageError
+from budwood.checkpoints.writer import Writer
+from budwood.errors import BudwoodError, RunError, UsageError
 from budwood.progress import Progress, Silent
 from budwood.reports.card import render_card
 from budwood.reports.markdown import render_report
 from budwood.reports.measure import measure
 from budwood.reports.record import Report, read_report
 from budwood.runs.recipe import FILE, Recipe, read_recipe
-from budwood.runs.target import MANIFEST, Target
+from budwood.runs.target import MANIFEST, WORK, Target
 from budwood.stream.block import Block
 from budwood.stream.model import Model
 
+READS = "reads.json"  # in the folder of intermediate results
 DOCUMENTS = ("report.json", "report.md", "README.md")
 PLANNED = ("config.json", FILE, MANIFEST, "*.safetensors", "*.safetensors.index.json", *DOCUMENTS)
 
@@ -47,13 +51,16 @@ class Run:
     recorded: the arithmetic that an interrupted run began with, None where it begins now.
     """
 
-    def __init__(self, target: Target, recipe: Recipe, progress: Progress):
-        self.target, self.recipe, self.progress = target, recipe, progress
+    def __init__(self, target: Target, recipe: Recipe, source: Source, progress: Progress):
+        self.target, self.recipe, self.source, self.progress = target, recipe, source, progress
+        self.reads = Reads(source.shards)
+        source.shards.seen = self.reads.note
         self.report: Report | None = None
         self.recorded: Mapping[str, Any] | None = None
         self.work = Work(target.work)
         self.notes: list[str] = []
         self.sections: dict[str, Any] = {}  # of the report, in addition to what is counted
+        self.like: str | None = None  # the digest of the source that is expected; another one is noted
         self.outside: dict[str, Callable[[Tensor], Tensor]] = {}  # changes of tensors outside the blocks, by full name
         self._began = time.perf_counter()
         self._seconds: dict[int, float] = {}
@@ -64,12 +71,12 @@ class Run:
         cls,
         target: str | Path,
         recipe: Recipe,
-        source: Path,
+        source: Source,
         *,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> "Run":
-        """Claims the folder for this run; a context manager. source: the folder whose companions will be copied.
+        """Claims the folder for this run; a context manager. source: the model that is read.
 
         An empty folder is filled, an interrupted run of the same recipe continued, a finished one reported. With
         `overwrite` anything else is replaced once the new folder is complete; until then it stays as it is.
@@ -77,9 +84,9 @@ class Run:
         """
         held = Target.claim(Path(target))
         try:
-            run = cls(held, recipe, progress or Silent())
-            run._choose_folder(overwrite, [*PLANNED, *(file.name for file in companions(source))])
-            run.work = Work(held.work)
+            run = cls(held, recipe, source, progress or Silent())
+            run._choose_folder(overwrite, [*PLANNED, *(file.name for file in companions(source.folder))])
+            run.work = Work(held.work, run._keep_reads)
         except BaseException:
             held.release()
             raise
@@ -88,7 +95,9 @@ class Run:
     def _choose_folder(self, overwrite: bool, planned: list[str]) -> None:
         held, path = self.target, self.target.path
         found = _recipe_in(path, tolerant=overwrite)
-        same = found is not None and found.difference(self.recipe) is None
+        again = overwrite and not held.swapped and _is_complete(path)  # all of it, whatever is there
+        difference = found.difference(self.recipe) if found and again else self._difference(found, path)
+        same = found is not None and difference is None
         if not held.entries():
             held.fill_in_place(planned)
         elif same and not _is_complete(path):
@@ -106,7 +115,6 @@ class Run:
                 held.fill_in_place(planned)
                 self.recorded = found.arithmetic or None if found else None
         elif not overwrite:
-            difference = found.difference(self.recipe) if found else None
             raise UsageError(
                 f"{path} holds another run: {difference}; give another folder, or --overwrite"
                 if difference
@@ -115,10 +123,34 @@ class Run:
         else:
             held.stage(planned)
             begun = _recipe_in(held.folder, tolerant=True)
-            if begun is not None and begun.difference(self.recipe) is None:
+            if begun is not None and self._difference(begun, held.folder) is None:
                 self.recorded = begun.arithmetic or None
             else:
                 held.abandon_stage()
+
+    def _difference(self, found: Recipe | None, folder: Path) -> str | None:
+        """How the run in a folder differs from this one, as a sentence: by its recipe, or by what its source was."""
+        if found is None:
+            return None
+        difference = found.difference(self.recipe)
+        if difference is not None:
+            return difference
+        whole, kept = found.source.get("content"), folder / WORK / READS
+        if whole is not None:
+            same = whole == self._content()
+            self.recipe = self.recipe.with_content(whole) if same else self.recipe
+        elif kept.is_file():
+            same = self.reads.resume(kept)
+        else:  # nothing is made of the source yet, or a version finished it that kept no digest
+            same = (folder / "config.json").is_file() or not any(folder.glob("*-of-*.safetensors"))
+        return None if same else f"the files of {self.source.name} held something else when it read them"
+
+    def _content(self) -> str:
+        """The digest of all that the source holds."""
+        return self.reads.whole(companions(self.source.folder))
+
+    def _keep_reads(self) -> None:
+        self.reads.save(self.target.work / READS)
 
     def __enter__(self) -> "Run":
         return self
@@ -133,7 +165,7 @@ class Run:
     def _clear_if_empty(self) -> None:
         """A run that failed before anything was finished leaves nothing behind."""
         kept = list(self.folder.glob("*.safetensors")) + list(self.work.folder.rglob("*.*"))
-        if all(file.name.endswith(TEMPORARY) for file in kept):
+        if all(file.name.endswith((TEMPORARY, READS)) for file in kept):
             self.target.discard()
 
     @property
@@ -160,7 +192,7 @@ class Run:
         """The model whose blocks are written from here on: the one that the run started with, or a reduced one."""
         self.model = model
         model.progress = self.progress
-        self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format)
+        self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format, self._keep_reads)
         # Rewritten shards have an id of their own: without the work folder that says how far the rewriting came, their
         # blocks are done again from the start.
         self.writer.accepted |= {self._rewrite_id(file.stem) for file in self.work.folder.glob("rewrite-*.ready")}
@@ -209,7 +241,8 @@ class Run:
         done, ready = self.work.file(f"{name}.done"), self.work.file(f"{name}.ready")
         if done.is_file():
             return
-        second = Writer(self.work.file(name), self._rewrite_id(name), len(self.model), self.recipe.format)
+        layout = self.recipe.format
+        second = Writer(self.work.file(name), self._rewrite_id(name), len(self.model), layout, self._keep_reads)
         if not ready.is_file():
             second.folder.mkdir(exist_ok=True)
             yield from self.model.rewrite(self.writer, second)
@@ -224,15 +257,26 @@ class Run:
         """The id of the shards that a rewriting makes."""
         return f"{self.recipe.id}-{name}"
 
+    def _note_content(self) -> None:
+        """Keeps in the recipe what the source was. Raises RunError where it has changed since the run began."""
+        content, before = self._content(), self.recipe.source.get("content")
+        if before not in (None, content):
+            raise RunError(f"{self.source.name} was changed during the run; give the command again with --overwrite")
+        if self.like not in (None, content):
+            self.note(f"{self.source.name} is not the model of the recipe, so the folder is another one")
+        self.recipe = self.recipe.with_content(content)
+
     def finish(self, base_model: str | None, license: str | None) -> Report:
         """Writes what is outside the blocks, index, companions, documents and, last, config.json; the report.
 
         base_model: the name of the source on the hub, or None.
         """
-        model, writer, folder, source = self.model, self.writer, self.folder, self.model.source.folder
+        model, writer, folder, source = self.model, self.writer, self.folder, self.source.folder
         description = describe(model.source.trial, writer.shapes(), model.structure.shapes_in_files)
         architecture = (description.config.get("architectures") or [type(model.module).__name__])[0]
         writer.write_outside(lambda: model.outside_in_files(writer.layout, description.zeros, self.outside))
+        self._note_content()
+        self.note(left_out(source))
         report = measure(
             model,
             writer,
@@ -254,6 +298,7 @@ class Run:
         copied = [file.name for file in companions(source)]
         self.target.note([*documents, *copied, "config.json", "sparse.safetensors.index.json"])
         self.target.note(["model.safetensors.index.json"])
+        write_json(folder / FILE, self.recipe.to_json())
         copy_companions(source, folder)
         writer.write_index(description)
         for name, text in documents.items():
