@@ -11,7 +11,7 @@ import torch
 
 from budwood.checkpoints.meta_model import read_config, stays_float32
 from budwood.checkpoints.reader import Shards
-from budwood.checkpoints.source import open_source
+from budwood.checkpoints.source import open_source, quantization_of
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import storage_dtype
 from budwood.errors import UsageError
@@ -43,7 +43,8 @@ def plan(
 
     source: a folder, a hub name, or a single config.json. The recovered part of `wrp(alpha=...)` is the expectation
     for independent scores; real models are some per cent above it. A fixed `density` is exact.
-    Raises UsageError as `prune` would, and where a named format cannot hold a matrix.
+    Raises UsageError and RunError as `prune` would as far as headers tell, and where a named format cannot hold a
+    matrix.
     """
     method = parse_method(method) if isinstance(method, str) else method
     layout = known_layout(format, values)
@@ -94,10 +95,15 @@ def _open(
     path = Path(source).expanduser()
     if path.suffix == ".json" and path.is_file():
         config = read_config(path, trust_remote_code)
+        quantization_of(config.to_dict(), str(source))
         return ModelStructure(config, skip=skip, trust_remote_code=trust_remote_code), config, None
     opened = open_source(source, trust_remote_code)
     has_weights = any(opened.folder.glob("*.safetensors"))
-    return opened.structure(skip), opened.config, opened.shards if has_weights else None
+    structure = opened.structure(skip)
+    if not has_weights:
+        return structure, opened.config, None
+    opened.refuse_missing(structure)
+    return structure, opened.config, opened.shards
 
 
 def _storage(dtype: str | None, config: Any, shards: Shards | None) -> torch.dtype:

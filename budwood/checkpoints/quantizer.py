@@ -72,6 +72,7 @@ class PackedQuantizer(HfQuantizer):
             verify(files[0].parent / self.quantization_config.index)
         for file in files:
             self.locations |= read_header(file)[0]
+        refuse_without_head(model, self.locations)
         prefix = f"{model.base_model_prefix}."  # a base model is saved without it
         self.locations |= {
             prefix + name: location for name, location in self.locations.items() if not name.startswith(prefix)
@@ -241,6 +242,26 @@ class PackedQuantizer(HfQuantizer):
 def is_head(name: str, model: "PreTrainedModel") -> bool:
     """Whether the linear `name` is outside the base model, which is then loaded without it."""
     return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def refuse_without_head(model: "PreTrainedModel", locations: dict[str, TensorLocation]) -> None:
+    """Raises RunError where a model with a head is loaded from what was saved without one, and so at random.
+
+    The files call it by whatever name, so tensors of its shape are counted: embeddings may have the same.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or model.base_model is model:
+        return
+    name = next((f"{path}.weight" for path, module in model.named_modules() if module is head), None)
+    if name is None or name in model.all_tied_weights_keys:
+        return
+    shape = tuple(head.weight.shape)
+    needed = 1 + (tuple(embeddings.weight.shape) == shape)
+    if sum(location.shape == shape for location in locations.values()) < needed:
+        raise RunError(
+            f"the checkpoint holds no {name} for {type(model).__name__}, which would be random: it was saved from the "
+            "base model; load it with AutoModel, or save the whole model (AutoModelForCausalLM)"
+        )
 
 
 def register() -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.trial import Trial
 from budwood.checkpoints.tying import differ_though_tied
 from budwood.checkpoints.weights import Weights
-from budwood.errors import UsageError
+from budwood.errors import RunError, UsageError
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 
@@ -104,16 +104,7 @@ class Source:
     @cached_property
     def _quantization(self) -> dict[str, Any]:
         """`quantization_config` of config.json. Raises UsageError when another program wrote it."""
-        settings: dict[str, Any] | None
-        settings = self.content.get("quantization_config")
-        if settings is None:
-            return {}
-        if settings.get("quant_method") != "budwood":
-            raise UsageError(
-                f"{self.name} is stored with {settings.get('quant_method')!r}; budwood reads dense checkpoints and "
-                "its own; dequantize it first"
-            )
-        return settings
+        return quantization_of(self.content, self.name)
 
     def structure(self, skip: Sequence[str] = (), compute: torch.dtype = torch.float32) -> ModelStructure:
         """The model without its weights; see `ModelStructure`."""
@@ -131,6 +122,15 @@ class Source:
     @cached_property
     def _created_float32(self) -> dict[torch.dtype, set[str]]:
         return {}
+
+    def refuse_missing(self, structure: ModelStructure) -> None:
+        """Raises RunError where the headers of the files lack tensors of the blocks; for dense folders."""
+        if self.packed or self.shapes:
+            return
+        known = set(Weights(self.shards, structure).names())
+        inside = f"{structure.path}."
+        if missing := sorted(name for name in structure.fused if name.startswith(inside) and name not in known):
+            raise lacking(self.name, missing, structure.path)
 
     def weights(self, structure: ModelStructure) -> Weights:
         """The tensors of the folder, under the names of the modules of `structure`; compared with their checksums.
@@ -167,6 +167,30 @@ class Source:
             digest.update(f"{name} {location.dtype} {location.shape}".encode())
             digest.update(sample(location))
         return digest.hexdigest()
+
+
+def lacking(name: str, missing: Sequence[str], path: str) -> RunError:
+    """The error for tensors `missing` of the module `path`, which the files of the model `name` do not hold."""
+    return RunError(
+        f"{name} lacks {', '.join(missing[:4])} of {len(missing)} tensors of {path}; "
+        "save it again with transformers (save_pretrained) and give that folder"
+    )
+
+
+def quantization_of(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`quantization_config` of a config.json, empty without any.
+
+    name: of the model, for messages. Raises UsageError when another program wrote it.
+    """
+    settings = content.get("quantization_config") or content.get("compression_config")
+    if settings is None:
+        return {}
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if method != "budwood":
+        raise UsageError(
+            f"{name} is stored with {method!r}; budwood reads dense checkpoints and its own; dequantize it first"
+        )
+    return dict(settings)
 
 
 def open_source(name: str | Path, trust_remote_code: bool = False) -> Source:

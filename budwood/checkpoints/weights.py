@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.structure import ModelStructure
-from budwood.errors import RunError
+from budwood.errors import RunError, UsageError
 from budwood.formats import named
 from budwood.formats.checks import check_layout, check_positions
 from budwood.models.experts import ExpertLinears, split_fused
@@ -135,9 +135,15 @@ def _numbers_in_order(name: str) -> list[tuple[int, int | str]]:
 
 
 def storage_dtype(shards: Shards) -> torch.dtype:
-    """The floating-point dtype that takes most bytes."""
+    """The floating-point dtype that takes most bytes. Raises UsageError for one of a byte, which needs scales."""
     bytes_by_type: dict[torch.dtype, int] = {}
     for location in shards.locations.values():
         if location.dtype.is_floating_point:
             bytes_by_type[location.dtype] = bytes_by_type.get(location.dtype, 0) + location.nbytes
-    return max(bytes_by_type, key=lambda dtype: bytes_by_type[dtype], default=torch.float32)
+    most = max(bytes_by_type, key=lambda dtype: bytes_by_type[dtype], default=torch.float32)
+    if most.itemsize == 1:
+        raise UsageError(
+            f"{shards.files[0].parent} holds weights in {str(most).removeprefix('torch.')}; budwood reads dense "
+            "checkpoints of 16 bits and more; dequantize it first"
+        )
+    return most

@@ -81,8 +81,9 @@ class TwoFourEll(Format):
         if bool((recovered & covered(tensors["places"], width)).any()):
             return "a recovered weight is at a position of the 2:4 part"
         crowded = recovered.view(out, -1, 4).any(2)
-        if (side, columns.shape[1]) not in [smallest_block(crowded, itemsize) for itemsize in INTEGERS]:
-            return "its blocks are not the smallest that hold its recovered weights"  # in any dtype it may be cast to
+        found, itemsizes = (side, columns.shape[1]), (values.element_size(), *INTEGERS)  # it may have been cast
+        if not any(smallest_block(crowded, itemsize) == found for itemsize in itemsizes):
+            return "its blocks are not the smallest that hold its recovered weights"
         if not torch.equal(columns, chosen_blocks(recovered, side, columns.shape[1])[0]):
             return "a block without recovered weights is not the lowest that is free"
         return None

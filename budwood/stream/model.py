@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from budwood.checkpoints.meta_model import stays_float32
 from budwood.checkpoints.packing import pack, shapes_fused
-from budwood.checkpoints.source import Source
+from budwood.checkpoints.source import Source, lacking
 from budwood.checkpoints.structure import shapes_unfused
 from budwood.checkpoints.weights import published, storage_dtype
 from budwood.checkpoints.writer import ShardNotes, Writer
@@ -304,10 +304,7 @@ class Model:
         tensors = self.weights.read(self.weights.names(prefix))
         known = {prefix + name for name in self.modules[index].state_dict()}
         if missing := sorted(known - set(tensors)):
-            raise RunError(
-                f"{self.source.name} lacks {', '.join(missing[:4])} of {len(missing)} tensors of {prefix[:-1]}; "
-                "save it again with transformers (save_pretrained) and give that folder"
-            )
+            raise lacking(self.source.name, missing, prefix[:-1])
         return {name: self.stored(name, tensor) for name, tensor in tensors.items() if name in known}, None
 
     @contextmanager
