@@ -91,7 +91,7 @@ def prune(
         if run.report is not None:
             return run.report
         if like is not None and like.source.get("sha256") == run.recipe.source["sha256"]:
-            run.like = like.source.get("content")
+            run.reading.expected = like.source.get("content")
         for sentence in [*unmatched(job.structure.module, skip), *job.differences(like)]:
             run.note(sentence)
         run.note(unsplit(job.structure.module))

@@ -4,7 +4,7 @@ Buffers such as rotary tables are not in the files, so they are computed; parame
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import torch
@@ -51,24 +51,20 @@ def build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool 
     return model.eval()
 
 
-def stays_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Whether transformers holds the tensor of a name in float32 when it loads the model in `dtype`.
+def stays_float32(model: PreTrainedModel, dtype: torch.dtype, created: Set[str] = frozenset()) -> Callable[[str], bool]:
+    """Whether transformers holds the tensor of a full name in float32 when it loads the model in `dtype`.
 
-    Its classes name parts of names for that, which are expressions. Parameters that are created in float32 whatever
-    the dtype of the model are not known here; see `created_float32`.
+    Classes name parts of names for that, which are expressions. created: see `created_float32`.
     """
     names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype in HALF else set()
     if dtype == torch.float16:
         names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if not names:
-        return lambda name: False
-    rule = re.compile("|".join(f"(?:{part.replace('*', '.*')})" for part in sorted(names)))
-    return lambda name: rule.search(name) is not None
+    rule = re.compile("|".join(f"(?:{part.replace('*', '.*')})" for part in sorted(names))) if names else None
+    return lambda name: name in created or (rule is not None and rule.search(name) is not None)
 
 
-def created_float32(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> set[str]:
-    """Names of the tensors that the model of `config` creates in float32 although it is built in `dtype`."""
+def created_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Names of the tensors that a model that was built in a `dtype` of 16 bits created in float32 all the same."""
     if dtype not in HALF:
         return set()
-    state = build(config, dtype, trust_remote_code).state_dict()
-    return {name for name, tensor in state.items() if tensor.dtype == torch.float32}
+    return {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from budwood.checkpoints.checksums import read_index, verify
 from budwood.checkpoints.companions import is_own
 from budwood.checkpoints.locate import local_folder, refuse_adapter
-from budwood.checkpoints.meta_model import created_float32, read_config, stays_float32
+from budwood.checkpoints.meta_model import HALF, build, created_float32, read_config, stays_float32
 from budwood.checkpoints.model_files import ModelFiles, model_files
 from budwood.checkpoints.packed_config import check_shapes
 from budwood.checkpoints.reader import Shards, sample
@@ -115,9 +115,9 @@ class Source:
     def stays_float32(self, dtype: torch.dtype, model: PreTrainedModel) -> Callable[[str], bool]:
         """Whether transformers holds the tensor of a full name in float32 when it loads the model in `dtype`."""
         if dtype not in self._created_float32:
-            self._created_float32[dtype] = created_float32(self.config, dtype, self.trust_remote_code)
-        created, named = self._created_float32[dtype], stays_float32(model, dtype)
-        return lambda name: name in created or named(name)
+            built = build(self.config, dtype, self.trust_remote_code) if dtype in HALF else model
+            self._created_float32[dtype] = created_float32(built, dtype)
+        return stays_float32(model, dtype, self._created_float32[dtype])
 
     @cached_property
     def _created_float32(self) -> dict[torch.dtype, set[str]]:

@@ -25,22 +25,21 @@ from budwood.checkpoints.companions import companions, copy_companions, left_out
 from budwood.checkpoints.description import describe
 from budwood.checkpoints.files import TEMPORARY, write_json, write_text
 from budwood.checkpoints.reader import shard_files
-from budwood.checkpoints.reads import Reads
 from budwood.checkpoints.source import Source
 from budwood.checkpoints.work import Work
 from budwood.checkpoints.writer import Writer
-from budwood.errors import BudwoodError, RunError, UsageError
+from budwood.errors import BudwoodError, UsageError
 from budwood.progress import Progress, Silent
 from budwood.reports.card import render_card
 from budwood.reports.markdown import render_report
 from budwood.reports.measure import measure
 from budwood.reports.record import Report, read_report
+from budwood.runs.reading import READS, Reading
 from budwood.runs.recipe import FILE, Recipe, read_recipe
-from budwood.runs.target import MANIFEST, WORK, Target
+from budwood.runs.target import MANIFEST, Target
 from budwood.stream.block import Block
 from budwood.stream.model import Model
 
-READS = "reads.json"  # in the folder of intermediate results
 DOCUMENTS = ("report.json", "report.md", "README.md")
 PLANNED = ("config.json", FILE, MANIFEST, "*.safetensors", "*.safetensors.index.json", *DOCUMENTS)
 
@@ -53,14 +52,12 @@ class Run:
 
     def __init__(self, target: Target, recipe: Recipe, source: Source, progress: Progress):
         self.target, self.recipe, self.source, self.progress = target, recipe, source, progress
-        self.reads = Reads(source.shards)
-        source.shards.seen = self.reads.note
+        self.reading = Reading(source)
         self.report: Report | None = None
         self.recorded: Mapping[str, Any] | None = None
         self.work = Work(target.work)
         self.notes: list[str] = []
         self.sections: dict[str, Any] = {}  # of the report, in addition to what is counted
-        self.like: str | None = None  # the digest of the source that is expected; another one is noted
         self.outside: dict[str, Callable[[Tensor], Tensor]] = {}  # changes of tensors outside the blocks, by full name
         self._began = time.perf_counter()
         self._seconds: dict[int, float] = {}
@@ -132,25 +129,13 @@ class Run:
         """How the run in a folder differs from this one, as a sentence: by its recipe, or by what its source was."""
         if found is None:
             return None
-        difference = found.difference(self.recipe)
-        if difference is not None:
-            return difference
-        whole, kept = found.source.get("content"), folder / WORK / READS
-        if whole is not None:
-            same = whole == self._content()
-            self.recipe = self.recipe.with_content(whole) if same else self.recipe
-        elif kept.is_file():
-            same = self.reads.resume(kept)
-        else:  # nothing is made of the source yet, or a version finished it that kept no digest
-            same = (folder / "config.json").is_file() or not any(folder.glob("*-of-*.safetensors"))
-        return None if same else f"the files of {self.source.name} held something else when it read them"
-
-    def _content(self) -> str:
-        """The digest of all that the source holds."""
-        return self.reads.whole(companions(self.source.folder))
+        difference = found.difference(self.recipe) or self.reading.difference(found, folder)
+        if difference is None and "content" in found.source:
+            self.recipe = self.recipe.with_content(found.source["content"])
+        return difference
 
     def _keep_reads(self) -> None:
-        self.reads.save(self.target.work / READS)
+        self.reading.keep(self.target.work)
 
     def __enter__(self) -> "Run":
         return self
@@ -257,15 +242,6 @@ class Run:
         """The id of the shards that a rewriting makes."""
         return f"{self.recipe.id}-{name}"
 
-    def _note_content(self) -> None:
-        """Keeps in the recipe what the source was. Raises RunError where it has changed since the run began."""
-        content, before = self._content(), self.recipe.source.get("content")
-        if before not in (None, content):
-            raise RunError(f"{self.source.name} was changed during the run; give the command again with --overwrite")
-        if self.like not in (None, content):
-            self.note(f"{self.source.name} is not the model of the recipe, so the folder is another one")
-        self.recipe = self.recipe.with_content(content)
-
     def finish(self, base_model: str | None, license: str | None) -> Report:
         """Writes what is outside the blocks, index, companions, documents and, last, config.json; the report.
 
@@ -275,7 +251,8 @@ class Run:
         description = describe(model.source.trial, writer.shapes(), model.structure.shapes_in_files)
         architecture = (description.config.get("architectures") or [type(model.module).__name__])[0]
         writer.write_outside(lambda: model.outside_in_files(writer.layout, description.zeros, self.outside))
-        self._note_content()
+        self.recipe, note = self.reading.finished(self.recipe)
+        self.note(note)
         self.note(left_out(source))
         report = measure(
             model,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood.checkpoints.meta_model import stays_float32
+from budwood.checkpoints.meta_model import created_float32, stays_float32
 from budwood.checkpoints.packing import pack, shapes_fused
 from budwood.checkpoints.source import Source, lacking
 from budwood.checkpoints.structure import shapes_unfused
@@ -69,7 +69,7 @@ class Model:
         self.shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}  # by full name
         self._own_shapes = set(shapes_unfused(source.shapes))  # which the source's config.json does not give
         self._casts = storage is not None
-        self._float32 = stays_float32(self.module, self.compute)
+        self._float32 = stays_float32(self.module, self.compute, created_float32(self.module, self.compute))
         self._stored_float32 = source.stays_float32(self.storage if self._casts else torch.float32, self.module)
         self._calls: dict[tuple[int, int], BlockCalls] = {}
         self._random: Tensor | None = None  # hidden states to verify units with where there are no windows

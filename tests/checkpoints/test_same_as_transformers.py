@@ -35,12 +35,14 @@ def logits(folder, dtype="auto"):
 
 def assert_same(source, out):
     """Equal logits and equal tensors, dtypes included, of what transformers loads from both."""
-    expected, found = opened(source).state_dict(), opened(out).state_dict()
+    models = opened(source), opened(out)
+    expected, found = (model.state_dict() for model in models)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
-    assert torch.equal(logits(source), logits(out))
+    with torch.no_grad():
+        assert torch.equal(*(model(token_ids(), use_cache=False).logits for model in models))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE, *UNSPLIT])
@@ -49,6 +51,33 @@ def test_a_method_that_changes_nothing_writes_the_same_model(name, tmp_path):
     save_model(name, tmp_path / "source", dtype=dtype)
     prune(tmp_path / "source", tmp_path / "out", NOTHING, format="dense")
     assert_same(tmp_path / "source", tmp_path / "out")
+
+
+KEPT = [
+    ("deepseek_v3", "bfloat16", "e_score_correction_bias"),
+    ("deepseek_v3", "float16", "mlp.gate.weight"),
+    ("gpt_oss", "float16", "input_layernorm.weight"),  # in half precision alone
+    ("longcat", "float16", "router.classifier.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "part"), KEPT)
+def test_what_transformers_keeps_in_float32_is_written_in_float32(name, dtype, part, tmp_path):
+    save_model(name, tmp_path / "source")
+    prune(tmp_path / "source", tmp_path / "out", NOTHING, format="dense", dtype=dtype)
+    expected, found = opened(tmp_path / "source", dtype).state_dict(), opened(tmp_path / "out").state_dict()
+    assert {key: value.dtype for key, value in found.items()} == {key: value.dtype for key, value in expected.items()}
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    files = {key: value for file in (tmp_path / "out").glob("*.safetensors") for key, value in load_file(file).items()}
+    assert {value.dtype for key, value in files.items() if part in key} == {torch.float32}
+
+
+def test_what_is_kept_in_float32_is_so_in_a_stream(tmp_path):
+    save_model("deepseek_v3", tmp_path, dtype=torch.bfloat16)
+    losses = [
+        evaluate(str(tmp_path), IDS, stream=stream, dtype="bfloat16", **SHORT)["losses"] for stream in (False, True)
+    ]
+    assert losses[0] == losses[1]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from budwood.checkpoints import reader, reads
 from budwood.checkpoints.checksums import index_of, sha256
+from budwood.checkpoints.loading import load
 from budwood.checkpoints.reader import read_header, read_tensor
 from budwood.errors import RunError, UsageError
 from budwood.progress import Silent
@@ -202,6 +203,13 @@ def test_a_new_run_reads_every_tensor_once(source, tmp_path, monkeypatch):
     prune(source, tmp_path / "out", METHOD)
     places = [(place.file, place.start) for place in reader.Shards.of_folder(source).locations.values()]
     assert sorted(read) == sorted(places)
+
+
+def test_a_folder_that_was_saved_over_is_not_reported_as_finished(source, tmp_path):
+    prune(source, tmp_path / "out", METHOD)
+    load(tmp_path / "out").save_pretrained(tmp_path / "out")
+    with pytest.raises(UsageError, match="another program has saved a model over it"):
+        prune(source, tmp_path / "out", METHOD)
 
 
 def test_the_recipe_of_a_finished_run_holds_the_digest_of_its_source(source, tmp_path):
