@@ -249,7 +249,8 @@ def refuse_without_head(model: "PreTrainedModel", locations: dict[str, TensorLoc
 
     The files call it by whatever name, so tensors of its shape are counted: embeddings may have the same.
     """
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     if head is None or model.base_model is model:
         return
     name = next((f"{path}.weight" for path, module in model.named_modules() if module is head), None)

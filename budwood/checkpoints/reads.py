@@ -8,6 +8,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,5 +76,5 @@ class Reads:
 
 def digest_of(tensor: Tensor) -> str:
     """sha256 of the bytes of a contiguous tensor."""
-    data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
     return hashlib.sha256(data).hexdigest()
