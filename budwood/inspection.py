@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from budwood.checkpoints.checksums import read_index, verify
 from budwood.checkpoints.source import Source, open_source
 from budwood.checkpoints.weights import Weights
 from budwood.errors import UsageError
@@ -46,7 +45,7 @@ def inspect(folder: str | Path, x4: bool = False, trust_remote_code: bool = Fals
     Raises UsageError when there is no such model, RunError when a file is damaged or altered.
     """
     source = open_source(folder, trust_remote_code)
-    checksums = compare_checksums(source.folder)
+    checksums = "checksums match" if source.check() else "no checksums to compare"
     recipe = read_recipe(source.folder)
     recorded = recipe["method"] if recipe else None
     method, notes = parse_recorded_method(recorded) if recorded is not None else (None, [])
@@ -63,15 +62,6 @@ def inspect(folder: str | Path, x4: bool = False, trust_remote_code: bool = Fals
         "linears": linears,
         "notes": notes,
     }
-
-
-def compare_checksums(folder: Path) -> str:
-    """Compare every shard with the checksums of the index; the result as text, RunError when one differs."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        if read_index(index)["metadata"].get("sha256"):
-            verify(index)
-            return "checksums match"
-    return "no checksums to compare"
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:

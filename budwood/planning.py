@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from budwood.checkpoints.meta_model import read_config
+from budwood.checkpoints.meta_model import read_config, stays_float32
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.sidecars import read_config_json
-from budwood.checkpoints.source import open_source
+from budwood.checkpoints.source import open_source, quantization_of
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import storage_dtype
 from budwood.errors import UsageError
 from budwood.formats import FORMATS, known_layout, predict
 from budwood.methods.expression import parse_method
 from budwood.methods.method import Method, layout_of
-from budwood.models.linears import skipped, unmatched
+from budwood.models.linears import skipped, unmatched, unsplit
 from budwood.stream.arithmetic import TYPES, dtype_named, name_of
 from budwood.stream.model import DEFAULT_LIMIT
 
@@ -44,7 +44,8 @@ def plan(
 
     source: a folder, a hub name, or a single config.json. The recovered part of `wrp(alpha=...)` is the expectation
     for independent scores; real models are some per cent above it. A fixed `density` is exact.
-    Raises UsageError as `prune` would, and where a named format cannot hold a matrix.
+    Raises UsageError and RunError as `prune` would as far as headers tell, and where a named format cannot hold a
+    matrix.
     """
     method = parse_method(method) if isinstance(method, str) else method
     layout = known_layout(format, values)
@@ -56,8 +57,8 @@ def plan(
     storage = _storage(dtype, config, shards)
 
     reduced = method.reduced(structure)
-    dense = structure.in_scope * storage.itemsize + _unpruned_bytes(structure, storage.itemsize)
-    unpruned = _unpruned_bytes(reduced, storage.itemsize)
+    dense = structure.in_scope * storage.itemsize + _unpruned_bytes(structure, storage)
+    unpruned = _unpruned_bytes(reduced, storage)
     formats = {name: _total(name, structure, method, storage.itemsize, unpruned, dense) for name in (*FORMATS, layout)}
     chosen = formats[layout]
     weights = _weights(structure, method)
@@ -85,7 +86,7 @@ def plan(
         "bits_per_weight": chosen["bits_per_weight"],
         "memory_peak": _memory(structure, method, storage.itemsize, num_samples * seq_length, config),
         "seconds": _seconds(structure, method, num_samples * seq_length),
-        "notes": unmatched(structure.module, skip) + _notes(unpruned, chosen["bytes"], method),
+        "notes": unmatched(structure.module, skip) + _notes(structure, unpruned, chosen["bytes"], method),
     }
 
 
@@ -96,13 +97,15 @@ def _open(
     path = Path(source).expanduser()
     if path.suffix == ".json" and path.is_file():
         config = read_config(path, trust_remote_code)
-        method = (read_config_json(path).get("quantization_config") or {}).get("quant_method")
-        if method not in (None, "budwood"):
-            raise UsageError(f"{source} is of a model that is stored with {method!r}; give that of the dense model")
+        quantization_of(read_config_json(path), str(source))
         return ModelStructure(config, skip=skip, trust_remote_code=trust_remote_code), config, None
     opened = open_source(source, trust_remote_code)
     has_weights = any(opened.folder.glob("*.safetensors"))
-    return opened.structure(skip), opened.config, opened.shards if has_weights else None
+    structure = opened.structure(skip)
+    if not has_weights:
+        return structure, opened.config, None
+    opened.refuse_missing(structure)
+    return structure, opened.config, opened.shards
 
 
 def _storage(dtype: str | None, config: Any, shards: Shards | None) -> torch.dtype:
@@ -114,12 +117,13 @@ def _storage(dtype: str | None, config: Any, shards: Shards | None) -> torch.dty
     return TYPES.get(named, torch.float32)
 
 
-def _unpruned_bytes(structure: ModelStructure, itemsize: int) -> int:
+def _unpruned_bytes(structure: ModelStructure, storage: torch.dtype) -> int:
     """Bytes of the tensors not in scope: embeddings, head, norms, biases, skipped linear layers."""
+    wide = stays_float32(structure.module, storage)
     tied = set(getattr(structure.module, "all_tied_weights_keys", None) or {})
     scope = {f"{name}.weight" for name in structure.linears}
     return sum(
-        tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.element_size())
+        tensor.numel() * (storage.itemsize if tensor.is_floating_point() and not wide(name) else tensor.element_size())
         for name, tensor in structure.module.state_dict().items()
         if name not in tied and name not in scope
     )
@@ -225,8 +229,8 @@ def _seconds(structure: ModelStructure, method: Method, tokens: int) -> float:
     return PASSES * structure.in_scope * tokens * best / (rows * width * width)
 
 
-def _notes(unpruned: int, total: int, method: Method) -> list[str]:
-    notes = []
+def _notes(structure: ModelStructure, unpruned: int, total: int, method: Method) -> list[str]:
+    notes = [note] if (note := unsplit(structure.module)) else []
     if unpruned > HEAD_SHARE * total:
         notes.append(f"embeddings, head and norms are not pruned and are {unpruned / total:.0%} of the written bytes")
     if not method.calibrated:

@@ -21,7 +21,7 @@ from budwood.formats import known_layout
 from budwood.humanize import parse_bytes
 from budwood.methods import parse_method
 from budwood.methods.method import Method, layout_of
-from budwood.models.linears import unmatched
+from budwood.models.linears import unmatched, unsplit
 from budwood.progress import Progress
 from budwood.reports.record import Report
 from budwood.runs.recipe import Recipe
@@ -87,11 +87,14 @@ def prune(
         trust_remote_code,
     )
     job.calibrate(data, num_samples=num_samples, seq_length=seq_length, sampling=sampling, seed=seed, bos=bos)
-    with Run.open(target, job.recipe(), job.source.folder, overwrite=overwrite, progress=progress) as run:
+    with Run.open(target, job.recipe(), job.source, overwrite=overwrite, progress=progress) as run:
         if run.report is not None:
             return run.report
-        for sentence in unmatched(job.structure.module, skip) + job.differences(like):
+        if like is not None and like.source.get("sha256") == run.recipe.source["sha256"]:
+            run.reading.expected = like.source.get("content")
+        for sentence in [*unmatched(job.structure.module, skip), *job.differences(like)]:
             run.note(sentence)
+        run.note(unsplit(job.structure.module))
         model = job.model(run)
         step = job.method.prepare(model, job.ids, run.work)
         run.stream(step.model(model))

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from budwood.checkpoints.checksums import INDEX_NAME, verify
 from budwood.checkpoints.source import open_source
 from budwood.errors import UsageError
 from budwood.formats import known_layout, rounds
@@ -42,8 +41,7 @@ def repack(
         raise UsageError(f"{folder} is stored dense already, so there is nothing to unpack; give a packed folder")
     if rounds(layout) and any(rounds(entry["format"]) for entry in opened.packed.values()):
         raise UsageError(f"the values of {folder} are int8 already; export the folder that they were rounded from")
-    if (opened.folder / INDEX_NAME).is_file():
-        verify(opened.folder)
+    opened.check()
     model = Model(opened, skip=made.skip)
     recipe = Recipe(
         verb="export",
@@ -55,7 +53,7 @@ def repack(
         skip=made.skip,
         made_from=made.to_json(),
     )
-    with Run.open(target, recipe, opened.folder, overwrite=overwrite, progress=progress) as run:
+    with Run.open(target, recipe, opened, overwrite=overwrite, progress=progress) as run:
         if run.report is not None:
             return run.report
         run.start(model, {})

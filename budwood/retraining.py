@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from budwood.checkpoints.checksums import INDEX_NAME, verify
 from budwood.checkpoints.source import open_source
 from budwood.data.sources import Data
 from budwood.data.tokens import Bos, check_vocabulary, tokenizer_for
@@ -68,8 +67,7 @@ def retrain(
     check_move(recovery.move, structure.module)
     check_arithmetic(compute_dtype, "off", "fused")
     placed = known_device(device)
-    if (opened.folder / INDEX_NAME).is_file():
-        verify(opened.folder)
+    opened.check()
     tokenizer = tokenizer_for(opened.folder, data, trust_remote_code)
     length = min(seq_length, context(opened.config))
     windows = calibration_windows(
@@ -98,7 +96,7 @@ def retrain(
         made_from=made.to_json(),
         training=options,
     )
-    with Run.open(target, recipe, opened.folder, overwrite=overwrite, progress=progress) as run:
+    with Run.open(target, recipe, opened, overwrite=overwrite, progress=progress) as run:
         if run.report is not None:
             return run.report
         if run.recorded is not None:

@@ -80,12 +80,51 @@ DEEPSEEK = {
     "v_head_dim": 8,
     "head_dim": 8,
 }
+LATENT = {key: DEEPSEEK[key] for key in DEEPSEEK if key.endswith(("_head_dim", "lora_rank"))}
 MORE: dict[str, tuple[str, dict[str, Any]]] = {"deepseek_v3": ("deepseek_v3", DEEPSEEK)}
+# Experts whose module does not say how its matrices are used, beside routers that are.
+UNSPLIT: dict[str, tuple[str, dict[str, Any]]] = {
+    "jetmoe": (
+        "jetmoe",
+        {
+            **{key: PLAIN[key] for key in PLAIN if key != "num_attention_heads"},
+            "num_key_value_heads": 2,
+            "kv_channels": 16,
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            **GROUPED,
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
+    "longcat": (
+        "longcat_flash",
+        {
+            **{key: PLAIN[key] for key in PLAIN if key != "num_hidden_layers"},
+            **LATENT,
+            "head_dim": 8,
+            "q_lora_rank": 16,
+            "num_layers": 2,
+            "ffn_hidden_size": 64,
+            "n_routed_experts": EXPERTS,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 32,
+        },
+    ),
+}
 MOE = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 
 
 def config(name: str) -> Any:
-    model_type, sizes = {**FAMILIES, **MORE}[name]
+    model_type, sizes = {**FAMILIES, **MORE, **UNSPLIT}[name]
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(model_type, **{**sizes, **ids})
 

@@ -4,9 +4,13 @@ import json
 import math
 
 import pytest
+import torch
+from families import UNSPLIT, save_model, token_ids
+from safetensors.torch import load_file, save_file
 
-from budwood.errors import UsageError
+from budwood.errors import RunError, UsageError
 from budwood.planning import plan
+from budwood.pruning import prune
 
 GIB = 2**30
 OPT = {"1.3B": (2048, 24), "2.7B": (2560, 32), "6.7B": (4096, 32), "13B": (5120, 40), "30B": (7168, 48)}
@@ -114,3 +118,57 @@ def test_a_format_that_cannot_hold_the_result_is_refused(opt_config):
 def test_a_width_that_the_group_does_not_divide_is_refused_with_the_layer(opt_config):
     with pytest.raises(UsageError, match=r"model\.decoder\.layers\.0\..*--skip"):
         plan(opt_config("1.3B"), 'magnitude("2:5")')
+
+
+@pytest.mark.parametrize("where", ["folder", "config.json"])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_quantised_sources_are_refused_as_prune_refuses_them(tmp_path, where, key):
+    save_model("llama", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, key: {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(UsageError, match="is stored with 'gptq'"):
+        plan(file if where == "config.json" else file.parent, "wanda()")
+    with pytest.raises(UsageError, match="is stored with 'gptq'"):
+        prune(file.parent, tmp_path / "out", 'magnitude("2:4")')
+
+
+def change_tensors(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_sources_that_lack_tensors_or_hold_bytes_are_refused_as_prune_refuses_them(tmp_path):
+    def without(tensors):
+        del tensors["model.layers.2.mlp.down_proj.weight"]
+
+    def narrow(tensors):
+        tensors |= {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+
+    for name, change, error, sentence in (
+        ("without", without, RunError, "lacks model.layers.2.mlp.down_proj.weight"),
+        ("narrow", narrow, UsageError, "holds weights in float8_e4m3fn"),
+    ):
+        save_model("llama", tmp_path / name)
+        change_tensors(tmp_path / name, change)
+        for verb in (
+            lambda: plan(tmp_path / name, "wanda()"),  # noqa: B023
+            lambda: prune(tmp_path / name, tmp_path / "out", 'magnitude("2:4")'),  # noqa: B023
+        ):
+            with pytest.raises(error, match=sentence):
+                verb()
+
+
+@pytest.mark.parametrize("name", UNSPLIT)
+def test_experts_that_cannot_be_split_stay_dense_and_plan_says_so(tmp_path, name):
+    """What plan accepts, prune does, with a forward pass."""
+    save_model(name, tmp_path / "model", dtype=torch.bfloat16)
+    predicted = plan(tmp_path / "model", "wanda('2:4')")
+    options = {"num_samples": 2, "seq_length": 24, "compute_dtype": "float32"}
+    report = prune(tmp_path / "model", tmp_path / "out", "wanda('2:4')", token_ids(1, 100) % 90 + 3, **options)
+    assert any("experts that stay dense" in note for note in predicted["notes"])
+    assert any("experts that stay dense" in note for note in report["notes"])
+    assert "router" in predicted["skipped"]
+    assert report["totals"]["bytes"] == pytest.approx(predicted["bytes_after"], rel=0.01)

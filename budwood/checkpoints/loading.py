@@ -7,7 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from budwood.checkpoints import quantizer
+from budwood.checkpoints.checksums import INDEX_NAME, verify
+from budwood.checkpoints.locate import refuse_adapter
 from budwood.checkpoints.meta_model import needs_code, reason_of, refused_code
+from budwood.checkpoints.model_files import model_files
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.sidecars import check_blocks, read_config_json
 from budwood.errors import BudwoodError, RunError, UsageError
@@ -33,7 +36,11 @@ def load(
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} holds no config.json; give the folder of a model or a hub name")
         content = read_config_json(path / "config.json")
-        check_blocks(content, len(Shards.of_folder(path).locations), path / "config.json")
+        refuse_adapter(path)
+        files = model_files(path)
+        check_blocks(content, len(Shards(files.shards).locations), path / "config.json")
+        if files.index is not None and files.index.name != INDEX_NAME:  # the plug-in compares those of packed folders
+            verify(files.index)
     elif path.exists() or path.is_absolute() or str(folder).startswith((".", "~")) or len(path.parts) > 2:
         raise UsageError(f"there is no folder {path}; give the folder of a model or a hub name")
     if device is not None:
@@ -52,6 +59,8 @@ def load(
             raise refused_code(folder) from error
         raise UsageError(f"{folder} cannot be loaded: {reason_of(error)}") from error
     model, report = opened
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UsageError(f"{folder} holds an adapter beside its model; merge it (peft: merge_and_unload) and give that")
     missing = sorted(report["missing_keys"])
     if missing:
         raise RunError(f"{folder} lacks {len(missing)} weights of its model, {missing[0]} among them; fetch it again")

@@ -18,12 +18,25 @@ def local_folder(name: str | Path) -> Path | None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"{name} has no config.json, so it is no (finished) model folder; {_nearest(path)}")
+        refuse_adapter(path)
         return path
     if path.exists():
         raise UsageError(f"{name} is a file; give the folder that holds config.json and the safetensors shards")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.parent.is_dir():
         return None
     raise UsageError(f"there is no model {name}: no such folder, and it is no hub name (OWNER/NAME); {_nearest(path)}")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises UsageError where a folder holds an adapter of peft: it can mean the model with the adapter, or without.
+
+    transformers applies it where peft is installed, and may load the base model that it names instead of the folder.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise UsageError(
+            f"{folder} holds an adapter (adapter_config.json), so it can mean the model with it or without it; "
+            "merge it (peft: merge_and_unload, then save_pretrained to another folder), or move its files away"
+        )
 
 
 def _nearest(path: Path) -> str:

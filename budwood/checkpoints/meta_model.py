@@ -3,7 +3,8 @@
 Buffers such as rotary tables are not in the files, so they are computed; parameters are filled block by block.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from budwood.checkpoints.sidecars import read_config_json
 from budwood.errors import UsageError
 
 MODULES = 200_000  # twice those of the largest published model with its experts one by one
+HALF = (torch.float16, torch.bfloat16)
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -103,9 +105,20 @@ def build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool 
     return model.eval()
 
 
-def float32_names(model: PreTrainedModel, dtype: torch.dtype) -> tuple[str, ...]:
-    """Parts of the names of parameters that transformers keeps in float32 when the model runs in `dtype`."""
-    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+def stays_float32(model: PreTrainedModel, dtype: torch.dtype, created: Set[str] = frozenset()) -> Callable[[str], bool]:
+    """Whether transformers holds the tensor of a full name in float32 when it loads the model in `dtype`.
+
+    Classes name parts of names for that, which are expressions. created: see `created_float32`.
+    """
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype in HALF else set()
     if dtype == torch.float16:
         names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return tuple(names)
+    rule = re.compile("|".join(f"(?:{part.replace('*', '.*')})" for part in sorted(names))) if names else None
+    return lambda name: name in created or (rule is not None and rule.search(name) is not None)
+
+
+def created_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Names of the tensors that a model that was built in a `dtype` of 16 bits created in float32 all the same."""
+    if dtype not in HALF:
+        return set()
+    return {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}

@@ -72,6 +72,7 @@ class PackedQuantizer(HfQuantizer):
             verify(files[0].parent / self.quantization_config.index)
         for file in files:
             self.locations |= read_header(file)[0]
+        refuse_without_head(model, self.locations)
         prefix = f"{model.base_model_prefix}."  # a base model is saved without it
         self.locations |= {
             prefix + name: location for name, location in self.locations.items() if not name.startswith(prefix)
@@ -157,13 +158,18 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from budwood.checkpoints.reshaping import remove_dimension
         from budwood.checkpoints.substitution import local_names
+        from budwood.formats import FORMATS
         from budwood.kernels.linear import SparseLinear
         from budwood.kernels.optimize import optimize
 
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):
                 packed = module.packed()
-                tensors = {suffix: self._positions(f"{name}.{suffix}", packed[suffix]) for suffix in packed}
+                placing = FORMATS[module.format].placing
+                tensors = {
+                    suffix: self._positions(f"{name}.{suffix}", tensor, suffix in placing)
+                    for suffix, tensor in packed.items()
+                }
                 check_positions(name, module.format, module.shape, tensors)
                 for suffix in packed:
                     module.get_parameter(suffix).requires_grad_(False)
@@ -178,10 +184,11 @@ class PackedQuantizer(HfQuantizer):
         self.quantization_config.index = None  # from here on, `save_pretrained` writes the usual names
         return model
 
-    def _positions(self, name: str, tensor: Tensor) -> Tensor:
-        """A packed tensor to check; positions that are offloaded to disk are read from there."""
+    def _positions(self, name: str, tensor: Tensor, placing: bool) -> Tensor:
+        """A packed tensor to check: from its file where positions are offloaded, or lie in values that were cast."""
         offloaded = tensor.is_meta and not tensor.is_floating_point()
-        return read_tensor(self.locations[name]) if offloaded else tensor
+        cast = placing and (tensor.is_meta or tensor.dtype != self.locations[name].dtype)
+        return read_tensor(self.locations[name]) if offloaded or cast else tensor
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor] | None, dict]:
         """What `save_pretrained` writes: the tensors, and what makes transformers without the plug-in refuse them.
@@ -235,6 +242,27 @@ class PackedQuantizer(HfQuantizer):
 def is_head(name: str, model: "PreTrainedModel") -> bool:
     """Whether the linear `name` is outside the base model, which is then loaded without it."""
     return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def refuse_without_head(model: "PreTrainedModel", locations: dict[str, TensorLocation]) -> None:
+    """Raises RunError where a model with a head is loaded from what was saved without one, and so at random.
+
+    The files call it by whatever name, so tensors of its shape are counted: embeddings may have the same.
+    """
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if head is None or model.base_model is model:
+        return
+    name = next((f"{path}.weight" for path, module in model.named_modules() if module is head), None)
+    if name is None or name in model.all_tied_weights_keys:
+        return
+    shape = tuple(head.weight.shape)
+    needed = 1 + (tuple(embeddings.weight.shape) == shape)
+    if sum(location.shape == shape for location in locations.values()) < needed:
+        raise RunError(
+            f"the checkpoint holds no {name} for {type(model).__name__}, which would be random: it was saved from the "
+            "base model; load it with AutoModel, or save the whole model (AutoModelForCausalLM)"
+        )
 
 
 def register() -> None:

@@ -7,14 +7,15 @@ crash instead of raising an error when a file is truncated while it is mapped.
 import json
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from budwood.checkpoints.checksums import read_index
-from budwood.errors import RunError, UsageError
+from budwood.checkpoints.model_files import model_files
+from budwood.errors import RunError
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -76,13 +77,14 @@ def read_header(file: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
 
 
 class Shards:
-    """All tensors of a folder by name.
+    """All tensors of a folder by name. seen: is called with every tensor that is read, and its name.
 
     Raises UsageError when the folder holds no safetensors, RunError when a shard is missing or damaged.
     """
 
     def __init__(self, files: list[Path]):
         self.files = files
+        self.seen: Callable[[str, Tensor], None] | None = None
         self.locations: dict[str, TensorLocation] = {}
         for file in files:
             self.locations |= read_header(file)[0]
@@ -107,7 +109,10 @@ class Shards:
 
     def read(self, name: str) -> Tensor:
         """A new tensor with the stored bits."""
-        return read_tensor(self.locations[name])
+        tensor = read_tensor(self.locations[name])
+        if self.seen is not None:
+            self.seen(name, tensor)
+        return tensor
 
 
 def read_tensor(location: TensorLocation) -> Tensor:
@@ -127,26 +132,8 @@ def read_tensor(location: TensorLocation) -> Tensor:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The shards of a folder: named by an index, or a single file, under the usual names or under budwood's."""
-    for stem in ("sparse", "model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(read_index(index)["weight_map"].values()))
-            files = [folder / name for name in names]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise RunError(f"{folder} lacks {', '.join(missing[:3])}, named in {index.name}; fetch it again")
-            return files
-        single = folder / f"{stem}.safetensors"
-        if single.is_file():
-            return [single]
-    pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-    if pickles:
-        raise UsageError(
-            f"{folder} holds {pickles[0].name}, a pickle, which can run code when it is opened; convert it to "
-            "safetensors first (with transformers: from_pretrained(...).save_pretrained(...), on a machine you trust)"
-        )
-    raise UsageError(f"{folder} holds no safetensors file; give the folder of a model or a hub name")
+    """The files of weights of a folder; see `model_files`."""
+    return model_files(folder).shards
 
 
 def sample(location: TensorLocation, length: int = 4096) -> bytes:

@@ -25,7 +25,7 @@ from budwood.checkpoints.structure import ModelStructure
 from budwood.errors import RunError, UsageError
 from budwood.formats import named
 from budwood.formats.checks import check_layout, check_positions
-from budwood.models.experts import split_fused
+from budwood.models.experts import ExpertLinears, split_fused
 from budwood.models.linears import read
 
 
@@ -59,6 +59,9 @@ class Weights:
             if pattern is not None and origin.converter is None:
                 origin.converter = deepcopy(by_pattern[pattern])
             origin.sources.append((source, pattern or source))
+        for target, tied_to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            if tied_to not in origins and target in origins:  # files may hold either of two tied tensors
+                origins[tied_to] = origins.pop(target)
         return origins
 
     def names(self, prefix: str = "") -> list[str]:
@@ -106,7 +109,16 @@ def assemble(tensors: dict[str, Tensor], packed: dict[str, dict[str, Any]], mode
         check_positions(linear, layout.name, shape, stored)
         weight = layout.unpack(stored, shape)  # [out, in]
         tensors[f"{linear}.weight"] = read(model.get_submodule(linear), weight).contiguous()
-    return {name: part for whole, tensor in tensors.items() for name, part in split_fused(whole, tensor).items()}
+    unfused = {f"{name}." for name, module in model.named_modules() if isinstance(module, ExpertLinears)}
+    return {
+        name: part
+        for whole, tensor in tensors.items()
+        for name, part in (split_fused(whole, tensor) if _path(whole) in unfused else {whole: tensor}).items()
+    }
+
+
+def _path(name: str) -> str:
+    return name[: name.rfind(".") + 1]
 
 
 def published(tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -132,6 +144,11 @@ def storage_dtype(shards: Shards, otherwise: torch.dtype | None = None) -> torch
         if location.dtype.is_floating_point:
             bytes_by_type[location.dtype] = bytes_by_type.get(location.dtype, 0) + location.nbytes
     found = max(bytes_by_type, key=lambda dtype: bytes_by_type[dtype], default=torch.float32)
+    if found.itemsize == 1:
+        raise UsageError(
+            f"{shards.files[0].parent} holds weights in {str(found).removeprefix('torch.')}; budwood reads dense "
+            "checkpoints of 16 bits and more; dequantize it first"
+        )
     if found not in STORED and otherwise is not None:
         return otherwise
     if found not in STORED:

@@ -19,14 +19,17 @@ class Work:
     The folder is made when something is written, and removed when the run is finished.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, before: Callable[[], None] | None = None):
+        """before: is called before anything is written."""
+        self.folder, self._before = folder, before
 
     def record(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` returns, JSON-plain; from `name`.json where an earlier run made it."""
         file = self.file(f"{name}.json")
         if not file.is_file():
-            write_json(file, make())
+            made = make()
+            self._tell()
+            write_json(file, made)
         try:
             return parse(file.read_bytes())
         except ValueError as error:
@@ -42,8 +45,13 @@ class Work:
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes `name`.safetensors, in place of an earlier one."""
+        self._tell()
         with written_whole(self.file(f"{name}.safetensors")) as temporary:
             write_shard(temporary, tensors, {})
+
+    def _tell(self) -> None:
+        if self._before is not None:
+            self._before()
 
     def file(self, name: str) -> Path:
         """The path of a file in the folder, which exists from now on."""

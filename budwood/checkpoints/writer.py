@@ -14,7 +14,7 @@ from torch import Tensor
 
 from budwood.checkpoints.checksums import index_of, sha256
 from budwood.checkpoints.description import Description
-from budwood.checkpoints.files import copy_file, write_json, written_whole
+from budwood.checkpoints.files import write_json, written_whole
 from budwood.checkpoints.packing import PackedEntries
 from budwood.checkpoints.reader import Shards, read_header
 from budwood.checkpoints.schema import fault
@@ -24,8 +24,6 @@ from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import Weights
 from budwood.errors import RunError
 
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-NOT_COMPANIONS = ("config.json", "recipe.json", "report.json", "adapter_config.json")
 OUTSIDE = -1  # the index of the shard of everything outside the blocks
 
 
@@ -47,11 +45,11 @@ class Writer:
     """Writes the shards of one run into `folder`, and reads back those that are finished.
 
     run: the id of the run. blocks: number of decoder blocks. layout: a format's name, "auto" or "auto_int8". Shards of
-    a dense layout have the usual file names.
+    a dense layout have the usual file names. before: is called before a shard is written.
     """
 
-    def __init__(self, folder: Path, run: str, blocks: int, layout: str):
-        self.folder, self.run, self.blocks, self.layout = folder, run, blocks, layout
+    def __init__(self, folder: Path, run: str, blocks: int, layout: str, before: Callable[[], None] | None = None):
+        self.folder, self.run, self.blocks, self.layout, self._before = folder, run, blocks, layout, before
         self.accepted = {run}  # ids of shards that count as finished
         self.stem = "model" if layout == "dense" else "sparse"
 
@@ -69,6 +67,8 @@ class Writer:
         """One shard; see `ShardNotes`. Raises RunError where it cannot be written."""
         about = {"run": self.run, "packed": packed, "shapes": shapes, "notes": notes}
         try:
+            if self._before is not None:
+                self._before()
             with written_whole(self.shard(index)) as temporary:
                 write_shard(temporary, tensors, {"format": "pt", "budwood": json.dumps(about)})
         except RunError as error:
@@ -156,19 +156,3 @@ class Writer:
                 **({"shapes": description.shapes} if description.shapes else {}),
             }
         return config
-
-
-def companions(source: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config: the small files beside the weights of a folder."""
-    found = {
-        file.name: file
-        for pattern in COMPANIONS
-        for file in source.glob(pattern)
-        if file.name not in NOT_COMPANIONS and not file.name.endswith(".index.json") and not file.name.startswith(".")
-    }
-    return [found[name] for name in sorted(found)]
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    for file in companions(source):
-        copy_file(file, target / file.name)

@@ -24,6 +24,7 @@ class Format(Protocol):
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]  # of the tensors: a file names each `<linear>.<suffix>`
     typed: ClassVar[str] = "values"  # the tensor that has the dtype of the matrix
+    placing: ClassVar[tuple[str, ...]] = ()  # tensors of values whose zeros say where a weight is
 
     @classmethod
     def nearest(cls, weight: Tensor, base: Tensor | None = None) -> dict[str, Tensor]:
@@ -62,8 +63,10 @@ class Format(Protocol):
     def fault(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> str | None:
         """What is wrong with the positions in tensors of the `expected` dtypes and sizes; None if nothing.
 
-        Without a fault `unpack` stays inside the matrix, and packing what it returns, with the same 2:4 mask, gives the
-        same positions. Values are not read: they may be on the meta device.
+        Without a fault the tensors are sound: `unpack` stays inside the matrix, and packing what it returns, with the
+        same 2:4 mask and no stored value zero, gives the same positions. So no two kernels can read them differently.
+        Values are not read, but for those in `placing`: they may be on the meta device, and a cast may have made some
+        of them zero.
         """
         raise NotImplementedError
 
@@ -81,6 +84,12 @@ def size_found(found: Found, suffix: str, dimension: int = 0) -> int:
     """One size of a found tensor; 0 where there is no such tensor or dimension."""
     sizes = found[suffix][1] if suffix in found else ()
     return sizes[dimension] if len(sizes) > dimension else 0
+
+
+def dtype_found(found: Found, suffix: str) -> torch.dtype | None:
+    """The dtype of a found tensor; None where there is none, or it is not of floating point."""
+    dtype = found[suffix][0] if suffix in found else None
+    return dtype if dtype is not None and dtype.is_floating_point else None
 
 
 def size(weight: Tensor) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from budwood.formats.bitmask import Bitmask
 from budwood.formats.bits import raw, select
-from budwood.formats.format import Expected, Format, Found, Refusal, size
+from budwood.formats.format import Expected, Format, Found, Refusal, dtype_found, size
 from budwood.formats.two_four import TwoFour
 from budwood.formats.two_four_compact import TwoFourCompact, put_back
 from budwood.sparsity.forecast import Forecast
-from budwood.sparsity.integers import LEADING, SEGMENT, SMALLEST, dequantise, quantise
+from budwood.sparsity.integers import LARGEST, LEADING, SEGMENT, SMALLEST, dequantise, quantise
 
 # By machine epsilon: 2**-7, 2**-10, 2**-23.
 ROUNDED_TO = {torch.finfo(dtype).eps: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -72,7 +72,11 @@ class Int8(Format):
 
     @classmethod
     def expected(cls, shape: tuple[int, int], found: Found) -> Expected:
-        plain = cls.plain.expected(shape, found)
+        typed = dtype_found(found, "epsilon")
+        plain = {
+            suffix: (typed if suffix == "rec_values" else dtype, sizes)
+            for suffix, (dtype, sizes) in cls.plain.expected(shape, found).items()
+        }
         return plain | {
             "values": (torch.int8, plain["values"][1]),
             "scales": (torch.int32, (shape[0], -(-shape[1] // SEGMENT))),
@@ -87,6 +91,8 @@ class Int8(Format):
             return "a scale is not a positive finite number of 17 significant bits"
         if not epsilon.is_meta and epsilon.item() not in ROUNDED_TO:
             return "its epsilon does not belong to a dtype that weights are rounded to"
+        if not tensors["values"].is_meta and bool((tensors["values"] < -LARGEST).any()):
+            return f"a value is below {-LARGEST}, which no rounding gives"
         return cls.plain.fault(tensors, shape)
 
 

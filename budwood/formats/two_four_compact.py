@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from budwood.formats.bits import columns, select
-from budwood.formats.format import Expected, Format, Found, size_found
+from budwood.formats.format import Expected, Format, Found, dtype_found, size_found
 from budwood.formats.two_four import TwoFour, recovered_fault, skeleton_bytes, split
 from budwood.sparsity.forecast import Forecast
 
@@ -51,7 +51,7 @@ class TwoFourCompact(Format):
         return TwoFour.expected(shape, found) | {
             "rec_counts": (torch.uint8, (shape[0], -(-shape[1] // SEGMENT))),
             "rec_columns": (torch.uint8, (count,)),
-            "rec_values": (None, (count,)),
+            "rec_values": (dtype_found(found, "values"), (count,)),
         }
 
     @staticmethod

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from budwood.formats.bits import columns, select
-from budwood.formats.format import Expected, Format, Found, size_found
+from budwood.formats.format import Expected, Format, Found, dtype_found, size_found
 from budwood.formats.two_four import TwoFour, recovered_fault, skeleton_bytes, split
 from budwood.sparsity.forecast import Forecast
 
@@ -47,7 +47,7 @@ class TwoFourCsr(Format):
         return TwoFour.expected(shape, found) | {
             "rec_offsets": (torch.int32, (shape[0] + 1,)),
             "rec_columns": (torch.int32, (count,)),
-            "rec_values": (None, (count,)),
+            "rec_values": (dtype_found(found, "values"), (count,)),
         }
 
     @staticmethod

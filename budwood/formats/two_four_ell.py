@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from budwood.formats.bits import stored
-from budwood.formats.format import Expected, Format, Found, Refusal, size, size_found
-from budwood.formats.two_four import TwoFour, skeleton_bytes, split
+from budwood.formats.bits import INTEGERS, stored
+from budwood.formats.format import Expected, Format, Found, Refusal, dtype_found, size, size_found
+from budwood.formats.two_four import TwoFour, covered, skeleton_bytes, split
 from budwood.sparsity.forecast import Forecast
 
 LARGEST_SIDE = 128
@@ -24,6 +24,7 @@ class TwoFourEll(Format):
 
     name = "two_four_ell"
     suffixes = (*TwoFour.suffixes, "ell_columns", "ell_values")
+    placing = ("ell_values",)
 
     @staticmethod
     def pack(weight: Tensor, base: Tensor | None = None) -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ class TwoFourEll(Format):
         side = shape[0] // rows if rows else 0
         return TwoFour.expected(shape, found) | {
             "ell_columns": (torch.int32, (shape[0] // side if side else 0, count)),
-            "ell_values": (None, (shape[0], count * side)),
+            "ell_values": (dtype_found(found, "values"), (shape[0], count * side)),
         }
 
     @staticmethod
@@ -71,7 +72,21 @@ class TwoFourEll(Format):
             return "a recovered block is outside the columns"
         if bool((columns.diff(dim=1) <= 0).any()):
             return "the block columns do not rise within a block row"
-        return TwoFour.fault(tensors, shape)
+        fault, values = TwoFour.fault(tensors, shape), tensors["ell_values"]
+        if fault or values.is_meta:
+            return fault
+        index = columns[:, None, :, None].expand(columns.shape[0], side, columns.shape[1], side)
+        recovered = torch.zeros(shape, dtype=torch.bool, device=values.device)
+        recovered.view(columns.shape[0], side, -1, side).scatter_(2, index, stored(values).view(index.shape))
+        if bool((recovered & covered(tensors["places"], width)).any()):
+            return "a recovered weight is at a position of the 2:4 part"
+        crowded = recovered.view(out, -1, 4).any(2)
+        found, itemsizes = (side, columns.shape[1]), (values.element_size(), *INTEGERS)  # it may have been cast
+        if not any(smallest_block(crowded, itemsize) == found for itemsize in itemsizes):
+            return "its blocks are not the smallest that hold its recovered weights"
+        if not torch.equal(columns, chosen_blocks(recovered, side, columns.shape[1])[0]):
+            return "a block without recovered weights is not the lowest that is free"
+        return None
 
 
 def block_bytes(out: int, block: tuple[int, int], itemsize: int) -> int:
@@ -100,6 +115,16 @@ def _tilings(crowded: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield side, tiles
 
 
+def chosen_blocks(recovered: Tensor, side: int, count: int) -> tuple[Tensor, int]:
+    """The columns of `count` blocks of every block row, those with recovered weights and then the lowest others, in
+    ascending order, int64 [block rows, count]; and the most that one row needs. recovered: bool [out, in].
+    """
+    out, width = recovered.shape
+    used = recovered.view(out // side, side, width // side, side).any(3).any(1)  # [block rows, block columns]
+    chosen = (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].sort(1).values
+    return chosen, int(used.sum(1).max())
+
+
 def pack_blocks(weight: Tensor, recovered: Tensor, side: int, count: int) -> dict[str, Tensor]:
     """The blocks that hold recovered weights: [out, in], bool [out, in] -> ell_columns, ell_values.
 
@@ -108,12 +133,9 @@ def pack_blocks(weight: Tensor, recovered: Tensor, side: int, count: int) -> dic
     out, width = weight.shape
     if out % side or width % side:
         raise Refusal(f"blocks of {side} x {side} do not divide this {size(weight)} matrix")
-    tiles = recovered.view(out // side, side, width // side, side)  # [block rows, side, block columns, side]
-    used = tiles.any(3).any(1)  # [block rows, block columns]
-    most = int(used.sum(1).max())
+    chosen, most = chosen_blocks(recovered, side, count)
     if not most <= count <= width // side:
         raise Refusal(f"{count} blocks of {side} x {side} per block row were asked for, {most} are needed")
-    chosen = (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, :count].sort(1).values  # [block rows, count]
     index = chosen[:, None, :, None].expand(-1, side, -1, side)
-    values = weight.masked_fill(~recovered, 0).reshape(tiles.shape).gather(2, index)
+    values = weight.masked_fill(~recovered, 0).reshape(out // side, side, width // side, side).gather(2, index)
     return {"ell_columns": chosen.int(), "ell_values": values.reshape(out, count * side)}

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -63,7 +64,7 @@ def skipped(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, str]:
         elif name in routing:
             reasons[name] = ROUTER
         elif name not in found:
-            reasons[name] = FUSED if is_fused(module) else OTHER
+            reasons[name] = FUSED if stacked(module) else OTHER
         elif rule := next((rule for rule in rules if rule.search(name)), None):
             reasons[name] = f"--skip {rule.pattern!r}"
     return reasons
@@ -115,10 +116,10 @@ def routers(model: PreTrainedModel) -> set[str]:
     """Names of the modules that choose among experts.
 
     A router is a sibling of the experts with one output for each of them, or with a single output that gates an
-    expert shared by all tokens.
+    expert shared by all tokens. Where experts are held in a form that is not known, what is called a router is one.
     """
     path, blocks = find_blocks(model)
-    found: set[str] = set()
+    found = {name for name in linears_in_blocks(model) if "router" in name.removeprefix(path)}
     for name, parent in blocks.named_modules(prefix=path):
         for experts, count in sizes_of_experts(parent):
             for inner, module in parent.named_modules(prefix=name):
@@ -133,10 +134,30 @@ def sizes_of_experts(parent: nn.Module) -> Iterator[tuple[str, int]]:
     for name, child in parent.named_children():
         if isinstance(child, ExpertLinears):
             yield name, child.num_experts
-        elif is_fused(child):
-            yield name, next(len(weight) for weight in child.parameters(recurse=False) if weight.dim() == 3)
+        elif counts := stacked(child):
+            yield from ((name, count) for count in sorted(counts))
         elif isinstance(child, nn.ModuleList) and not isinstance(parent, ExpertLinears) and holds_linears(child):
             yield name, len(child)
+
+
+def stacked(module: nn.Module) -> set[int]:
+    """How many matrices the parameters of a module hold that are stacks of them; kernels of convolutions are none."""
+    if isinstance(module, _ConvNd):
+        return set()
+    return {
+        len(weight) for weight in module.parameters(recurse=False) if weight.dim() == 3 and min(weight.shape[1:]) > 1
+    }
+
+
+def unsplit(model: PreTrainedModel) -> str | None:
+    """A sentence on experts that stay dense, as their module does not say how its matrices are used; None without."""
+    path, blocks = find_blocks(model)
+    found = [module for _, module in blocks.named_modules(prefix=path) if stacked(module) and not is_fused(module)]
+    if not found:
+        return None
+    weights = sum(weight.numel() for module in found for weight in module.parameters(recurse=False))
+    share = weights / sum(weight.numel() for weight in model.parameters())
+    return f"{share:.0%} of all weights are experts that stay dense: {type(found[0]).__name__} cannot be split up"
 
 
 def holds_linears(modules: nn.ModuleList) -> bool:

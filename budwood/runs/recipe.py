@@ -32,7 +32,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "budwood": (str, NONE),
 }
 INNER_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
-    "source": {"name": (str,), "sha256": (str,)},
+    "source": {"name": (str,), "sha256": (str,), "content": (str,)},
     "data": {
         "data": (str,),
         "num_samples": (int,),
@@ -53,9 +53,10 @@ FLAT = ("computed_in", "sparse_products", "blocked_attention")
 class Recipe:
     """JSON-plain values only. Fields that this version does not know are kept in `unknown`.
 
-    source: name and sha256. data: the record of the calibration windows, None without calibration. asked: the
-    arithmetic options as the user gave them. arithmetic: what was chosen on this machine; a resumed run continues
-    with it. made_from: the recipe of the folder that this one was made from. training: the options of `retrain`.
+    source: name and sha256; of a finished run also content, the digest of all that its files hold. data: the record
+    of the calibration windows, None without calibration. asked: the arithmetic options as the user gave them.
+    arithmetic: what was chosen on this machine; a resumed run continues with it. made_from: the recipe of the folder
+    that this one was made from. training: the options of `retrain`.
     """
 
     method: str | None
@@ -97,6 +98,9 @@ class Recipe:
     def with_arithmetic(self, arithmetic: Mapping[str, Any]) -> "Recipe":
         return replace(self, arithmetic=dict(arithmetic))
 
+    def with_content(self, content: str) -> "Recipe":
+        return replace(self, source={**self.source, "content": content})
+
     def difference(self, other: "Recipe") -> str | None:
         """The first difference to `other`, as a sentence; None where both are the same run."""
         for key in IDENTITY:
@@ -107,7 +111,7 @@ class Recipe:
                     words = found.replace("_", " ")
                     return f"its {words} is {_asked(mine, found)}, asked for is {_asked(theirs, found)}"
             elif _digest_of(mine) != _digest_of(theirs):
-                return f"its {key} is {_short(mine)}, asked for is {_short(theirs)}"
+                return f"its {key} is {_short(_short_source(mine))}, asked for is {_short(_short_source(theirs))}"
         return None
 
     @property
@@ -189,6 +193,11 @@ def _asked(asked: Mapping[str, str], name: str) -> str:
 
 def _digest_of(value: Any) -> Any:
     return value.get("sha256", value) if isinstance(value, dict) else value
+
+
+def _short_source(value: Any) -> Any:
+    """Without the digest that only a finished run has."""
+    return {name: each for name, each in value.items() if name != "content"} if isinstance(value, dict) else value
 
 
 def _short(value: Any) -> str:

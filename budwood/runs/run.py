@@ -1,6 +1,6 @@
 """One run of a verb that writes a model folder: claimed, resumed, filled block by block, finished with its report.
 
-    with Run.open(target, recipe, overwrite=overwrite) as run:
+    with Run.open(target, recipe, source, overwrite=overwrite) as run:
         if run.report is not None:
             return run.report  # an earlier call finished it
         run.start(model, arithmetic)
@@ -21,17 +21,20 @@ from typing import Any
 
 from torch import Tensor
 
+from budwood.checkpoints.companions import companions, copy_companions, left_out
 from budwood.checkpoints.description import describe
 from budwood.checkpoints.files import TEMPORARY, write_json, write_text
 from budwood.checkpoints.reader import shard_files
+from budwood.checkpoints.source import Source
 from budwood.checkpoints.work import Work
-from budwood.checkpoints.writer import Writer, companions, copy_companions
+from budwood.checkpoints.writer import Writer
 from budwood.errors import BudwoodError, UsageError
 from budwood.progress import Progress, Silent
 from budwood.reports.card import render_card
 from budwood.reports.markdown import render_report
 from budwood.reports.measure import measure
 from budwood.reports.record import Report, read_report
+from budwood.runs.reading import READS, Reading
 from budwood.runs.recipe import FILE, Recipe, read_recipe
 from budwood.runs.target import MANIFEST, Target
 from budwood.stream.block import Block
@@ -47,8 +50,9 @@ class Run:
     recorded: the arithmetic that an interrupted run began with, None where it begins now.
     """
 
-    def __init__(self, target: Target, recipe: Recipe, progress: Progress):
-        self.target, self.recipe, self.progress = target, recipe, progress
+    def __init__(self, target: Target, recipe: Recipe, source: Source, progress: Progress):
+        self.target, self.recipe, self.source, self.progress = target, recipe, source, progress
+        self.reading = Reading(source)
         self.report: Report | None = None
         self.recorded: Mapping[str, Any] | None = None
         self.work = Work(target.work)
@@ -64,12 +68,12 @@ class Run:
         cls,
         target: str | Path,
         recipe: Recipe,
-        source: Path,
+        source: Source,
         *,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> "Run":
-        """Claims the folder for this run; a context manager. source: the folder whose companions will be copied.
+        """Claims the folder for this run; a context manager. source: the model that is read.
 
         An empty folder is filled, an interrupted run of the same recipe continued, a finished one reported. With
         `overwrite` anything else is replaced once the new folder is complete; until then it stays as it is.
@@ -77,9 +81,9 @@ class Run:
         """
         held = Target.claim(Path(target))
         try:
-            run = cls(held, recipe, progress or Silent())
-            run._choose_folder(overwrite, [*PLANNED, *(file.name for file in companions(source))])
-            run.work = Work(held.work)
+            run = cls(held, recipe, source, progress or Silent())
+            run._choose_folder(overwrite, [*PLANNED, *(file.name for file in companions(source.folder))])
+            run.work = Work(held.work, run._keep_reads)
         except BaseException:
             held.release()
             raise
@@ -88,7 +92,9 @@ class Run:
     def _choose_folder(self, overwrite: bool, planned: list[str]) -> None:
         held, path = self.target, self.target.path
         found = _recipe_in(path, tolerant=overwrite)
-        same = found is not None and found.difference(self.recipe) is None
+        again = overwrite and not held.swapped and _is_complete(path)  # all of it, whatever is there
+        difference = found.difference(self.recipe) if found and again else self._difference(found, path)
+        same = found is not None and difference is None
         if not held.entries():
             held.fill_in_place(planned)
         elif same and not _is_complete(path):
@@ -106,7 +112,6 @@ class Run:
                 held.fill_in_place(planned)
                 self.recorded = found.arithmetic or None if found else None
         elif not overwrite:
-            difference = found.difference(self.recipe) if found else None
             raise UsageError(
                 f"{path} holds another run: {difference}; give another folder, or --overwrite"
                 if difference
@@ -115,10 +120,22 @@ class Run:
         else:
             held.stage(planned)
             begun = _recipe_in(held.folder, tolerant=True)
-            if begun is not None and begun.difference(self.recipe) is None:
+            if begun is not None and self._difference(begun, held.folder) is None:
                 self.recorded = begun.arithmetic or None
             else:
                 held.abandon_stage()
+
+    def _difference(self, found: Recipe | None, folder: Path) -> str | None:
+        """How the run in a folder differs from this one, as a sentence: by its recipe, or by what its source was."""
+        if found is None:
+            return None
+        difference = found.difference(self.recipe) or self.reading.difference(found, folder)
+        if difference is None and "content" in found.source:
+            self.recipe = self.recipe.with_content(found.source["content"])
+        return difference
+
+    def _keep_reads(self) -> None:
+        self.reading.keep(self.target.work)
 
     def __enter__(self) -> "Run":
         return self
@@ -133,7 +150,7 @@ class Run:
     def _clear_if_empty(self) -> None:
         """A run that failed before anything was finished leaves nothing behind."""
         kept = list(self.folder.glob("*.safetensors")) + list(self.work.folder.rglob("*.*"))
-        if all(file.name.endswith(TEMPORARY) for file in kept):
+        if all(file.name.endswith((TEMPORARY, READS)) for file in kept):
             self.target.discard()
 
     @property
@@ -160,7 +177,7 @@ class Run:
         """The model whose blocks are written from here on: the one that the run started with, or a reduced one."""
         self.model = model
         model.progress = self.progress
-        self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format)
+        self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format, self._keep_reads)
         # Rewritten shards have an id of their own: without the work folder that says how far the rewriting came, their
         # blocks are done again from the start.
         self.writer.accepted |= {self._rewrite_id(file.stem) for file in self.work.folder.glob("rewrite-*.ready")}
@@ -209,7 +226,8 @@ class Run:
         done, ready = self.work.file(f"{name}.done"), self.work.file(f"{name}.ready")
         if done.is_file():
             return
-        second = Writer(self.work.file(name), self._rewrite_id(name), len(self.model), self.recipe.format)
+        layout = self.recipe.format
+        second = Writer(self.work.file(name), self._rewrite_id(name), len(self.model), layout, self._keep_reads)
         if not ready.is_file():
             second.folder.mkdir(exist_ok=True)
             yield from self.model.rewrite(self.writer, second)
@@ -229,10 +247,13 @@ class Run:
 
         base_model: the name of the source on the hub, or None.
         """
-        model, writer, folder, source = self.model, self.writer, self.folder, self.model.source.folder
+        model, writer, folder, source = self.model, self.writer, self.folder, self.source.folder
         description = describe(model.source.trial, writer.shapes(), model.structure.shapes_in_files)
         architecture = (description.config.get("architectures") or [type(model.module).__name__])[0]
         writer.write_outside(lambda: model.outside_in_files(writer.layout, description.zeros, self.outside))
+        self.recipe, note = self.reading.finished(self.recipe)
+        self.note(note)
+        self.note(left_out(source))
         report = measure(
             model,
             writer,
@@ -254,6 +275,7 @@ class Run:
         copied = [file.name for file in companions(source)]
         self.target.note([*documents, *copied, "config.json", "sparse.safetensors.index.json"])
         self.target.note(["model.safetensors.index.json"])
+        write_json(folder / FILE, self.recipe.to_json())
         copy_companions(source, folder)
         writer.write_index(description)
         for name, text in documents.items():

@@ -297,7 +297,7 @@ class Block:
         self.activations.write(batch, outputs)
 
     def state(self, storage: torch.dtype) -> dict[str, Tensor]:
-        """All tensors of the block in the storage dtype, as its modules store them, by full name.
+        """All tensors of the block as its modules store them, by full name; new ones in the storage dtype.
 
         Unchanged tensors are the ones that were read.
         """
@@ -309,7 +309,8 @@ class Block:
             if full in known and same(known[full], tensor):
                 tensors[full] = known[full]
             else:
-                tensors[full] = tensor.detach().to(storage) if tensor.is_floating_point() else tensor.detach()
+                dtype = known[full].dtype if full in known else storage
+                tensors[full] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
         return tensors
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budwood.checkpoints.meta_model import float32_names
+from budwood.checkpoints.meta_model import created_float32, stays_float32
 from budwood.checkpoints.packing import pack, shapes_fused
-from budwood.checkpoints.source import Source
+from budwood.checkpoints.source import Source, lacking
 from budwood.checkpoints.structure import shapes_unfused
 from budwood.checkpoints.weights import published, storage_dtype
 from budwood.checkpoints.writer import ShardNotes, Writer
@@ -36,7 +36,8 @@ DEFAULT_LIMIT = 4 * 2**30  # bytes of hidden states kept in memory
 class Model:
     """A decoder whose blocks are read from `source` one at a time.
 
-    storage: dtype of the weights kept and written (the source's own where None). arithmetic: of the forward passes.
+    storage: dtype of the weights kept and written, but for those that transformers keeps in float32; where None, every
+    tensor keeps its own. arithmetic: of the forward passes.
     skip: regular expressions of linears to leave alone. activation_limit: bytes of hidden states held in memory,
     beyond which they are kept in a file in `scratch`.
     """
@@ -67,7 +68,9 @@ class Model:
         self.activations: Activations | None = None
         self.shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}  # by full name
         self._own_shapes = set(shapes_unfused(source.shapes))  # which the source's config.json does not give
-        self._float32 = float32_names(self.module, self.compute)
+        self._casts = storage is not None
+        self._float32 = stays_float32(self.module, self.compute, created_float32(self.module, self.compute))
+        self._stored_float32 = source.stays_float32(self.storage if self._casts else torch.float32, self.module)
         self._calls: dict[tuple[int, int], BlockCalls] = {}
         self._random: Tensor | None = None  # hidden states to verify units with where there are no windows
 
@@ -78,7 +81,7 @@ class Model:
         """Another stream, over the same source and with the same arithmetic unless others are given."""
         return Model(
             source or self.source,
-            storage=self.storage,
+            storage=self.storage if self._casts else None,
             arithmetic=arithmetic or self.arithmetic,
             device=self.device,
             skip=self.skip,
@@ -256,14 +259,17 @@ class Model:
         changes: what to make of some of them, by full name.
         """
         tensors = {name: torch.zeros(tuple(shape), dtype=self.storage) for name, shape in zeros.items()}
-        tensors |= {full: self.stored(tensor) for full, tensor in self.weights.read(self.names_outside()).items()}
+        read = self.weights.read(self.names_outside())
+        tensors |= {full: self.stored(full, tensor) for full, tensor in read.items()}
         for name, change in (changes or {}).items():
             tensors[name] = change(tensors[name])
         return published(tensors, self.module) if layout == "dense" else tensors
 
-    def stored(self, tensor: Tensor) -> Tensor:
-        """In the storage dtype where it is a floating-point tensor."""
-        return tensor.to(self.storage) if tensor.is_floating_point() else tensor
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor of that full name in the dtype that is kept and written."""
+        if not (self._casts and tensor.is_floating_point()):
+            return tensor
+        return tensor.to(torch.float32 if self._stored_float32(name) else self.storage)
 
     def _parameters_outside(self) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
         return [
@@ -299,11 +305,8 @@ class Model:
         tensors = self.weights.read(self.weights.names(prefix))
         known = {prefix + name for name in self.modules[index].state_dict()}
         if missing := sorted(known - set(tensors)):
-            raise RunError(
-                f"{self.source.name} lacks {', '.join(missing[:4])} of {len(missing)} tensors of {prefix[:-1]}; "
-                "save it again with transformers (save_pretrained) and give that folder"
-            )
-        return {name: self.stored(tensor) for name, tensor in tensors.items() if name in known}, None
+            raise lacking(self.source.name, missing, prefix[:-1])
+        return {name: self.stored(name, tensor) for name, tensor in tensors.items() if name in known}, None
 
     @contextmanager
     def _filled(self, index: int, stored: Mapping[str, Tensor], written: ShardNotes | None) -> Iterator[None]:
@@ -327,9 +330,9 @@ class Model:
     def _assign(self, module: nn.Module, stored: Mapping[str, Tensor], prefix: str) -> None:
         state = {}
         for name, tensor in stored.items():
-            tensor = self.stored(tensor)
+            tensor = self.stored(name, tensor)
             if tensor.is_floating_point():
-                tensor = tensor.to(torch.float32 if any(part in name for part in self._float32) else self.compute)
+                tensor = tensor.to(torch.float32 if self._float32(name) else self.compute)
             state[name.removeprefix(prefix)] = tensor.to(self.device)
         try:
             module.load_state_dict(state, strict=False, assign=True)

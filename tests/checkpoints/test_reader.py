@@ -142,11 +142,45 @@ def test_shards_are_those_of_the_index(tmp_path):
     assert shards.read("a2").tolist() == [2.0, 2.0]
 
 
-def test_the_index_of_a_packed_folder_comes_first(tmp_path):
-    save(tmp_path / "model.safetensors", {"other": torch.ones(1)})
-    save(tmp_path / "model-00001-of-00001.safetensors", {"a": torch.ones(1)})
-    write_index(tmp_path, {"a": "model-00001-of-00001.safetensors"}, "sparse.safetensors.index.json")
-    assert Shards.of_folder(tmp_path).names() == ["a"]
+PACKED = {"quant_method": "budwood", "linears": {}}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, "single"),
+        ({"quantization_config": None}, "single"),
+        ({"quantization_config": PACKED}, "packed"),
+        ({"quantization_config": {**PACKED, "index": "model.safetensors.index.json"}}, "usual"),
+        ({"quantization_config": {**PACKED, "index": None}}, "single"),  # saved again by transformers
+        ({"transformers_weights": "model.safetensors.index.json"}, "usual"),
+        ({"transformers_weights": "other.safetensors"}, "other"),
+    ],
+)
+def test_of_several_weights_those_are_taken_that_transformers_would_load(tmp_path, config, expected):
+    for name in ("model.safetensors", "other.safetensors", "usual.safetensors", "packed.safetensors"):
+        save(tmp_path / name, {name.partition(".")[0].replace("model", "single"): torch.ones(1)})
+    write_index(tmp_path, {"usual": "usual.safetensors"})
+    write_index(tmp_path, {"packed": "packed.safetensors"}, "sparse.safetensors.index.json")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Shards.of_folder(tmp_path).names() == [expected]
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", 3, "weights.bin", "/etc/a.safetensors"])
+def test_a_config_that_names_other_weights_than_its_folder_s_is_refused(tmp_path, name):
+    save(tmp_path / "model.safetensors", {"a": torch.ones(1)})
+    for config in ({"transformers_weights": name}, {"quantization_config": {**PACKED, "index": name}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(RunError, match="no safetensors file of its own folder"):
+            shard_files(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+def test_a_damaged_config_is_refused(tmp_path, text):
+    save(tmp_path / "model.safetensors", {"a": torch.ones(1)})
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
+        shard_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "folder/inside.safetensors"])

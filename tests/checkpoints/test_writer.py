@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from budwood.checkpoints.checksums import sha256
 from budwood.checkpoints.description import Description
 from budwood.checkpoints.packing import pack, pack_named
-from budwood.checkpoints.writer import OUTSIDE, Writer, companions
+from budwood.checkpoints.writer import OUTSIDE, Writer
 from budwood.errors import RunError, UsageError
 from budwood.formats import FORMATS, store
 from budwood.models.experts import unfuse
@@ -118,21 +118,6 @@ def test_bytes_are_counted_by_matrix_and_in_all(tmp_path):
     parts = tensors()
     assert writer.sizes()[NAME] == sum(tensor.nbytes for name, tensor in parts.items() if name != "norm")
     assert writer.total_bytes() == sum(tensor.nbytes for tensor in parts.values()) + 3 * 4 + 4 * 4
-
-
-def test_companions_are_the_small_files_and_no_others(tmp_path):
-    copied = ("LICENSE", "chat_template.jinja", "generation_config.json", "tokenizer.json", "vocab.txt")
-    others = (
-        ".hidden.json",
-        "config.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "report.json",
-        "a.bin",
-    )
-    for name in (*copied, *others):
-        (tmp_path / name).write_text("")
-    assert [file.name for file in companions(tmp_path)] == sorted(copied)
 
 
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "auto"])

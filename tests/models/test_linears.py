@@ -1,11 +1,12 @@
 """Which matrices are in scope, all of them as [out, in]."""
 
+import re
 import warnings
 
 import pytest
 import torch
 from accelerate import init_empty_weights
-from families import EXPERTS, HIDDEN, build, config
+from families import EXPERTS, HIDDEN, UNSPLIT, build, config
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from budwood.errors import UsageError
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import unfuse
-from budwood.models.linears import coverage, prunable, read, resize, skipped, write
+from budwood.models.linears import coverage, prunable, read, resize, sizes_of_experts, skipped, stacked, unsplit, write
 
 
 def on_meta(family):
@@ -149,3 +150,43 @@ def test_a_linear_on_meta_stays_there():
     resize(module, torch.zeros(2, 8))
     assert module.weight.is_meta
     assert module.out_features == 2
+
+
+ROUTERS = {
+    "jetmoe": ["mlp.router.layer", "self_attention.experts.router.layer"],
+    "llama4": ["feed_forward.router"],
+    "longcat": ["mlp.router.classifier"],
+}
+
+
+@pytest.mark.parametrize("name", UNSPLIT)
+def test_routers_stay_dense_where_experts_cannot_be_split(name):
+    """Experts as stacks of matrices, in whatever module; the router beside them, or inside a module beside them."""
+    model = on_meta(name)
+    unfuse(model)
+    reasons = skipped(model)
+    path, _ = find_blocks(model)
+    for inner in ROUTERS[name]:
+        assert reasons[f"{path}.0.{inner}"] == "router"
+    assert not any("router" in linear for linear in prunable(model))
+    assert "fused experts" in reasons.values()
+    assert re.fullmatch(r"\d+% of all weights are experts that stay dense: \w+ cannot be split up", unsplit(model))
+
+
+def test_models_whose_experts_are_linears_have_nothing_unsplit(moe_family):
+    model = on_meta(moe_family)
+    unfuse(model)
+    assert unsplit(model) is None
+
+
+def test_kernels_of_convolutions_are_no_experts():
+    assert stacked(nn.Conv1d(16, 16, 4)) == set()
+    depthwise = nn.Module()
+    depthwise.weight = nn.Parameter(torch.zeros(16, 1, 4))
+    assert stacked(depthwise) == set()
+    experts = nn.Module()
+    experts.first, experts.second = nn.Parameter(torch.zeros(6, 4, 8)), nn.Parameter(torch.zeros(4, 8, 4))
+    assert stacked(experts) == {4, 6}
+    parent = nn.Module()
+    parent.experts, parent.conv = experts, nn.Conv1d(3, 3, 2)
+    assert sorted(sizes_of_experts(parent)) == [("experts", 4), ("experts", 6)]
