@@ -2,6 +2,8 @@
 #   make setup   the environment alone        make test   the tests        make lint   format, lint, types
 #   make demo    prune a real model three ways and compare                  make wheel  one file that installs anywhere
 #   make clean   remove what was made here
+#   make faults  faults injected into every verb that writes: what is lost, what loads wrongly
+#   make fuzz    mutated files and expressions for everything that reads them (FUZZ="--count 2000" for fewer)
 #   make gpu-check   the GPU kernels, interpreted and compiled; no GPU is needed
 
 VENV ?= .venv
@@ -19,7 +21,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3,\
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup test lint demo wheel gpu-check clean
+.PHONY: setup test lint demo wheel faults fuzz gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(INSTALLED)
@@ -45,6 +47,12 @@ lint: setup
 demo: setup
 	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_PACKAGES)
 	$(BIN)/python benchmarks/demo.py demo
+
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py $(FAULTS)
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_campaign.py $(FUZZ)
 
 gpu-check: setup
 	test -d $(TRITON_FOLDER)/triton || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON_FOLDER) '$(TRITON)'
