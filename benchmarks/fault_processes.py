@@ -18,7 +18,7 @@ from pathlib import Path
 from fault_verbs import TIMED
 
 PIPE = 1 << 20  # bytes that a process can print without a reader
-HANG = 180.0  # seconds after which a process counts as hanging
+HANG = 900.0  # seconds after which a process counts as hanging; some take many on a busy machine
 CRASHED = 70  # exit status of a traceback
 SENTENCES = (1, 2, 130)  # exit statuses of `budwood.cli.errors`
 _loaded: dict[bytes, str] = {}  # digests of logits by digests of the files that are loaded

@@ -35,7 +35,7 @@ from fuzz_targets import TARGETS, Target
 
 from budwood.errors import BudwoodError
 
-HANG = 20.0  # seconds
+HANG = 20.0  # seconds of computing, or of waiting for something
 MEMORY = 2 << 30  # bytes beyond those of the process at its start
 BATCH = 400  # inputs per process: what one leaves behind does not add up
 OUTCOMES = ("accepted", "refused", "crash", "hang", "memory", "unsound")
@@ -112,12 +112,14 @@ def answers(asked: argparse.Namespace, targets: Sequence[Target], seeds: Seeds) 
         if child == 0:
             work(numbers, asked, targets, seeds, inner)
         os.close(inner)
-        rest, hung = b"", False
+        rest, hung, watch = b"", False, Watch(child)
         while True:
-            if not select.select([end], [], [], HANG)[0]:
-                hung = True
-                os.kill(child, signal.SIGKILL)
+            while not select.select([end], [], [], 1.0)[0]:
+                if not hung and watch.hangs():
+                    hung = True
+                    os.kill(child, signal.SIGKILL)
             part = os.read(end, 1 << 16)
+            watch = Watch(child)
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:
                 number, *found = line.decode(errors="replace").split("\t")
@@ -132,6 +134,28 @@ def answers(asked: argparse.Namespace, targets: Sequence[Target], seeds: Seeds) 
             how = f"signal {signal.Signals(code & 127).name}" if code & 127 else f"status {code >> 8}"
             yield following, name, "hang" if hung else "crash", "no answer" if hung else f"the process ended: {how}"
             following += 1
+
+
+class Watch:
+    """What a process does since it was looked at first. On a busy machine seconds that pass say nothing."""
+
+    def __init__(self, process: int):
+        self.process, self.waited = process, 0
+        self.begin, _ = self.used()
+
+    def used(self) -> tuple[float, bool]:
+        """Seconds of computing of the process so far, and whether it waits."""
+        try:
+            fields = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0, False  # it has ended
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] == "S"
+
+    def hangs(self) -> bool:
+        """To be asked every second."""
+        seconds, waits = self.used()
+        self.waited = self.waited + 1 if waits else 0
+        return seconds - self.begin > HANG or self.waited > HANG
 
 
 def main() -> None:
