@@ -3,6 +3,8 @@
 #   make demo    prune a real model three ways and compare                  make wheel  one file that installs anywhere
 #   make clean   remove what was made here
 #   make sanitize    the native library under AddressSanitizer and UBSan: its tests, and MUTANTS damaged matrices
+#   make faults  faults injected into every verb that writes: what is lost, what loads wrongly
+#   make fuzz    mutated files and expressions for everything that reads them (FUZZ="--count 2000" for fewer)
 #   make gpu-check   the GPU kernels, interpreted and compiled; no GPU is needed
 
 VENV ?= .venv
@@ -23,7 +25,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3,\
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup test lint demo wheel sanitize gpu-check clean
+.PHONY: setup test lint demo wheel sanitize faults fuzz gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(INSTALLED)
@@ -61,6 +63,12 @@ sanitize: setup
 		BUDWOOD_LIBRARY=$(SANITIZED)/libbudwood.so BUDWOOD_MUTANTS=$(MUTANTS) \
 		$(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_tiles.py \
 		tests/kernels/test_unsound.py tests/kernels/test_mutants.py
+
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py $(FAULTS)
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_campaign.py $(FUZZ)
 
 gpu-check: setup
 	test -d $(TRITON_FOLDER)/triton || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON_FOLDER) '$(TRITON)'

@@ -90,8 +90,8 @@ def longrope(header: "Header", former: int, attention: float | None) -> dict[str
 def carry_frequencies(header: "Header", rope: dict[str, Any], size: int | None) -> None:
     """A table of factors by frequency, as Llama 3.1 has them, as the bounds that it was made from."""
     if rope.get("rope_type") != "longrope" and {LONG, SHORT} & header.tables.keys():
-        factors = numpy.concatenate([header.tables[name] for name in (LONG, SHORT) if name in header.tables])
-        if not numpy.allclose(factors, 1):
+        scales = numpy.concatenate([header.tables[name] for name in (LONG, SHORT) if name in header.tables])
+        if not numpy.allclose(scales, 1):
             raise header.refusal(f"{SCALING}type", f"and has the table {LONG}")
     factors = header.tables.get(FREQUENCIES)
     if factors is None or numpy.allclose(factors, 1):

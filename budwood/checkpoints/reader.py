@@ -59,18 +59,21 @@ def read_header(file: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
             header = json.loads(stream.read(length))
         size = file.stat().st_size
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are not texts by name")
+        "".join([*header, *metadata, *metadata.values()]).encode()  # a lone surrogate is no text
         locations: dict[str, TensorLocation] = {}
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
             start, stop = entry["data_offsets"]
             location = TensorLocation(file, 8 + length + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            sized = all(type(size) is int and size >= 0 for size in location.shape)
+            sized = all(type(size) is int and size >= 0 for size in (start, stop, *location.shape))
             if start != end or stop - start != location.nbytes or not sized:
                 raise ValueError(f"the bytes given for {name} do not fit its shape")
             locations[name], end = location, stop
         if 8 + length + end != size:
             raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         reason = f"unknown type {error}" if isinstance(error, KeyError) else str(error)
         raise RunError(f"{file} is truncated or damaged: {reason}; fetch or write it again") from error
     return locations, metadata

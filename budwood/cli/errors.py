@@ -1,7 +1,9 @@
 """How a command ends when it fails: one sentence on stderr and an exit status, no traceback."""
 
+import errno
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
@@ -13,6 +15,8 @@ from budwood.errors import BudwoodError
 
 P = ParamSpec("P")
 DEBUG = "BUDWOOD_DEBUG"
+SYSTEM_ERROR = re.compile(r"\(os error (\d{1,4})\)")
+LACKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Interrupted(BudwoodError):
@@ -59,8 +63,24 @@ def message(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, BudwoodError):
         return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        file = f"{error.filename}: " if error.filename else ""
-        return f"{file}{error.strerror.lower()}"
+    system = error if isinstance(error, OSError) else resource_error(error)
+    if system is not None and system.strerror:
+        file = f"{system.filename}: " if system.filename else ""
+        return f"{file}{system.strerror.lower()}"
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text} (set {DEBUG}=1 for the traceback)"
+
+
+def resource_error(error: BaseException) -> OSError | None:
+    """The lack of something on this machine that an exception of another library comes from; None where there is none.
+
+    Libraries written in Rust give the number in their text, others raise their own error while they handle the first.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        number = SYSTEM_ERROR.search(str(found))
+        system = OSError(int(number[1]), os.strerror(int(number[1]))) if number else found
+        if isinstance(system, OSError) and system.errno in LACKS:
+            return system
+        found = found.__cause__ or found.__context__
+    return None

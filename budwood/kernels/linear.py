@@ -164,7 +164,7 @@ class SparseLinear(nn.Linear):
         """
         if self._tiles is not None:
             return self._tiles.matrix
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters
         key = key_of([parameters[suffix] for suffix in FORMATS[self.format].suffixes])
         if key is None or key != self._native_for:
             self._native = native_matrix(self.format, self.shape, self.packed())

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from budwood.checkpoints.files import write_json, write_text
+from budwood.checkpoints.lock import alone
 from budwood.checkpoints.schema import COUNT, MATRIX, NONE, NUMBER, PAIR, POSITIVE, Each, Rule
 from budwood.checkpoints.sidecars import read_object
 from budwood.errors import RunError
@@ -125,13 +126,14 @@ def add_section(folder: Path, name: str, section: Mapping[str, Any]) -> bool:
 def add_speed(folder: Path, speed: Mapping[str, Any]) -> None:
     """Puts what `budwood bench` measured into the report and the model card of a folder, where it has them.
 
-    Raises RunError where one of them cannot be read or written.
+    Raises RunError where one of them cannot be read or written, or another process writes to the folder.
     """
-    add_section(folder, "speed", speed)
-    card = folder / CARD
-    if card.is_file():
-        try:
-            text = card.read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise RunError(f"{card} cannot be read ({error}); delete it, or write the folder again") from error
-        write_text(card, with_speed(text, speed))
+    with alone(folder):
+        add_section(folder, "speed", speed)
+        card = folder / CARD
+        if card.is_file():
+            try:
+                text = card.read_text("utf-8")
+            except (OSError, ValueError) as error:
+                raise RunError(f"{card} cannot be read ({error}); delete it, or write the folder again") from error
+            write_text(card, with_speed(text, speed))

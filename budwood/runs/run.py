@@ -28,7 +28,7 @@ from budwood.checkpoints.reader import shard_files
 from budwood.checkpoints.source import Source
 from budwood.checkpoints.work import Work
 from budwood.checkpoints.writer import Writer
-from budwood.errors import BudwoodError, UsageError
+from budwood.errors import BudwoodError, RunError, UsageError
 from budwood.progress import Progress, Silent
 from budwood.reports.card import render_card
 from budwood.reports.markdown import render_report
@@ -56,6 +56,7 @@ class Run:
         self.report: Report | None = None
         self.recorded: Mapping[str, Any] | None = None
         self.work = Work(target.work)
+        self.companions: list[str] = []  # names of the files that are copied from the source
         self.notes: list[str] = []
         self.sections: dict[str, Any] = {}  # of the report, in addition to what is counted
         self.outside: dict[str, Callable[[Tensor], Tensor]] = {}  # changes of tensors outside the blocks, by full name
@@ -82,7 +83,8 @@ class Run:
         held = Target.claim(Path(target))
         try:
             run = cls(held, recipe, source, progress or Silent())
-            run._choose_folder(overwrite, [*PLANNED, *(file.name for file in companions(source.folder))])
+            run.companions = [file.name for file in companions(source.folder)]
+            run._choose_folder(overwrite, [*PLANNED, *run.companions])
             run.work = Work(held.work, run._keep_reads)
         except BaseException:
             held.release()
@@ -273,6 +275,8 @@ class Run:
             "README.md": render_card(report, base_model, license, architecture),
         }
         copied = [file.name for file in companions(source)]
+        if gone := [name for name in self.companions if name not in copied]:
+            raise RunError(f"{source / gone[0]} is gone; put it back and give the same command again")
         self.target.note([*documents, *copied, "config.json", "sparse.safetensors.index.json"])
         self.target.note(["model.safetensors.index.json"])
         write_json(folder / FILE, self.recipe.to_json())

@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from budwood.checkpoints.files import TEMPORARY, write_json
+from budwood.checkpoints.lock import acquire
 from budwood.checkpoints.sidecars import MANIFEST as WRITTEN
 from budwood.checkpoints.sidecars import SWAP as SWAPPED
 from budwood.checkpoints.sidecars import read_object
@@ -73,21 +74,14 @@ class Target:
         return target
 
     def _acquire(self) -> None:
-        """The lock is the kernel's: it ends with the process, however that ends."""
+        """Takes the lock. Raises UsageError where another process has it."""
         try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            return
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = acquire(self.path)
         except BlockingIOError as error:
             self._created = []  # it is the other process's folder
             raise UsageError(
                 f"another budwood process writes to {self.path}; wait until it ends, or give another folder"
             ) from error
-        except OSError:
-            return  # a file system without locks
 
     def release(self) -> None:
         """Gives the folder up; one that was created here and is empty is removed, with its parents created here."""

@@ -10,6 +10,11 @@ from budwood.cli.errors import Interrupted, report_errors
 from budwood.errors import RunError, UsageError
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__context__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "status", "sentence"),
     [
@@ -24,6 +29,21 @@ from budwood.errors import RunError, UsageError
             ZeroDivisionError("by zero"),
             1,
             "budwood: ZeroDivisionError: by zero (set BUDWOOD_DEBUG=1 for the traceback)\n",
+        ),
+        (
+            ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            1,
+            "budwood: no space left on device\n",
+        ),
+        (
+            ValueError("header too large (os error 2)"),
+            1,
+            "budwood: ValueError: header too large (os error 2) (set BUDWOOD_DEBUG=1 for the traceback)\n",
+        ),
+        (
+            caused(ImportError("cannot import"), OSError(errno.EMFILE, "Too many open files", "a.py")),
+            1,
+            "budwood: a.py: too many open files\n",
         ),
         (KeyboardInterrupt(), 130, "budwood: interrupted\n"),
         (Interrupted("the same command goes on"), 130, "budwood: the same command goes on\n"),

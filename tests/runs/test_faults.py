@@ -18,6 +18,7 @@ from budwood.checkpoints.loading import load
 from budwood.errors import RunError
 from budwood.pruning import prune
 from budwood.repacking import repack
+from budwood.runs import run as run_module
 from budwood.runs.target import STAGING, SWAP
 
 METHOD = 'magnitude("2:4")'
@@ -252,3 +253,25 @@ def test_reports_of_finished_runs_are_read_not_trusted(models, tmp_path):
     prune(models / "dense", target, METHOD)
     assert json.loads((target / "report.json").read_text())["method"] == METHOD
     assert model_files(target) == model_files(models / "former")
+
+
+@pytest.mark.parametrize("lost", ["tokenizer.json", ""])
+def test_a_source_whose_companions_vanish_makes_no_folder_without_them(models, tmp_path, monkeypatch, lost):
+    """A success would be a model without its tokenizer. What vanishes is one file, or the folder."""
+    source = put(models / "dense", tmp_path / "source")
+    prune(source, tmp_path / "whole", METHOD)
+    real = run_module.measure
+
+    def measure(*arguments, **options):  # when all weights are read
+        (source / lost).rename(tmp_path / "away")
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "measure", measure)
+        with pytest.raises(RunError, match="is gone; put it back"):
+            prune(source, tmp_path / "out", METHOD)
+    assert not (tmp_path / "out" / "config.json").exists()
+    (tmp_path / "away").rename(source / lost)
+    report = prune(source, tmp_path / "out", METHOD)
+    assert all(block["seconds"] is None for block in report["blocks"])
+    assert model_files(tmp_path / "out") == model_files(tmp_path / "whole")
