@@ -42,6 +42,8 @@ class MatrixReport(TypedDict):
     density: float
     recovered: float | None
     rounding_error: float | None
+    change: NotRequired[float | None]  # norm of what the run changed over the norm before; None where the shape changed
+    x4: NotRequired[list[int] | None]  # groups of four adjacent inputs that keep 0, 1, 2, 3, 4 weights
     bytes: int
 
 
@@ -53,6 +55,7 @@ class Report(TypedDict):
     method: str
     created: str
     machine: dict[str, Any]
+    versions: NotRequired[dict[str, str | None]]
     data: dict[str, Any] | None
     dtype: str
     compute_dtype: str
