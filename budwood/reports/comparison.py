@@ -5,9 +5,9 @@
     runs/NAME/       one folder a run: result.json (its `Row`), and model/ where the pruned model is kept
 
 A row is one source, one method and one draw of the calibration text. It holds the records of the verbs as they gave
-them: `report` is `report.json` of the pruned folder (blocks, linears, totals, training, machine), every entry of
-`evaluations` what the evaluation returned, with its own conditions, `speed` what `budwood bench` measured. `figures` are
-the numbers of a table, by the keys that `FIGURES` explains; a number that was not measured is absent, never 0.
+them: `report` is `report.json` of the pruned folder (blocks, linears, totals, training, machine), each entry of
+`evaluations` what the evaluation returned, with its own conditions, `speed` what `budwood bench` measured. `figures`
+are the numbers of a table, by the keys that `FIGURES` explains; one that was not measured is absent, never 0.
 `Results.published` holds figures of papers, which no run measured.
 """
 
@@ -102,7 +102,7 @@ class Results(TypedDict):
 
 
 def read_results(folder: str | Path) -> Results:
-    """The results in a folder, or in a file. Raises UsageError where there are none, RunError where they are damaged."""
+    """The results in a folder or a file. Raises UsageError where there are none, RunError where they are damaged."""
     file = Path(folder).expanduser()
     file = file / FILE if file.is_dir() else file
     try:
