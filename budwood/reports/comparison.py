@@ -5,9 +5,10 @@
     runs/NAME/       one folder a run: result.json (its `Row`), and model/ where the pruned model is kept
 
 A row is one source, one method and one draw of the calibration text. It holds the records of the verbs as they gave
-them: `report` is `report.json` of the pruned folder (blocks, linears, totals, training, machine), each entry of
-`evaluations` what the evaluation returned, with its own conditions, `speed` what `budwood bench` measured. `figures`
-are the numbers of a table, by the keys that `FIGURES` explains; one that was not measured is absent, never 0.
+them: `report` is `report.json` of the pruned folder (blocks, linears, totals, training, machine), `results` the records
+of `reports/results.py` as JSON (perplexity, divergence, repetition, tasks, pairs), each with its own conditions, `speed`
+what `budwood bench` measured. `figures` are the numbers of a table, by the keys that `FIGURES` explains; one that was
+not measured is absent, never 0.
 `Results.published` holds figures of papers, which no run measured.
 """
 
@@ -64,7 +65,7 @@ class Row(TypedDict):
     seconds: dict[str, float]  # of each step that was made: prune, perplexity NAME, tasks, ...
     figures: dict[str, float]  # see FIGURES
     report: dict[str, Any] | None  # report.json of the pruned folder
-    evaluations: dict[str, dict[str, Any]]  # by kind (perplexity, divergence, repetition, tasks), then by text or "all"
+    results: list[dict[str, Any]]  # of the evaluations, as `reports/result_json.to_json` gives them
     speed: dict[str, Any] | None
     machine: dict[str, Any]  # that this run was made on, with versions
     folder: NotRequired[str | None]  # of the model, relative to that of results.json; None where it was dropped
