@@ -26,6 +26,7 @@ FLOORS = {
     "supernet": 5,
     "reports": 5,
     "runs": 6,
+    "pages": 6,
     "methods": 7,
     "evaluation": 7,
     "pruning": 8,
