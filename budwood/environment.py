@@ -69,7 +69,10 @@ def environment(measure: bool = False) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """The versions that a measurement depends on, as reports record them."""
-    return {"python": sys.version.split()[0], **{name: installed(name) for name in ("budwood", "torch", "transformers")}}
+    return {
+        "python": sys.version.split()[0],
+        **{name: installed(name) for name in ("budwood", "torch", "transformers")},
+    }
 
 
 def processor() -> tuple[str, frozenset[str]]:

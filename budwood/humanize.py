@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from budwood.errors import UsageError
 
-HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # categories of Unicode: control, format (bidi), surrogates, unassigned
+HIDDEN = (
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+    "Cn",
+    "Zl",
+    "Zp",
+)  # categories of Unicode: control, format (bidi), surrogates, unassigned
 
 
 def size(count: float | None) -> str:

@@ -125,5 +125,3 @@ def distinct(models: Sequence[Shown]) -> list[Shown]:
         count = counts[model.label] = counts.get(model.label, 0) + 1
         found.append(model if count == 1 else replace(model, label=f"{model.label} ({count})"))
     return found
-
-

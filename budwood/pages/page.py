@@ -23,7 +23,9 @@ MARK = "<!-- budwood report -->"  # in the first lines of every page, so that on
 DEFAULT = "report.html"
 
 
-def report(folders: Sequence[str | Path], output: str | Path | None = None, *, title: str | None = None) -> dict[str, Any]:
+def report(
+    folders: Sequence[str | Path], output: str | Path | None = None, *, title: str | None = None
+) -> dict[str, Any]:
     """Writes the page about `folders` (of `prune` or `compare`) and returns what is in it.
 
     output: the file; `report.html` in the first folder where it is None. A page of budwood is replaced, whole.
@@ -83,7 +85,7 @@ def render(gathered: Gathered, drawn: Sequence[Picture], title: str | None = Non
         description=printable(gathered.description or ""),
         tiles=tiles(models, notes),
         tables=[table for table in shown if table],
-        pictures=drawn,
+        pictures=[(picture, [notes.mark(line) for line in picture.conditions]) for picture in drawn],
         recipes=[(printable(model.label), made_how(model)) for model in models if model.report],
         notes=[printable(note) for note in gathered.notes] + notes_of(models),
         footnotes=[printable(line) for line in notes.lines],
@@ -116,9 +118,11 @@ def made_how(model: Shown) -> list[tuple[str, str]]:
 
 
 def notes_of(models: Sequence[Shown]) -> list[str]:
-    """The notes of the runs, each once, with the model where there are several."""
-    found = []
+    """The notes of the runs, each once, with the models that it is of where there are several."""
+    found: dict[str, list[str]] = {}
     for model in models:
         for note in mapping(model.report).get("notes") or []:
-            found.append(printable(f"{model.label}: {note}" if len(models) > 1 else note))
-    return list(dict.fromkeys(found))[:40]
+            found.setdefault(printable(note), []).append(printable(model.label))
+    if len(models) == 1:
+        return list(found)
+    return [f"{note} ({labels[0] if len(labels) == 1 else f'{len(labels)} models'})" for note, labels in found.items()]

@@ -81,7 +81,9 @@ def text_name(result: Mapping[str, Any]) -> str:
     return str(text.get("name") or text.get("data") or "text")
 
 
-def figures_of(report: Mapping[str, Any], results: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None) -> dict:
+def figures_of(
+    report: Mapping[str, Any], results: Sequence[Mapping[str, Any]], speed: Mapping[str, Any] | None
+) -> dict:
     """The figures of a pruned folder, by the keys of `reports.comparison.FIGURES`."""
     totals, model = mapping(report.get("totals")), mapping(mapping(speed).get("model"))
     dense = number(totals.get("bytes_dense"))

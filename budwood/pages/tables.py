@@ -210,4 +210,6 @@ def failed_table(models: Sequence[Shown]) -> Table | None:
         for model in models
         if model.status != "done"
     ]
-    return Table("Runs without figures", [(head, "", False) for head in ("run", "status", "why")], rows) if rows else None
+    return (
+        Table("Runs without figures", [(head, "", False) for head in ("run", "status", "why")], rows) if rows else None
+    )

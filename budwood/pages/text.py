@@ -32,7 +32,7 @@ def text_of(key: str, value: float | None) -> str:
         return f"{value:,.0f}"
     if key == "D" or key.startswith(("D ", "KL ")):
         return f"{value:.3f}"
-    if key.endswith("times dense"):
+    if key.endswith("times dense") or key == "bits per weight":
         return f"{value:.2f}"
     return humanize.figure(value, 4) if value < 10000 else f"{value:,.0f}"
 

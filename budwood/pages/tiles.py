@@ -47,7 +47,7 @@ def tiles(models: Sequence[Shown], notes: Footnotes) -> list[Tile]:
         value = best.figures[key]
         figure, beside = {
             "bytes": (humanize.size(value), f"{humanize.share(best.figures.get('share of dense'), 1)} of dense"),
-            "bits per weight": (humanize.figure(value, 3), "16 where dense in 16 bits"),
+            "bits per weight": (text_of(key, value), "16 where dense in 16 bits"),
             "decode times dense": (f"{value:.2f} ×", "of dense, one token at a time"),
         }[key]
         found.append(tile(best_of + name, figure, beside, best, key, notes, many))

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from budwood.pages.pictures.drawing import INK, MUTED, Picture, figure, legend, picture, series
+from budwood.pages import conditions
+from budwood.pages.pictures.drawing import INK, MUTED, Picture, figure, legend, picture, plain_numbers, series
 from budwood.pages.shown import Shown
 from budwood.pages.text import short
 
@@ -33,9 +34,7 @@ def alpha(models: Sequence[Shown]) -> Iterator[Picture]:
         if keys:
             upper.set_ylabel("perplexity")
             upper.set_yscale("log")
-            upper.yaxis.set_major_formatter(plain_numbers())
-            upper.yaxis.set_minor_formatter(plain_numbers())
-            upper.tick_params(axis="y", which="minor", labelsize=7)
+            plain_numbers(upper.yaxis)
         densities = [(model.alpha, 100 * density(model)) for model in points if density(model) is not None]
         lower.plot([x for x, _ in densities], [y for _, y in densities], color=INK, marker="o")
         lower.set_ylabel("recovered, %")
@@ -55,6 +54,7 @@ def alpha(models: Sequence[Shown]) -> Iterator[Picture]:
             f"{short(source, 60)}. WRP keeps 2:4 and takes back crucial weights; their share of all weights is below.",
             f"Line charts of perplexity and of the recovered density against alpha. {said}.",
             number,
+            [conditions.of_figure(model, key) for model in points for key in (*keys, "recovered", "seconds")],
         )
 
 
@@ -66,9 +66,3 @@ def plain(model: Shown) -> bool:
 def density(model: Shown) -> float | None:
     """The recovered share; 0 for alpha 0, which recovers nothing."""
     return 0.0 if model.alpha == 0 else model.figures.get("recovered")
-
-
-def plain_numbers():  # type: ignore[no-untyped-def]
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda value, _: f"{value:g}" if value < 10000 else f"{value:,.0f}")

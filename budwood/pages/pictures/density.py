@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from budwood.pages import conditions
 from budwood.pages.pictures.drawing import PAPER, Picture, figure, picture
 from budwood.pages.pictures.kinds import by_place
 from budwood.pages.shown import Shown
@@ -47,7 +48,9 @@ def density_map(model: Shown, cells, number: int, count: int) -> Picture:  # typ
         spine.set_visible(False)
     axes.tick_params(length=0)
     lowest, highest = min(cells, key=cells.__getitem__), max(cells, key=cells.__getitem__)
-    more = f" {count} models have matrices of different density; {MAPS} are drawn." if count > MAPS and not number else ""
+    more = (
+        f" {count} models have matrices of different density; {MAPS} are drawn." if count > MAPS and not number else ""
+    )
     return picture(
         made,
         "density",
@@ -57,6 +60,7 @@ def density_map(model: Shown, cells, number: int, count: int) -> Picture:  # typ
         f"Map of {len(blocks)} blocks by {len(kinds)} kinds of matrix. Lowest density {100 * low:.1f} % in block "
         f"{lowest[0]}, {lowest[1]}; highest {100 * high:.1f} % in block {highest[0]}, {highest[1]}.",
         number,
+        [conditions.sizes(model), conditions.pruning(model)],
     )
 
 

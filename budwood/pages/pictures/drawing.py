@@ -6,12 +6,13 @@ Colours are written as marks (hex values that nothing else uses) and become CSS 
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from budwood.errors import UsageError
+from budwood.humanize import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,16 +25,16 @@ VARIABLES = {INK: "--ink", GRID: "--line", MUTED: "--muted", PAPER: "--paper"} |
 }
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-WIDTH = 5.2  # inches: at 360 px of a phone the text is still 8 px high
+WIDTH = 4.6  # inches: at 360 px of a phone the text is still 8 px high
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "budwood",
     "text.parse_math": False,  # names hold dollar signs
     "font.family": ["DejaVu Sans", "sans-serif"],
-    "font.size": 9,
+    "font.size": 9.5,
     "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8,
+    "axes.labelsize": 9.5,
+    "legend.fontsize": 8.5,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
@@ -61,7 +62,7 @@ STYLE: dict[str, Any] = {
 class Picture:
     """name: for the test and the result. title, caption: plain text. alternative: what the picture shows, in words.
 
-    svg: markup made here, safe to insert. wide: takes the whole width of the page.
+    svg: markup made here, safe to insert. conditions: lines for the footnotes of the page.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Picture:
     caption: str
     alternative: str
     svg: str
-    wide: bool = False
+    conditions: tuple[str, ...] = ()
 
 
 def check_matplotlib() -> None:
@@ -96,22 +97,28 @@ def drawing() -> Iterator[None]:
 
 def figure(height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **options: Any) -> tuple[Any, Any]:
     """A figure of `height` inches and its axes."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(made)
+    FigureCanvasAgg(made)  # it can measure texts; the file is written as SVG all the same
     return made, made.subplots(rows, columns, **options)
 
 
 def picture(
-    made: "Figure", name: str, title: str, caption: str, alternative: str, number: int = 0, wide: bool = False
+    made: "Figure",
+    name: str,
+    title: str,
+    caption: str,
+    alternative: str,
+    number: int = 0,
+    conditions: Iterable[str | None] = (),
 ) -> Picture:
-    """The picture of a figure. number: tells pictures of one kind apart."""
+    """The picture of a figure. number: tells pictures of one kind apart. conditions: of what is drawn; equal ones once."""
     buffer = io.StringIO()
     made.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = embedded(buffer.getvalue(), f"{name}-{number}", alternative)
-    return Picture(name, title, caption, alternative, svg, wide)
+    return Picture(name, title, caption, alternative, svg, tuple(line for line in dict.fromkeys(conditions) if line))
 
 
 def embedded(svg: str, key: str, alternative: str) -> str:
@@ -133,8 +140,17 @@ def embedded(svg: str, key: str, alternative: str) -> str:
     return head + body[end + 1 :].strip()
 
 
+def plain_numbers(axis: Any) -> None:
+    """Writes the ticks of a logarithmic axis as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 10000 else f"{value:,.0f}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+    return printable(text).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def series(index: int) -> dict[str, Any]:

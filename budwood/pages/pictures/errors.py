@@ -3,22 +3,23 @@
 import statistics
 from collections.abc import Iterator, Sequence
 
+from budwood.pages import conditions
 from budwood.pages.pictures.drawing import Picture, figure, legend, picture, series
-from budwood.pages.pictures.kinds import MOST, by_kind
+from budwood.pages.pictures.kinds import by_kind, chosen
 from budwood.pages.shown import Shown
 from budwood.pages.text import number, short
 
 
 def errors_by_block(models: Sequence[Shown]) -> Iterator[Picture]:
-    curves = []
+    curves = {}
     for model in models:
         errors = [(index, number(block.get("relative_error"))) for index, block in enumerate(model.blocks)]
         known = [(index, 100 * error) for index, error in errors if error is not None]
         if known:
-            curves.append((model, known))
+            curves[model.label] = (model, known)
     if not curves:
         return
-    shown = curves[:MOST]
+    shown = [curves[model.label] for model in chosen([model for model, _ in curves.values()])]
     made, axes = figure(3.2 + 0.16 * ((len(shown) + 1) // 2))
     for index, (model, known) in enumerate(shown):
         style = series(index) | {"markersize": 3}
@@ -38,18 +39,19 @@ def errors_by_block(models: Sequence[Shown]) -> Iterator[Picture]:
         + omitted(len(curves), len(shown)),
         f"Line chart of the relative output error by block for {len(shown)} models. For {short(model.label)} the "
         f"largest is {worst[1]:.1f} % in block {worst[0]}, the mean {statistics.fmean(y for _, y in known):.1f} %.",
+        conditions=[conditions.pruning(model) for model, _ in shown],
     )
 
 
 def errors_by_kind(models: Sequence[Shown]) -> Iterator[Picture]:
     """Median and range over the blocks of the change of each kind of matrix."""
-    found = [(model, changes) for model in models if (changes := by_kind(model, "change"))]
+    found = {model.label: (model, changes) for model in models if (changes := by_kind(model, "change"))}
     if not found:
         return
-    shown = found[:MOST]
+    shown = [found[model.label] for model in chosen([model for model, _ in found.values()], 4)]
     kinds = list(dict.fromkeys(kind for _, changes in shown for kind in changes))
     step = 0.8 / len(shown)
-    made, axes = figure(1.4 + max(0.34, 0.12 * len(shown)) * len(kinds) + 0.16 * len(shown))
+    made, axes = figure(1.2 + max(0.3, 0.13 * len(shown)) * len(kinds) + 0.16 * len(shown))
     for index, (model, changes) in enumerate(shown):
         style = series(index)
         for place, kind in enumerate(kinds):
@@ -72,7 +74,7 @@ def errors_by_kind(models: Sequence[Shown]) -> Iterator[Picture]:
     axes.set_xlim(left=0)
     legend(made, axes, 1)
     model, changes = shown[0]
-    medians = ", ".join(f"{kind} {100 * statistics.median(values):.1f} %" for kind, values in changes.items())
+    medians = ", ".join(f"{short(kind)} {100 * statistics.median(values):.1f} %" for kind, values in changes.items())
     yield picture(
         made,
         "error-by-kind",
@@ -80,8 +82,9 @@ def errors_by_kind(models: Sequence[Shown]) -> Iterator[Picture]:
         "The norm of what changed in a matrix over its norm before: the median over the blocks and the range."
         + omitted(len(found), len(shown)),
         f"Dots with ranges by kind of matrix for {len(shown)} models. Medians of {short(model.label)}: {medians}.",
+        conditions=[conditions.pruning(model) for model, _ in shown],
     )
 
 
 def omitted(known: int, shown: int) -> str:
-    return f" The first {shown} of {known} models are drawn." if known > shown else ""
+    return f" Drawn are {shown} of {known} models, the best of every family first." if known > shown else ""

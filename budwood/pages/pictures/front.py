@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from budwood.pages.pictures.drawing import INK, MUTED, Picture, figure, legend, picture, series
+from budwood.pages import conditions
+from budwood.pages.pictures.drawing import INK, MUTED, Picture, figure, legend, picture, plain_numbers, series
 from budwood.pages.shown import Shown
 from budwood.pages.text import short
 
@@ -35,6 +36,16 @@ def front(models: Sequence[Shown]) -> Iterator[Picture]:
         families = list(dict.fromkeys(model.family for model in compared))
         made, axes = figure(3.9 + 0.16 * ((len(families) + 1) // 2))
         axes.plot([points[i][0] for i in best], [points[i][1] for i in best], color=MUTED, linewidth=1, zorder=1)
+        pruned = [i for i, model in enumerate(compared) if model.kind == "pruned"]
+        second = [pruned[i] for i in front_of([points[i] for i in pruned])]
+        axes.plot(
+            [points[i][0] for i in second],
+            [points[i][1] for i in second],
+            color=MUTED,
+            linewidth=1,
+            linestyle=":",
+            zorder=1,
+        )
         for index, family in enumerate(families):
             mine = [i for i, model in enumerate(compared) if model.family == family]
             style = series(index)
@@ -47,11 +58,13 @@ def front(models: Sequence[Shown]) -> Iterator[Picture]:
                 markerfacecolor="none" if compared[mine[0]].kind == "quantised" else style["color"],
                 label=short(family, 28),
             )
-        axes.set_xlabel("bits per weight of the pruned matrices, index and scales included")
+        axes.set_xlabel("bits per weight")
         axes.set_ylabel("D = ln(perplexity / dense)")
         if max(y for _, y in points) > 20 * max(1e-3, min(abs(y) for _, y in points)) and min(y for _, y in points) > 0:
             axes.set_yscale("log")
-        named = best if len(best) <= 8 else best[:: -(-len(best) // 8)]
+            plain_numbers(axes.yaxis)
+        best_first = list(dict.fromkeys([*best, *second]))
+        named = best_first if len(best_first) <= 10 else best_first[:: -(-len(best_first) // 10)]
         place_names(made, axes, [(*points[i], short(compared[i].label, 24)) for i in named], points)
         legend(made, axes)
         names = ", ".join(f"{short(compared[i].label)} ({points[i][0]:.3g} bits, D {points[i][1]:.3f})" for i in best)
@@ -59,11 +72,12 @@ def front(models: Sequence[Shown]) -> Iterator[Picture]:
             made,
             "front",
             "Loss against bits per weight",
-            f"{short(source, 60)}. Lower and further left is better; the line joins what nothing beats in both. "
-            "Open marks: quantised dense models. D is the mean over the texts.",
+            f"{short(source, 60)}. Lower and further left is better. The line joins what nothing beats in both, the "
+            "dotted one what no other pruned model does. Open marks: quantised dense models. Bits are those of the "
+            "pruned matrices, index and scales included; D is the mean over the texts.",
             f"Scatter plot of D against bits per weight for {len(compared)} models. On the Pareto front: {names}.",
             number,
-            wide=True,
+            [conditions.of_figure(model, key) for model in compared for key in ("D", "bits per weight", "seconds")],
         )
 
 

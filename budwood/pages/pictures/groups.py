@@ -2,20 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 
+from budwood.pages import conditions
 from budwood.pages.pictures.drawing import MUTED, Picture, figure, legend, picture, series
 from budwood.pages.pictures.errors import omitted
+from budwood.pages.pictures.kinds import chosen
 from budwood.pages.shown import Shown
 from budwood.pages.text import number, short
 
 HALF = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)  # half of the weights kept independently of each other
-BARS = 6
+BARS = 4
 
 
 def groups(models: Sequence[Shown]) -> Iterator[Picture]:
-    found = [(model, shares) for model in models if (shares := shares_of(model)) and shares[4] < 0.999]
+    found = {model.label: (model, shares) for model in models if (shares := shares_of(model)) and shares[4] < 0.999}
     if not found:
         return
-    shown = found[:BARS]
+    shown = [found[model.label] for model in chosen([model for model, _ in found.values()], BARS)]
     made, axes = figure(3.0 + 0.16 * len(shown))
     width = 0.8 / len(shown)
     hatches = ("", "//", "..", "\\\\", "xx", "--")
@@ -51,6 +53,7 @@ def groups(models: Sequence[Shown]) -> Iterator[Picture]:
         "All pruned matrices together. The lines: half of the weights kept independently (6.25, 25, 37.5, 25, 6.25 %)."
         + omitted(len(found), len(shown)),
         f"Bar chart of the share of groups that keep 0 to 4 weights for {len(shown)} models. {short(model.label)}: {listed}.",
+        conditions=[conditions.pruning(model) for model, _ in shown],
     )
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from budwood.pages import conditions
 from budwood.pages.pictures.drawing import MUTED, Picture, figure, legend, picture, series
 from budwood.pages.pictures.errors import omitted
-from budwood.pages.pictures.kinds import MOST
+from budwood.pages.pictures.kinds import chosen
 from budwood.pages.shown import Shown, mapping
 from budwood.pages.text import number, short
 
@@ -13,20 +14,21 @@ from budwood.pages.text import number, short
 def decoding(models: Sequence[Shown]) -> Iterator[Picture]:
     """Tokens a second, bars from the tenth to the ninetieth percentile."""
     bars = []
-    for model in models:
+    timed = [model for model in models if rates_of(mapping(mapping(mapping(model.speed).get("model")).get("pruned")))]
+    for model in chosen(timed):
         whole = mapping(mapping(model.speed).get("model"))
         for which in ("pruned", "dense"):
             if rates := rates_of(mapping(whole.get(which))):
                 bars.append((model, which, rates))
     if not bars:
         return
-    shown = bars[: 2 * MOST]
+    shown = bars
     made, axes = figure(1.2 + 0.3 * len(shown))
     for place, (_, which, (middle, low, high)) in enumerate(shown):
         style = {"color": series(0)["color"]} if which == "pruned" else {"color": MUTED, "hatch": "//"}
         axes.barh(place, middle, height=0.62, edgecolor="#040404", linewidth=0, **style)
         axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="#010101", capsize=2.5, linewidth=1)
-        axes.text(high, place, f"  {middle:.1f}", va="center", fontsize=8)
+        axes.annotate(f"{middle:.1f}", (high, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
     names = [f"{short(model.label, 26)}, {which}" if which == "pruned" else "dense" for model, which, _ in shown]
     axes.set_yticks(range(len(shown)), names, fontsize=8)
     axes.invert_yaxis()
@@ -34,15 +36,17 @@ def decoding(models: Sequence[Shown]) -> Iterator[Picture]:
     axes.grid(False, axis="y")
     axes.set_xlabel("tokens a second, one at a time")
     said = "; ".join(
-        f"{short(model.label)}, {which}: {middle:.1f} ({low:.1f} to {high:.1f})" for model, which, (middle, low, high) in shown
+        f"{short(model.label)}, {which}: {middle:.1f} ({low:.1f} to {high:.1f})"
+        for model, which, (middle, low, high) in shown
     )
     yield picture(
         made,
         "speed",
         "Tokens generated a second",
         "Medians, with the tenth and the ninetieth percentile of the rounds; dense beside each, timed in turns with it."
-        + omitted(len(bars), len(shown)),
+        + omitted(len(timed), len(chosen(timed))),
         f"Bar chart of tokens a second. {said}.",
+        conditions=[conditions.speed(model) for model, _, _ in shown],
     )
 
 
@@ -59,7 +63,8 @@ def rates_of(found: Mapping[str, Any]) -> tuple[float, float, float] | None:
 def products(models: Sequence[Shown]) -> Iterator[Picture]:
     """One picture a model: times dense by the number of rows, for every shape of matrix."""
     found = [(model, timed) for model in models if (timed := timed_of(model))]
-    for index, (model, timed) in enumerate(found[: MOST // 2]):
+    best = [model.label for model in chosen([model for model, _ in found], 2)]
+    for index, (model, timed) in enumerate(each for each in found if each[0].label in best):
         shapes = list(dict.fromkeys(shape for shape, *_ in timed))
         made, axes = figure(3.2 + 0.16 * ((len(shapes) + 2) // 3))
         for place, shape in enumerate(shapes):
@@ -95,6 +100,7 @@ def products(models: Sequence[Shown]) -> Iterator[Picture]:
             "the pruned product. Above the line is faster than dense.",
             f"Chart of the speed of sparse products against dense. Times as fast: {said}.",
             index,
+            [conditions.speed(model)],
         )
 
 

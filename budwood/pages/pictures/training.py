@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+from budwood.pages import conditions
 from budwood.pages.pictures.drawing import Picture, figure, legend, picture, series
 from budwood.pages.pictures.errors import omitted
-from budwood.pages.pictures.kinds import MOST
 from budwood.pages.shown import Shown
 from budwood.pages.text import number, short
+
+MOST = 4
 
 
 def training(models: Sequence[Shown]) -> Iterator[Picture]:
@@ -18,7 +20,7 @@ def training(models: Sequence[Shown]) -> Iterator[Picture]:
     ]
     if not found:
         return
-    shown = found[: MOST // 2]
+    shown = found[:MOST]
     made, axes = figure(3.2 + 0.16 * len(shown))
     said = []
     for index, (model, section) in enumerate(shown):
@@ -51,4 +53,5 @@ def training(models: Sequence[Shown]) -> Iterator[Picture]:
         "Thin: means of the training windows. With marks: windows held out; the state with the lowest is kept."
         + omitted(len(found), len(shown)),
         f"Line chart of the loss by step. {'; '.join(said) or 'No windows were held out'}.",
+        conditions=[conditions.pruning(model) for model, _ in shown],
     )

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
+from budwood.pages import conditions
 from budwood.pages.pictures.drawing import Picture, figure, legend, picture, series
 from budwood.pages.pictures.errors import omitted
-from budwood.pages.pictures.kinds import MOST
+from budwood.pages.pictures.kinds import chosen
 from budwood.pages.shown import Shown, mapping
 from budwood.pages.text import number, short
 
@@ -15,7 +16,7 @@ def units(models: Sequence[Shown]) -> Iterator[Picture]:
     found = [model for model in models if any(block.get("units") for block in model.blocks)]
     if not found:
         return
-    shown = found[:MOST]
+    shown = chosen(found)
     made, axes = figure(4.2 + 0.16 * ((len(shown) + 1) // 2), rows=2, sharex=True)
     said = []
     for panel, (kind, words) in zip(axes, KINDS.items(), strict=True):
@@ -39,6 +40,7 @@ def units(models: Sequence[Shown]) -> Iterator[Picture]:
         "Of the KV groups of the attention (with the query heads that read them) and of the neurons of the MLP."
         + omitted(len(found), len(shown)),
         f"Two step charts by block. {'; '.join(said)}.",
+        conditions=[conditions.pruning(model) for model in shown],
     )
 
 
