@@ -1,0 +1,34 @@
+"""Results in the report of a model folder: the section `results` of `report.json`, a list."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from budwood.errors import RunError
+from budwood.reports.record import FILE, add_section, read_report
+from budwood.reports.result_json import from_json, to_json
+from budwood.reports.results import Result
+
+SECTION = "results"
+
+
+def read_results(folder: Path) -> tuple[Result, ...]:
+    """The results in the report of a folder, in the order in which they were added; none where there is no report.
+
+    Raises RunError where the report is damaged.
+    """
+    report = read_report(folder)
+    section = (report or {}).get(SECTION, [])
+    if not isinstance(section, list):
+        raise RunError(f"{folder / FILE} is damaged: {SECTION} is no list; delete that section")
+    return tuple(from_json(part, f"{folder / FILE}, result {number}") for number, part in enumerate(section, start=1))
+
+
+def merged(old: Sequence[Result], new: Sequence[Result]) -> list[Result]:
+    """Old and new results; of two with the same `key` (kind, data, dtype) the new one."""
+    return list({result.key: result for result in (*old, *new)}.values())
+
+
+def add_results(folder: Path, results: Sequence[Result]) -> bool:
+    """Adds the results to the report of a folder; False where it has none. Raises RunError where it is damaged."""
+    together = merged(read_results(folder), results)
+    return add_section(folder, SECTION, [to_json(result) for result in together])
