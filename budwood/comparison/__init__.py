@@ -1,1 +1,1 @@
-"""Comparisons: a recipe of sources, methods, draws and evaluations, run one after the other into a folder of results."""
+"""Comparisons: a recipe of sources, methods, draws and evaluations, carried out into a folder of results."""

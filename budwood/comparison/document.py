@@ -158,8 +158,9 @@ def _replaced(value: Any, place: Place, values: Mapping[str, Scalar], document: 
 
 
 def yaml_package() -> Any:
-    """PyYAML. Raises UsageError, with the command that installs it, where it is missing."""
+    """PyYAML. Raises UsageError, with the command that installs the extra, where it or pydantic is missing."""
     try:
+        import pydantic  # noqa: F401
         import yaml
     except ImportError as error:
         raise UsageError("recipes need PyYAML and pydantic; run: pip install 'budwood[compare]'") from error

@@ -19,7 +19,7 @@ TIMING = 60.0  # seconds that `bench` takes at least
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take. seconds are those of forward passes, a lower bound; None where the model is not here yet."""
+    """What a run will take. seconds: of forward passes, a lower bound; None where the model is not here yet."""
 
     run: Run
     done: bool  # finished by an earlier call

@@ -50,8 +50,8 @@ class Recipe:
 def read_recipe_file(file: str | Path, given: Mapping[str, str] | None = None) -> Recipe:
     """The recipe in a YAML file. given: values of variables, as text.
 
-    Raises UsageError with the line and the reason for anything that cannot be: an unknown field, a value of another type,
-    an unknown method or option, a bad grid, a name that is there twice. `check_files` looks for sources and texts.
+    Raises UsageError with the line and the reason for anything that cannot be: an unknown field, a value of another
+    type, an unknown method or option, a bad grid, a name that is there twice. `check_files` looks for sources, texts.
     """
     document = read_document(file, given)
     from budwood.comparison.schema import RecipeFields
@@ -86,9 +86,8 @@ def row_of(fields: "RecipeFields", index: int, document: Document) -> RecipeRow:
     with at(document, (*place, "prune") if entry.prune else ("prune",)):
         known_layout(prune.format, prune.values)
         parse_bytes(prune.activation_memory)
-    if any(method is not None and method.calibrated for method in methods):
-        if calibration.data is None:
-            raise document.error((*place, "method"), f"{entry.method} needs text, and calibration has no data")
+    if calibration.data is None and any(method is not None and method.calibrated for method in methods):
+        raise document.error((*place, "method"), f"{entry.method} needs text, and calibration has no data")
     unknown = next((name for name in entry.sources or () if name not in fields.sources), None)
     if unknown is not None:
         known = ", ".join(fields.sources)

@@ -54,7 +54,7 @@ class Rtn(Method):
 
 
 def parse_row(text: str) -> Method | None:
-    """The method of a row: an expression of budwood, `rtn(...)`, or None for `dense`. Raises UsageError for the rest."""
+    """The method of a row: an expression, `rtn(...)`, or None for `dense`. Raises UsageError for the rest."""
     if text.strip() == "dense":
         return None
     method = parse_method(text, METHODS | {"rtn": Rtn})

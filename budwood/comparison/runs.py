@@ -48,8 +48,8 @@ class Run:
 def runs_of(recipe: Recipe) -> list[Run]:
     """All runs in the order of the recipe, the dense model of each source first.
 
-    Methods without calibration text, and the dense model, have one draw. Raises UsageError where two runs would have the
-    same name.
+    Methods without calibration text, and the dense model, have one draw. Raises UsageError where two runs would have
+    the same name.
     """
     found: dict[str, Run] = {}
     for row in recipe.rows:

@@ -88,7 +88,7 @@ class DivergenceFields(Part):
 
 
 class RepetitionFields(Part):
-    """Repeated 4-grams in greedy continuations. text: the name of the text whose windows begin them; by default the first."""
+    """Repeated 4-grams in greedy continuations. text: whose windows begin them; by default the first."""
 
     text: str | None = None
     prompt: Length = 32

@@ -87,7 +87,10 @@ def task_of(recipe: Recipe, run: Run, model: DenseModel, out: Path, keep: bool) 
     fields = recipe.fields
     prune = run.prune.model_dump()
     calibration = run.calibration.model_dump()
-    identity: dict[str, Any] = {"source": model.fingerprint, "method": "dense" if run.method is None else str(run.method)}
+    identity: dict[str, Any] = {
+        "source": model.fingerprint,
+        "method": "dense" if run.method is None else str(run.method),
+    }
     if run.calibrated:
         identity["calibration"] = {**calibration, "seed": run.draw, "sha256": digest(run.calibration.data)}
     if run.method is not None:

@@ -73,7 +73,8 @@ class Workers:
             failed = f"its process ended with status {process.exitcode}" + (
                 f" (signal {-process.exitcode}; there may be too little memory)" if process.exitcode < 0 else ""
             )
-            write_json(task.folder / ERROR, {"error": failed}) if task.folder.is_dir() else None
+            if task.folder.is_dir():
+                write_json(task.folder / ERROR, {"error": failed})
             ended(task, failed)
             return
         if what == "ended":
