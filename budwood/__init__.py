@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from budwood.benchmarking import bench as bench
     from budwood.checkpoints.loading import load as load
     from budwood.comparison.compare import compare as compare
-    from budwood.evaluation.perplexity import evaluate as evaluate
+    from budwood.evaluation.evaluate import evaluate as evaluate
     from budwood.finetuning import sparse_lora as sparse_lora
     from budwood.methods import METHODS as METHODS
     from budwood.planning import plan as plan
@@ -28,7 +28,7 @@ PUBLIC = {  # name -> module that defines it
     "METHODS": "budwood.methods",
     "bench": "budwood.benchmarking",
     "compare": "budwood.comparison.compare",
-    "evaluate": "budwood.evaluation.perplexity",
+    "evaluate": "budwood.evaluation.evaluate",
     "load": "budwood.checkpoints.loading",
     "plan": "budwood.planning",
     "prune": "budwood.pruning",

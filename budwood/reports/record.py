@@ -1,7 +1,7 @@
 """The report of a run as a record, kept in its folder as `report.json`. Sizes in bytes, times in seconds."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -102,10 +102,15 @@ def add_speed(folder: Path, speed: Mapping[str, Any]) -> None:
     Raises RunError where one of them cannot be read or written.
     """
     add_section(folder, "speed", speed)
+    change_card(folder, lambda card: with_speed(card, speed))
+
+
+def change_card(folder: Path, change: Callable[[str], str]) -> None:
+    """Changes the model card of a folder, where it has one; RunError where it cannot be read or written."""
     card = folder / CARD
     if card.is_file():
         try:
             text = card.read_text("utf-8")
         except (OSError, ValueError) as error:
             raise RunError(f"{card} cannot be read ({error}); delete it, or write the folder again") from error
-        write_text(card, with_speed(text, speed))
+        write_text(card, change(text))

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from budwood.errors import RunError
-from budwood.reports.record import FILE, add_section, read_report
+from budwood.reports.card import with_section
+from budwood.reports.record import FILE, add_section, change_card, read_report
 from budwood.reports.result_json import from_json, to_json
+from budwood.reports.result_tables import render_results
 from budwood.reports.results import Result
 
 SECTION = "results"
+HEADING = "## Evaluation"
 
 
 def read_results(folder: Path) -> tuple[Result, ...]:
@@ -29,6 +32,12 @@ def merged(old: Sequence[Result], new: Sequence[Result]) -> list[Result]:
 
 
 def add_results(folder: Path, results: Sequence[Result]) -> bool:
-    """Adds the results to the report of a folder; False where it has none. Raises RunError where it is damaged."""
+    """Adds the results to the report and the model card of a folder; False where it has no report.
+
+    Raises RunError where one of them is damaged.
+    """
     together = merged(read_results(folder), results)
-    return add_section(folder, SECTION, [to_json(result) for result in together])
+    if not add_section(folder, SECTION, [to_json(result) for result in together]):
+        return False
+    change_card(folder, lambda card: with_section(card, HEADING, render_results(together)))
+    return True

@@ -194,14 +194,15 @@ class TaskScore:
     task: str  # piqa, hellaswag, ...
     version: str
     shots: int
-    metric: str  # the one that stands for the task: acc_norm for HellaSwag, PIQA, OpenBookQA and ARC, else acc
+    metric: str  # the one that stands for the task: acc_norm where the harness has it, else acc
     metrics: tuple[TaskMetric, ...]
     items: int
     limit: int | None  # None: all items
     rows: str  # where the rows come from: a package with its version, a folder, the hub
     sha256: str  # of the token ids of all requests, in order
     conditions: Conditions
-    seconds: float | None = None
+    batch_size: str = "1"  # in other batches sums are rounded otherwise, which can change a tie
+    seconds: float | None = None  # of the whole run of several tasks, shared by tokens
 
     @property
     def headline(self) -> TaskMetric:
@@ -232,8 +233,8 @@ class Pair:
     subject: str  # "mean loss on TEXT", or "acc_norm of TASK"
     count: int  # pairs: windows or items
     difference: float  # of the means; a loss in nats, a score as a share
-    low: float  # of the interval
-    high: float
+    low: float | None  # of the interval; None for a single window
+    high: float | None
     level: float  # of the interval: 0.95
     test: str  # "bootstrap over windows" or "McNemar, exact"
     p: float | None  # two-sided, of no difference; None for the bootstrap of a single window
