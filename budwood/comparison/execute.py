@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from budwood.checkpoints.files import write_json
-from budwood.comparison.measure import MEASURES
+from budwood.comparison.measure import MEASURES, Subjects
 from budwood.comparison.rounding import Rtn, parse_row
 from budwood.comparison.task import PRUNE, SPEED, Task, begin
 from budwood.environment import installed, machine
@@ -29,9 +29,12 @@ def execute(task: Task, progress: Progress, speed: bool = True) -> str | None:
         held = Target.claim(task.folder)
         begin(task)
         (task.folder / ERROR).unlink(missing_ok=True)
+        models = Subjects(task, progress)
         for step in task.missing():
+            if step == SPEED:
+                models = Subjects(task, progress)  # those in memory go
             if speed or step != SPEED:
-                carry_out(step, task, progress)
+                carry_out(step, models)
         if not task.missing() and not task.keep and task.kind != "dense":
             shutil.rmtree(task.model, ignore_errors=True)
         return None
@@ -44,8 +47,9 @@ def execute(task: Task, progress: Progress, speed: bool = True) -> str | None:
             held.release()
 
 
-def carry_out(step: str, task: Task, progress: Progress) -> None:
+def carry_out(step: str, models: Subjects) -> None:
     """One step with its record. The model is pruned first where it is not there, or was dropped."""
+    task, progress = models.task, models.progress
     progress.note(f"{task.name}: {step}")
     if task.kind != "dense" and (step == PRUNE or not (task.model / "config.json").is_file()):
         report, seconds = pruned(task, progress)
@@ -54,7 +58,7 @@ def carry_out(step: str, task: Task, progress: Progress) -> None:
         if step == PRUNE:
             return
     start = time.perf_counter()
-    found = MEASURES[step.partition(" ")[0]](task, task.steps[step], progress)
+    found = MEASURES[step.partition(" ")[0]](models, task.steps[step])
     task.write(step, {"seconds": time.perf_counter() - start, **found, **surroundings()})
 
 

@@ -14,6 +14,7 @@ from budwood.data.speeches import speeches
 from budwood.data.texts import Purpose
 from budwood.demo_assets import SMALL_MODEL
 from budwood.errors import UsageError
+from budwood.evaluation.task_rows import require_harness, rows_of
 
 SMOLLM2 = "smollm2"  # the source that is converted from its package
 HUB_DATA = ("wikitext2", "c4")
@@ -30,6 +31,10 @@ def check_files(recipe: Recipe) -> None:
                 local_folder(source.model)
     for name, text in recipe.fields.evaluate.texts.items():
         check_data(text.data, "evaluation", ("evaluate", "texts", name, "data"), document)
+    tasks = recipe.fields.evaluate.tasks
+    if tasks is not None:
+        with at(document, ("evaluate", "tasks")):
+            rows_of(tasks.names, None if tasks.data is None else Path(tasks.data))
     for row in calibrated(recipe):
         own = (*row.place[:2], "calibration", "data")
         place = own if own in document.lines else ("calibration", "data")
@@ -67,7 +72,7 @@ def check_packages(recipe: Recipe) -> None:
     from importlib.util import find_spec
 
     yaml_package()
-    needed = {"pyarrow": "compare"} | ({"lm_eval": "eval"} if recipe.fields.evaluate.tasks else {})
-    for module, extra in needed.items():
-        if find_spec(module) is None:
-            raise UsageError(f"this comparison needs the package {module}; run: pip install 'budwood[{extra}]'")
+    if find_spec("pyarrow") is None:
+        raise UsageError("results.parquet needs the package pyarrow; run: pip install 'budwood[compare]'")
+    if recipe.fields.evaluate.tasks is not None:
+        require_harness()

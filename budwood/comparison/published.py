@@ -49,8 +49,8 @@ def read_published(file: Path) -> Published:
         if not isinstance(row, list) or len(row) != len(columns):
             raise document.error(("rows", index), f"a row has {len(columns)} values, as columns has")
         figures += _figures(content, dict(zip(map(str, columns), row, strict=True)), ("rows", index), document.error)
-    words = (str(content[name]) for name in ("table", "paper", "conditions"))
-    return Published(*words, tuple(map(str, columns)), tuple(figures))
+    table, paper, conditions = (str(content[name]) for name in ("table", "paper", "conditions"))
+    return Published(table, paper, conditions, tuple(map(str, columns)), tuple(figures))
 
 
 def _figures(content: Any, row: dict[str, Any], place: Any, error: Any) -> list[PublishedFigure]:

@@ -139,6 +139,9 @@ def check_evaluations(fields: "RecipeFields", document: Document) -> None:
             raise document.error(
                 ("evaluate", *place), f"there is no text {unknown} in evaluate.texts; there are {known}"
             )
+    for section in ("tasks", "repetition"):
+        if asked.stream and getattr(asked, section) is not None:
+            raise document.error(("evaluate", section), f"{section} needs the whole model in memory; leave out stream")
     for section in ("divergence", "repetition"):
         if getattr(asked, section) is not None and not asked.texts:
             raise document.error(("evaluate", section), f"{section} needs a text; give one in evaluate.texts")

@@ -1,16 +1,24 @@
 """The rows of the results, put together from the records that the runs left in their folders."""
 
+import contextlib
+import hashlib
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from budwood.checkpoints.files import write_json
 from budwood.comparison.execute import ERROR
 from budwood.comparison.runs import Run
 from budwood.comparison.sources import DenseModel
-from budwood.comparison.task import MODEL, PRUNE, RUNS, SPEED, Task, read_json
+from budwood.comparison.task import MODEL, PRUNE, RUNS, SPEED, STEPS, Task, read_json
+from budwood.errors import UsageError
+from budwood.evaluation.paired import paired_loss, paired_score
 from budwood.reports.comparison import Row, Status
+from budwood.reports.result_json import from_json, to_json
 
+PAIRS = "pairs.json"
 SAME_TEXT = ("sha256", "variant")  # of two perplexities that may be compared
 
 
@@ -21,6 +29,8 @@ def rows_of(runs: Sequence[Run], tasks: Mapping[str, Task], models: Mapping[str,
         dense = next((other for other in rows if other["kind"] == "dense" and other["source"] == row["source"]), None)
         if dense is not None:
             row["figures"] |= distances(row, dense)
+            if dense is not row:
+                row["results"] += pairs(row, dense, tasks[row["name"]])
     return rows
 
 
@@ -55,6 +65,39 @@ def row_of(run: Run, task: Task, model: DenseModel) -> Row:
     return row
 
 
+def pairs(row: Row, dense: Row, task: Task) -> list[dict[str, Any]]:
+    """The paired differences of a row from the dense one, by text and task; kept in the folder of the run.
+
+    What was measured on other windows or items is not compared.
+    """
+    ours, theirs = results_by_subject(row), results_by_subject(dense)
+    shared = [subject for subject in ours if subject in theirs]
+    asked = json.dumps([[ours[subject], theirs[subject]] for subject in shared], sort_keys=True)
+    key = hashlib.sha256(asked.encode()).hexdigest()[:32]
+    file = task.folder / STEPS / PAIRS
+    kept = read_json(file)
+    if kept is None or kept.get("id") != key:
+        found = []
+        for subject in shared:
+            compare: Any = paired_loss if ours[subject]["kind"] == "perplexity" else paired_score
+            with contextlib.suppress(UsageError):
+                found.append(to_json(compare(from_json(ours[subject]), from_json(theirs[subject]))))
+        kept = {"id": key, "results": found}
+        if shared:
+            write_json(file, kept)
+    return list(kept["results"])
+
+
+def results_by_subject(row: Row) -> dict[str, dict[str, Any]]:
+    """Perplexities by text, scores by task."""
+    names = {"perplexity": lambda result: result["text"]["name"], "task": lambda result: result["task"]}
+    return {
+        f"{result['kind']} {names[result['kind']](result)}": result
+        for result in row["results"]
+        if result["kind"] in names
+    }
+
+
 def sizes(run: Run, record: Mapping[str, Any] | None, model: DenseModel) -> dict[str, float]:
     """Bytes, bits and counts of the model itself."""
     structure, _, _ = model.structure(run.prune.skip)
@@ -76,7 +119,8 @@ def sizes(run: Run, record: Mapping[str, Any] | None, model: DenseModel) -> dict
         "peak memory": record["report"]["peak_memory"],
     }
     if run.kind == "quantised":  # a zero costs as much as any code
-        found["density"], found["recovered"] = 1.0, None
+        found["density"] = 1.0
+        del found["recovered"]
     return {name: value for name, value in found.items() if value is not None}
 
 

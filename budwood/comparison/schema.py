@@ -76,8 +76,8 @@ class TaskFields(Part):
     names: Annotated[list[str], Field(min_length=1)]
     data: str | None = None
     limit: Positive | None = None
-    num_fewshot: Annotated[int, Field(ge=0)] = 0
-    batch_size: Positive = 8
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    batch_size: Positive = 4
 
 
 class DivergenceFields(Part):
