@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from budwood import methods as methods
     from budwood.benchmarking import bench as bench
     from budwood.checkpoints.loading import load as load
-    from budwood.evaluation.perplexity import evaluate as evaluate
+    from budwood.comparison.compare import compare as compare
+    from budwood.evaluation.evaluate import evaluate as evaluate
     from budwood.finetuning import sparse_lora as sparse_lora
     from budwood.methods import METHODS as METHODS
     from budwood.planning import plan as plan
@@ -26,7 +27,8 @@ __version__ = "0.1.0"
 PUBLIC = {  # name -> module that defines it
     "METHODS": "budwood.methods",
     "bench": "budwood.benchmarking",
-    "evaluate": "budwood.evaluation.perplexity",
+    "compare": "budwood.comparison.compare",
+    "evaluate": "budwood.evaluation.evaluate",
     "load": "budwood.checkpoints.loading",
     "plan": "budwood.planning",
     "prune": "budwood.pruning",
@@ -40,6 +42,7 @@ __all__ = [
     "METHODS",
     "__version__",
     "bench",
+    "compare",
     "evaluate",
     "load",
     "methods",

@@ -8,10 +8,9 @@ from typing import ParamSpec
 
 import typer
 
-from budwood.errors import BudwoodError
+from budwood.errors import DEBUG, BudwoodError, message
 
 P = ParamSpec("P")
-DEBUG = "BUDWOOD_DEBUG"
 
 
 class Interrupted(BudwoodError):
@@ -50,16 +49,3 @@ def exit_status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.exit_status
     return error.exit_status if isinstance(error, BudwoodError) else 1
-
-
-def message(error: BaseException) -> str:
-    """The sentence that is printed for `error`."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, BudwoodError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        file = f"{error.filename}: " if error.filename else ""
-        return f"{file}{error.strerror.lower()}"
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text} (set {DEBUG}=1 for the traceback)"

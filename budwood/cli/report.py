@@ -22,7 +22,7 @@ def report(
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="The heading of the page.")] = None,
     json: options.Json = False,
 ) -> None:
-    """Write one self-contained HTML file about FOLDER...: headline, tables, pictures, and the conditions of each figure.
+    """Write one self-contained HTML file about FOLDER...: headline, tables, pictures, conditions of each figure.
 
     It shows what the folders hold: `evaluate` and `bench` add perplexity and speed to them. The pictures need
     matplotlib (pip install 'budwood[report]').

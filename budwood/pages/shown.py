@@ -15,8 +15,8 @@ NAME = re.compile(r"[A-Za-z_]\w*")
 class Shown:
     """One model. `figures` has the keys of `reports.comparison.FIGURES`; what was not measured is absent.
 
-    kind: dense, quantised or pruned. family: what pictures draw alike, such as all points of one grid. report, results,
-    speed: the records of the verbs, plain JSON, None or empty where there are none. place: the folder or file it is from.
+    kind: dense, quantised or pruned. family: what pictures draw alike, such as all points of one grid. report,
+    results, speed: the records of the verbs, plain JSON, None or empty where there are none. place: where it is from.
     """
 
     label: str

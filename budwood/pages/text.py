@@ -6,7 +6,7 @@ from typing import Any
 from budwood import humanize
 from budwood.humanize import printable
 
-MISSING = "–"
+MISSING = "\u2013"  # an en dash
 LOWER_IS_BETTER = ("perplexity", "D", "KL", "bits per weight", "bytes", "share of dense", "seconds", "repetition")
 SHARES = ("density", "recovered", "share of dense", "same top", "accuracy", "repetition")
 

@@ -48,7 +48,7 @@ def tiles(models: Sequence[Shown], notes: Footnotes) -> list[Tile]:
         figure, beside = {
             "bytes": (humanize.size(value), f"{humanize.share(best.figures.get('share of dense'), 1)} of dense"),
             "bits per weight": (text_of(key, value), "16 where dense in 16 bits"),
-            "decode times dense": (f"{value:.2f} ×", "of dense, one token at a time"),
+            "decode times dense": (f"{value:.2f}\u00d7", "as fast as dense, one token at a time"),
         }[key]
         found.append(tile(best_of + name, figure, beside, best, key, notes, many))
     if not any(tile.name.endswith("speed of generating") for tile in found):

@@ -122,6 +122,11 @@ def render_speed(speed: Mapping[str, Any]) -> str:
 
 def with_speed(card: str, speed: Mapping[str, Any]) -> str:
     """The model card with its speed section added or replaced."""
-    before, found, after = card.partition(f"\n{SPEED}\n")
+    return with_section(card, SPEED, render_speed(speed))
+
+
+def with_section(card: str, heading: str, content: str) -> str:
+    """The model card with a section added at its end, or replaced where it stands."""
+    before, found, after = card.partition(f"\n{heading}\n")
     rest = after[after.index("\n## ") :] if found and "\n## " in after else ""
-    return f"{before.rstrip()}\n\n{SPEED}\n\n{render_speed(speed)}\n{rest}"
+    return f"{before.rstrip()}\n\n{heading}\n\n{content}\n{rest}"

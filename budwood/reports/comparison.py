@@ -5,10 +5,10 @@
     runs/NAME/       one folder a run: result.json (its `Row`), and model/ where the pruned model is kept
 
 A row is one source, one method and one draw of the calibration text. It holds the records of the verbs as they gave
-them: `report` is `report.json` of the pruned folder (blocks, linears, totals, training, machine), `results` the records
-of `reports/results.py` as JSON (perplexity, divergence, repetition, tasks, pairs), each with its own conditions, `speed`
-what `budwood bench` measured. `figures` are the numbers of a table, by the keys that `FIGURES` explains; one that was
-not measured is absent, never 0.
+them: `report` is `report.json` of the pruned folder (blocks, linears, totals, training, machine), `results` the
+records of `reports/results.py` as JSON (perplexity, divergence, repetition, tasks, pairs), each with its own
+conditions, `speed` what `budwood bench` measured. `figures` are the numbers of a table, by the keys that `FIGURES`
+explains; one that was not measured is absent, never 0.
 `Results.published` holds figures of papers, which no run measured.
 """
 

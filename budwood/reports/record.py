@@ -1,7 +1,7 @@
 """The report of a run as a record, kept in its folder as `report.json`. Sizes in bytes, times in seconds."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -69,6 +69,7 @@ class Report(TypedDict):
     notes: list[str]
     training: NotRequired[list[dict[str, Any]]]  # what retrained or reconstructed the model, in order
     speed: NotRequired[dict[str, Any]]  # what `budwood bench` measured
+    results: NotRequired[list[dict[str, Any]]]  # what `budwood evaluate` measured, see `results.py`
 
 
 SECTIONS: dict[str, type] = {"totals": dict, "blocks": list, "linears": dict, "seconds": dict, "notes": list}
@@ -89,12 +90,12 @@ def read_report(folder: Path) -> Report | None:
     return cast(Report, content)
 
 
-def add_section(folder: Path, name: str, section: Mapping[str, Any]) -> bool:
+def add_section(folder: Path, name: str, section: Mapping[str, Any] | Sequence[Any]) -> bool:
     """Adds or replaces one section of the report of a folder; False where the folder has no report."""
     known = read_report(folder)
     if known is None:
         return False
-    write_json(folder / FILE, {**known, name: dict(section)})
+    write_json(folder / FILE, {**known, name: dict(section) if isinstance(section, Mapping) else list(section)})
     return True
 
 
@@ -104,10 +105,15 @@ def add_speed(folder: Path, speed: Mapping[str, Any]) -> None:
     Raises RunError where one of them cannot be read or written.
     """
     add_section(folder, "speed", speed)
+    change_card(folder, lambda card: with_speed(card, speed))
+
+
+def change_card(folder: Path, change: Callable[[str], str]) -> None:
+    """Changes the model card of a folder, where it has one; RunError where it cannot be read or written."""
     card = folder / CARD
     if card.is_file():
         try:
             text = card.read_text("utf-8")
         except (OSError, ValueError) as error:
             raise RunError(f"{card} cannot be read ({error}); delete it, or write the folder again") from error
-        write_text(card, with_speed(text, speed))
+        write_text(card, change(text))

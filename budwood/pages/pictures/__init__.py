@@ -1,4 +1,4 @@
-"""The pictures of a page: each a function of the models that yields what their data allows, nothing where there is none."""
+"""The pictures of a page: each a function of the models that yields what their data allows, or nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
 

@@ -43,7 +43,7 @@ def alpha(models: Sequence[Shown]) -> Iterator[Picture]:
             legend(made, upper)
         worst, best = points[0], points[-1]
         said = "; ".join(
-            f"{key} goes from {worst.figures[key]:.4g} at alpha {worst.alpha:g} to {best.figures[key]:.4g} at {best.alpha:g}"
+            f"{key}: {worst.figures[key]:.4g} at alpha {worst.alpha:g}, {best.figures[key]:.4g} at {best.alpha:g}"
             for key in keys
             if key in worst.figures and key in best.figures
         )

@@ -1,4 +1,4 @@
-"""Drawing with matplotlib, and its SVG made part of a page: colours that follow light and dark, a name that is read out.
+"""Drawing with matplotlib, and its SVG made part of a page: colours for light and dark, a name that is read out.
 
 Colours are written as marks (hex values that nothing else uses) and become CSS variables of the page.
 """
@@ -114,7 +114,7 @@ def picture(
     number: int = 0,
     conditions: Iterable[str | None] = (),
 ) -> Picture:
-    """The picture of a figure. number: tells pictures of one kind apart. conditions: of what is drawn; equal ones once."""
+    """The picture of a figure. number: tells pictures of one kind apart. conditions: of what is drawn."""
     buffer = io.StringIO()
     made.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = embedded(buffer.getvalue(), f"{name}-{number}", alternative)
