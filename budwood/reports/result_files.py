@@ -5,6 +5,7 @@ from pathlib import Path
 
 from budwood.errors import RunError
 from budwood.reports.card import with_section
+from budwood.reports.hub_results import with_index, write_entries
 from budwood.reports.record import FILE, add_section, change_card, read_report
 from budwood.reports.result_json import from_json, to_json
 from budwood.reports.result_tables import render_results
@@ -32,12 +33,14 @@ def merged(old: Sequence[Result], new: Sequence[Result]) -> list[Result]:
 
 
 def add_results(folder: Path, results: Sequence[Result]) -> bool:
-    """Adds the results to the report and the model card of a folder; False where it has no report.
+    """Adds the results to the report and the model card of a folder and to `.eval_results`; False without a report.
 
     Raises RunError where one of them is damaged.
     """
     together = merged(read_results(folder), results)
     if not add_section(folder, SECTION, [to_json(result) for result in together]):
         return False
-    change_card(folder, lambda card: with_section(card, HEADING, render_results(together)))
+    name = folder.resolve().name
+    change_card(folder, lambda card: with_index(with_section(card, HEADING, render_results(together)), together, name))
+    write_entries(folder, together)
     return True
