@@ -1,6 +1,7 @@
 # Everything runs in a virtual environment of its own; the first target that needs it makes it.
 #   make setup   the environment alone        make test   the tests        make lint   format, lint, types
 #   make demo    prune a real model three ways and compare                  make wheel  one file that installs anywhere
+#   make docs    the documentation as a site, in site/
 #   make clean   remove what was made here
 #   make gpu-check   the GPU kernels, interpreted and compiled; no GPU is needed
 
@@ -19,7 +20,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3,\
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup test lint demo wheel gpu-check clean
+.PHONY: setup test lint demo docs wheel gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(INSTALLED)
@@ -31,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard budwood/k
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch and the rest into $(VENV); the downloads take a while"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,docs]'
 	@touch $@
 
 test: setup
@@ -46,6 +47,10 @@ demo: setup
 	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_PACKAGES)
 	$(BIN)/python benchmarks/demo.py demo
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
+
 gpu-check: setup
 	test -d $(TRITON_FOLDER)/triton || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON_FOLDER) '$(TRITON)'
 	PYTHONPATH=$(TRITON_FOLDER) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -rs tests/kernels/test_gpu_products.py
@@ -57,4 +62,4 @@ wheel: setup
 	@ls dist
 
 clean:
-	rm -rf $(VENV) $(TRITON_FOLDER) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON_FOLDER) demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
