@@ -109,7 +109,7 @@ def _scalar(node: Any, place: Place, document: Document) -> Scalar:
     if not isinstance(node, yaml.ScalarNode) or kind not in ("str", "int", "float", "bool", "null", "timestamp"):
         line = node.start_mark.line + 1
         raise UsageError(f"{document.file}, line {line}: {kind} cannot be used here; write a text or a number")
-    if kind == "timestamp":
+    if kind == "timestamp" or ":" in node.value:  # 2:4 is a pattern here, not a number to the base of 60
         return str(node.value)
     try:
         return typed(node.value) if kind != "str" else str(node.value)
@@ -121,7 +121,7 @@ def typed(text: str) -> Scalar:
     """A scalar as YAML reads it: a number, true, false, null, or the text itself."""
     yaml = yaml_package()
     try:
-        value = yaml.safe_load(text) if text.strip() else text
+        value = yaml.safe_load(text) if text.strip() and ":" not in text else text
     except (yaml.YAMLError, RecursionError):
         return text
     return value if value is None or isinstance(value, bool | int | float) else text

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from budwood import humanize
 from budwood.checkpoints.files import write_json
 from budwood.comparison.execute import ERROR
 from budwood.comparison.runs import Run
@@ -118,6 +119,7 @@ def sizes(run: Run, record: Mapping[str, Any] | None, model: DenseModel) -> dict
         "seconds": record["report"]["seconds"]["total"],
         "peak memory": record["report"]["peak_memory"],
     }
+    found |= groups(record["report"])
     if run.kind == "quantised":  # a zero costs as much as any code
         found["density"] = 1.0
         del found["recovered"]
@@ -147,8 +149,19 @@ def evaluated(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def speeds(speed: Mapping[str, Any] | None) -> dict[str, float]:
     model = (speed or {}).get("model", {})
+    matrices = {
+        f"times dense {humanize.shape(matrix['shape'])}, {matrix['rows']} rows": matrix["times_dense"]
+        for matrix in (speed or {}).get("matrices", [])
+    }
     names = {"prefill times dense": "prefill_times_dense", "decode times dense": "decode_times_dense"}
-    return {name: model[key] for name, key in names.items() if key in model}
+    return {name: model[key] for name, key in names.items() if key in model} | matrices
+
+
+def groups(report: Mapping[str, Any]) -> dict[str, float]:
+    """Shares of the groups of four adjacent inputs that keep 0, 1, 2, 3, 4 weights, over all matrices."""
+    counts = [matrix["x4"] for matrix in report["linears"].values() if matrix.get("x4")]
+    summed = [sum(found) for found in zip(*counts, strict=True)]
+    return {f"groups keeping {kept}": count / max(1, sum(summed)) for kept, count in enumerate(summed)}
 
 
 def distances(row: Row, dense: Row) -> dict[str, float]:

@@ -23,7 +23,7 @@ from budwood.errors import RunError, UsageError
 FILE = "results.json"
 SCHEMA = 1
 
-# Keys of `Row.figures`. NAME is that of a text or task in the recipe. Lower is better for perplexity, D and bytes.
+# Keys of `Row.figures`. NAME is that of a text or task in the recipe, or as said. Lower is better for perplexity, D and bytes.
 FIGURES = {
     "perplexity NAME": "exp of the mean loss on a text",
     "D NAME": "ln(perplexity / perplexity of the dense model) on a text",
@@ -35,6 +35,7 @@ FIGURES = {
     "repetition": "share of repeated 4-grams in greedy continuations",
     "bits per weight": "of the matrices in scope, index and scales included, over their dense weights",
     "density": "non-zero weights over dense weights, of the matrices in scope",
+    "groups keeping NAME": "share of the groups of four adjacent inputs that keep so many weights, 0 to 4",
     "recovered": "weights beyond 2:4 over dense weights, of the matrices in scope",
     "bytes": "of all tensors of the model, as stored; of a quantised row: codes and scales, counted",
     "share of dense": "bytes over the bytes of the dense model in the same dtype",
@@ -43,6 +44,7 @@ FIGURES = {
     "peak memory": "bytes of the process that pruned",
     "prefill times dense": "speed at reading a prompt over that of the dense model",
     "decode times dense": "speed at generating over that of the dense model",
+    "times dense NAME": "speed of the matrices of a shape, with a number of rows of activations, over dense ones",
 }
 
 Kind = Literal["dense", "quantised", "pruned"]
