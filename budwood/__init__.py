@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from budwood.evaluation.evaluate import evaluate as evaluate
     from budwood.finetuning import sparse_lora as sparse_lora
     from budwood.methods import METHODS as METHODS
+    from budwood.pages.page import report as report
     from budwood.planning import plan as plan
     from budwood.pruning import prune as prune
     from budwood.repacking import repack as repack
@@ -34,6 +35,7 @@ PUBLIC = {  # name -> module that defines it
     "prune": "budwood.pruning",
     "recipe_options": "budwood.runs.recipe",
     "repack": "budwood.repacking",
+    "report": "budwood.pages.page",
     "retrain": "budwood.retraining",
     "sparse_lora": "budwood.finetuning",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "prune",
     "recipe_options",
     "repack",
+    "report",
     "retrain",
     "sparse_lora",
 ]

@@ -64,6 +64,7 @@ def compare(
                     for sentence in sentences(plan):
                         progress.note(sentence)
                     result = comparison.run()
+                    comparison.page()
     except KeyboardInterrupt:
         raise Interrupted("interrupted; finished runs are kept: give the same command again to continue") from None
     if dry_run:
@@ -151,4 +152,4 @@ def show(results: Mapping[str, Any], out: str) -> None:
     for row in rows:
         if row["status"] == "failed":
             where.print(f"{row['name']} failed: {row['error']}")
-    where.print(f"written: {out}/results.json, .csv, .parquet, .md")
+    where.print(f"written: {out}/results.json, .csv, .parquet, .md; report.html")

@@ -33,9 +33,9 @@ def report(
       budwood report ./SmolLM2-wrp ./SmolLM2-wanda -o compared.html
     """
     with stdout_to_stderr():
-        from budwood.pages.page import report as write
+        import budwood
 
-        result = write(folders, output, title=title)
+        result = budwood.report(folders, output, title=title)
     print_result(result, json, show)
 
 

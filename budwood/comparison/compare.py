@@ -26,6 +26,8 @@ from budwood.comparison.task import SPEED, Task, task_of
 from budwood.comparison.workers import run_all
 from budwood.environment import installed
 from budwood.errors import UsageError
+from budwood.pages.page import DEFAULT as PAGE
+from budwood.pages.page import report
 from budwood.progress import Progress, Silent
 from budwood.reports.comparison import FILE, SCHEMA, Results, write_results
 from budwood.runs.target import Target
@@ -157,6 +159,13 @@ class Comparison:
         finally:
             results = self.write()
         return results
+
+    def page(self) -> None:
+        """Writes `report.html`; where it cannot be drawn a note says why, for the figures are there."""
+        try:
+            report([self.out], self.out / PAGE)
+        except UsageError as error:
+            self.progress.note(str(error))
 
     def ended(self, task: Task, sentence: str | None) -> None:
         if sentence is not None:

@@ -58,6 +58,8 @@ def folder(tmp_path):
         (["prune", "model", "out", "--recipe", "no-such-recipe.json"], 2),
         (["prune", "model", "out", "--method", "wrp()", "--activation-memory", "much"], 2),
         (["bench", "model", "--rows", "0"], 2),
+        (["report", "model"], 2),
+        (["report", "no-such-folder"], 2),
         (["bench", "no-such-model"], 2),
         (["inspect", "no-such-model"], 2),
         (["evaluate", "no-such-model", "--data", "text.txt"], 2),
