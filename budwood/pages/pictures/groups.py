@@ -52,7 +52,7 @@ def groups(models: Sequence[Shown]) -> Iterator[Picture]:
         "Weights kept in groups of four",
         "All pruned matrices together. The lines: half of the weights kept independently (6.25, 25, 37.5, 25, 6.25 %)."
         + omitted(len(found), len(shown)),
-        f"Bar chart of the share of groups keeping 0 to 4 weights, {len(shown)} models. {short(model.label)}: {listed}.",
+        f"Bar chart of groups keeping 0 to 4 weights of {len(shown)} models. {short(model.label)}: {listed}.",
         conditions=[conditions.pruning(model) for model, _ in shown],
     )
 
