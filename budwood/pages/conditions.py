@@ -94,7 +94,7 @@ def pruning(model: Shown) -> str | None:
     """Of the time and memory of pruning and of what depends on its calibration text."""
     report = model.report
     if not report:
-        return None
+        return joined(machine_text(model.machine), versions_text(model.machine.get("versions"))) or None
     data = mapping(report.get("data"))
     windows, length = number(data.get("num_samples")), number(data.get("seq_length"))
     return joined(
