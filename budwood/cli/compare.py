@@ -49,12 +49,13 @@ def compare(
             variables = parse_variables(variable or [])
             if not Path(recipe).expanduser().is_file():
                 raise UsageError(f"there is no file {recipe}; give a recipe (.yaml)")
+            from budwood.comparison.recipe import read_recipe_file
+
+            found = read_recipe_file(recipe, variables)
             from budwood.comparison.compare import Comparison
 
             progress = progress_for(quiet)
-            comparison = Comparison.read(
-                recipe, out, variables=variables, jobs=jobs, keep_models=keep_models, progress=progress
-            )
+            comparison = Comparison.read(found, out, jobs=jobs, keep_models=keep_models, progress=progress)
             if dry_run:
                 result: Mapping[str, Any] = comparison.plan()
             else:

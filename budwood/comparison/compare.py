@@ -47,7 +47,7 @@ class Comparison:
     @classmethod
     def read(
         cls,
-        recipe: str | Path,
+        recipe: str | Path | Recipe,
         out: str | Path,
         *,
         variables: Mapping[str, str] | None = None,
@@ -57,13 +57,14 @@ class Comparison:
     ) -> "Comparison":
         """Reads and checks everything; nothing is written.
 
-        recipe: a YAML file. variables: values for those of the recipe. jobs: runs at a time, each in a process of its
-        own; 0 runs one after the other in this process. keep_models: whether pruned models stay once their figures
-        are kept; None: as the recipe says. Raises UsageError, with the line of the recipe, for what cannot be.
+        recipe: a YAML file, or one that is read already. variables: values for those of the recipe. jobs: runs at a
+        time, each in a process of its own; 0 runs one after the other in this process. keep_models: whether pruned
+        models stay once their figures are kept; None: as the recipe says. Raises UsageError, with the line of the
+        recipe, for what cannot be.
         """
         if jobs < 0:
             raise UsageError(f"jobs is the number of runs at a time, or 0 for none beside this process; got {jobs}")
-        found = read_recipe_file(recipe, variables)
+        found = recipe if isinstance(recipe, Recipe) else read_recipe_file(recipe, variables)
         check_packages(found)
         check_files(found)
         folder = Path(out).expanduser()

@@ -8,7 +8,7 @@ from typing import Any
 
 from budwood.errors import UsageError
 
-LARGEST = 1 << 20  # bytes of a recipe
+LARGEST, DEEPEST = 1 << 20, 20  # bytes of a recipe, sections inside sections
 VARIABLE = re.compile(r"\$\{([^}]*)\}")
 VARIABLES = "variables"
 HERE = "here"  # the variable that holds the folder of the recipe
@@ -65,8 +65,12 @@ def _text(path: Path) -> str:
 def _composed(path: Path, text: str) -> Any:
     """The tree of YAML nodes."""
     yaml = yaml_package()
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:  # the reader takes time that grows with the square of the depth
+                raise UsageError(f"{path}, line {event.start_mark.line + 1}: this is nested too deeply for a recipe")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 line = event.start_mark.line + 1
                 raise UsageError(f"{path}, line {line}: anchors and aliases are not read; use variables, ${{NAME}}")
@@ -75,8 +79,6 @@ def _composed(path: Path, text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path}{where}: this is no YAML: {getattr(error, 'problem', None) or error}") from error
-    except RecursionError as error:
-        raise UsageError(f"{path} is nested too deeply to be a recipe") from error
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{path}, line 1: a recipe is a mapping such as 'title: ...'; see docs/compare.md")
     return root
