@@ -149,6 +149,17 @@ def test_a_recipe_of_the_repository(file):
         assert methods <= rows, f"{table.table} has figures of methods that the recipe has no row for"
 
 
+def test_the_recipe_of_the_documents(tmp_path):
+    page = (RECIPES.parent / "docs" / "compare.md").read_text("utf-8")
+    found = page.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "published").symlink_to(RECIPES / "published")
+    recipe = read(tmp_path, found)
+    assert len(runs_of(recipe)) > 10
+    for name in type(recipe.fields).model_fields:
+        assert f"| `{name}` |" in page
+        assert f"\n{name}:" in found
+
+
 def test_every_published_table_has_a_recipe_and_a_small_twin():
     names = [*(f"wrp-table-{number}" for number in range(1, 10)), "wrp-figure-3", *PAPERS]
     stems = {file.stem for file in FILES}
