@@ -20,9 +20,10 @@ from budwood.comparison.published import matched
 from budwood.comparison.recipe import Recipe, read_recipe_file
 from budwood.comparison.rows import columns_of, rows_of
 from budwood.comparison.runs import Run, runs_of
+from budwood.comparison.sources import FOLDER as SOURCES
 from budwood.comparison.sources import DenseModel, bring, look
 from budwood.comparison.tables import write_tables
-from budwood.comparison.task import SPEED, Task, task_of
+from budwood.comparison.task import RUNS, SPEED, Task, task_of
 from budwood.comparison.workers import run_all
 from budwood.environment import installed
 from budwood.errors import UsageError
@@ -88,12 +89,12 @@ class Comparison:
 
     def bring(self) -> None:
         """Fetches and converts the sources, and finds what is finished. Raises UsageError for runs that are others."""
-        write_text(self.out / RECIPE, self.recipe.document.file.read_text("utf-8"))
         for name in self.used:
             if not self.models[name].complete:
                 self.progress.note(f"{name}: {self.recipe.fields.sources[name].model} is brought here first")
                 self.models[name] = bring(name, self.recipe.fields.sources[name], self.out)
         self.find_tasks()
+        write_text(self.out / RECIPE, self.recipe.document.text)
 
     def find_tasks(self) -> None:
         """The runs as tasks. Raises UsageError where a folder of one of them holds another run."""
@@ -198,7 +199,7 @@ def check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder")
     names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")} if out.is_dir() else set()
-    if names and not (names & {FILE, RECIPE}):
+    if names - {RUNS, SOURCES} and not names & {FILE, RECIPE}:
         raise UsageError(f"{out} is not empty and holds no comparison; give another folder")
 
 

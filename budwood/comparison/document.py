@@ -18,9 +18,10 @@ Scalar = str | int | float | bool | None
 
 @dataclass
 class Document:
-    """content: mappings, lists and scalars. lines: of every value, counted from 1; of an entry, that of its key."""
+    """text: as read. content: mappings, lists and scalars. lines: of every value, counted from 1; of an entry, that of its key."""
 
     file: Path
+    text: str = ""
     content: Any = None
     lines: dict[Place, int] = field(default_factory=dict)
 
@@ -42,8 +43,8 @@ def read_document(file: str | Path, given: Mapping[str, str] | None = None) -> D
     that is not defined; without one where the file or the package PyYAML is missing.
     """
     path = Path(file).expanduser()
-    document = Document(path)
-    root = _composed(path, _text(path))
+    document = Document(path, _text(path))
+    root = _composed(path, document.text)
     document.content = _plain(root, (), document)
     _replace(document, given or {})
     return document

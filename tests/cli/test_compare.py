@@ -98,7 +98,7 @@ def test_a_comparison_from_the_plan_to_an_added_row(tiny, tmp_path, run_here):
     recipe.write_text(text.replace("num_samples: 4", "num_samples: 3"))
     refused = run_here("compare", recipe, out)
     assert refused.status == 2
-    assert "line 9: " in refused.stderr
+    assert "line 10: " in refused.stderr
     assert "holds another run: its num_samples is 4, asked for is 3" in refused.stderr
 
 
@@ -107,10 +107,10 @@ def test_a_comparison_from_the_plan_to_an_added_row(tiny, tmp_path, run_here):
     [
         ("text.txt, num", "none.txt, num", 3, "no file, folder or data set"),
         ("/dense}", "/danse}", 2, "did you mean"),
-        ("words: {data: ", "words: {data: no-such-", 12, "no file, folder or data set"),
-        ("divergence: true", "tasks: {names: [piqa], data: nowhere}", 13, "there is no folder nowhere"),
-        ('magnitude("2:4")', "reap(keep=0.5)", 7, "expert"),
-        ('magnitude("2:4")', 'magnitude("2:64")', 7, "64"),
+        ("words: {data: ", "words: {data: no-such-", 13, "no file, folder or data set"),
+        ("divergence: true", "tasks: {names: [piqa], data: nowhere}", 14, "there is no folder nowhere"),
+        ('magnitude("2:4")', "reap(keep=0.5)", 8, "expert"),
+        ('magnitude("2:4")', 'magnitude("2:64")', 8, "64"),
     ],
 )
 def test_what_is_not_there_or_does_not_fit_is_refused_before_anything_runs(
