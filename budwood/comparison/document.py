@@ -18,7 +18,7 @@ Scalar = str | int | float | bool | None
 
 @dataclass
 class Document:
-    """text: as read. content: mappings, lists and scalars. lines: of every value, counted from 1; of an entry, that of its key."""
+    """text: as read. content: mappings, lists and scalars. lines: of every value, from 1; of an entry, of its key."""
 
     file: Path
     text: str = ""
