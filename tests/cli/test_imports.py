@@ -62,6 +62,7 @@ def folder(tmp_path):
         (["bench", "no-such-model"], 2),
         (["inspect", "no-such-model"], 2),
         (["evaluate", "no-such-model", "--data", "text.txt"], 2),
+        (["evaluate", "model", "--tasks", "piqa", "--tasks-data", "no-such-folder"], 2),
         (["generate", "no-such-model", "--prompt", "a"], 2),
         (["export", "no-such-model", "out"], 2),
         (["retrain", "no-such-model", "out", "--data", "text.txt"], 2),
