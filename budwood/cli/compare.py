@@ -56,12 +56,13 @@ def compare(
 
             progress = progress_for(quiet)
             comparison = Comparison.read(found, out, jobs=jobs, keep_models=keep_models, progress=progress)
-            if dry_run:
-                result: Mapping[str, Any] = comparison.plan()
+            early = comparison.plan() if dry_run or comparison.is_here else None
+            if dry_run and early is not None:
+                result: Mapping[str, Any] = early
             else:
                 with comparison.claimed():
                     comparison.bring()
-                    plan = comparison.plan()
+                    plan = early or comparison.plan()
                     for sentence in sentences(plan):
                         progress.note(sentence)
                     result = comparison.run()

@@ -87,6 +87,11 @@ class Comparison:
         finally:
             held.release()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether all sources are here with their weights, so that everything can be planned before it begins."""
+        return all(model.complete for model in self.models.values())
+
     def bring(self) -> None:
         """Fetches and converts the sources, and finds what is finished. Raises UsageError for runs that are others."""
         for name in self.used:
@@ -111,7 +116,7 @@ class Comparison:
 
     def plan(self) -> dict[str, Any]:
         """Every run with estimated time and disk space, JSON-plain; None where a source is not here yet."""
-        if not self.tasks and all(model.complete for model in self.models.values()):
+        if not self.tasks and self.is_here:
             self.find_tasks()
         done = {
             name: sum(float((task.record(step) or {}).get("seconds", 0)) for step in task.steps)
@@ -227,7 +232,9 @@ def compare(
     comparison = Comparison.read(
         recipe, out, variables=variables, jobs=jobs, keep_models=keep_models, progress=progress
     )
+    planned = comparison.plan() if comparison.is_here else None  # refuses what cannot be applied, with the line
     with comparison.claimed():
         comparison.bring()
-        comparison.plan()  # refuses methods that cannot be applied to a model, with the line
+        if not planned:
+            comparison.plan()
         return comparison.run()
