@@ -49,18 +49,20 @@ def compare(
             variables = parse_variables(variable or [])
             if not Path(recipe).expanduser().is_file():
                 raise UsageError(f"there is no file {recipe}; give a recipe (.yaml)")
+            from budwood.comparison.recipe import read_recipe_file
+
+            found = read_recipe_file(recipe, variables)
             from budwood.comparison.compare import Comparison
 
             progress = progress_for(quiet)
-            comparison = Comparison.read(
-                recipe, out, variables=variables, jobs=jobs, keep_models=keep_models, progress=progress
-            )
-            if dry_run:
-                result: Mapping[str, Any] = comparison.plan()
+            comparison = Comparison.read(found, out, jobs=jobs, keep_models=keep_models, progress=progress)
+            early = comparison.plan() if dry_run or comparison.is_here else None
+            if dry_run and early is not None:
+                result: Mapping[str, Any] = early
             else:
                 with comparison.claimed():
                     comparison.bring()
-                    plan = comparison.plan()
+                    plan = early or comparison.plan()
                     for sentence in sentences(plan):
                         progress.note(sentence)
                     result = comparison.run()

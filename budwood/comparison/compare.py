@@ -20,9 +20,10 @@ from budwood.comparison.published import matched
 from budwood.comparison.recipe import Recipe, read_recipe_file
 from budwood.comparison.rows import columns_of, rows_of
 from budwood.comparison.runs import Run, runs_of
+from budwood.comparison.sources import FOLDER as SOURCES
 from budwood.comparison.sources import DenseModel, bring, look
 from budwood.comparison.tables import write_tables
-from budwood.comparison.task import SPEED, Task, task_of
+from budwood.comparison.task import RUNS, SPEED, Task, task_of
 from budwood.comparison.workers import run_all
 from budwood.environment import installed
 from budwood.errors import UsageError
@@ -49,7 +50,7 @@ class Comparison:
     @classmethod
     def read(
         cls,
-        recipe: str | Path,
+        recipe: str | Path | Recipe,
         out: str | Path,
         *,
         variables: Mapping[str, str] | None = None,
@@ -59,13 +60,14 @@ class Comparison:
     ) -> "Comparison":
         """Reads and checks everything; nothing is written.
 
-        recipe: a YAML file. variables: values for those of the recipe. jobs: runs at a time, each in a process of its
-        own; 0 runs one after the other in this process. keep_models: whether pruned models stay once their figures
-        are kept; None: as the recipe says. Raises UsageError, with the line of the recipe, for what cannot be.
+        recipe: a YAML file, or one that is read already. variables: values for those of the recipe. jobs: runs at a
+        time, each in a process of its own; 0 runs one after the other in this process. keep_models: whether pruned
+        models stay once their figures are kept; None: as the recipe says. Raises UsageError, with the line of the
+        recipe, for what cannot be.
         """
         if jobs < 0:
             raise UsageError(f"jobs is the number of runs at a time, or 0 for none beside this process; got {jobs}")
-        found = read_recipe_file(recipe, variables)
+        found = recipe if isinstance(recipe, Recipe) else read_recipe_file(recipe, variables)
         check_packages(found)
         check_files(found)
         folder = Path(out).expanduser()
@@ -87,14 +89,19 @@ class Comparison:
         finally:
             held.release()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether all sources are here with their weights, so that everything can be planned before it begins."""
+        return all(model.complete for model in self.models.values())
+
     def bring(self) -> None:
         """Fetches and converts the sources, and finds what is finished. Raises UsageError for runs that are others."""
-        write_text(self.out / RECIPE, self.recipe.document.file.read_text("utf-8"))
         for name in self.used:
             if not self.models[name].complete:
                 self.progress.note(f"{name}: {self.recipe.fields.sources[name].model} is brought here first")
                 self.models[name] = bring(name, self.recipe.fields.sources[name], self.out)
         self.find_tasks()
+        write_text(self.out / RECIPE, self.recipe.document.text)
 
     def find_tasks(self) -> None:
         """The runs as tasks. Raises UsageError where a folder of one of them holds another run."""
@@ -111,7 +118,7 @@ class Comparison:
 
     def plan(self) -> dict[str, Any]:
         """Every run with estimated time and disk space, JSON-plain; None where a source is not here yet."""
-        if not self.tasks and all(model.complete for model in self.models.values()):
+        if not self.tasks and self.is_here:
             self.find_tasks()
         done = {
             name: sum(float((task.record(step) or {}).get("seconds", 0)) for step in task.steps)
@@ -206,7 +213,7 @@ def check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder")
     names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")} if out.is_dir() else set()
-    if names and not (names & {FILE, RECIPE}):
+    if names - {RUNS, SOURCES} and not names & {FILE, RECIPE}:
         raise UsageError(f"{out} is not empty and holds no comparison; give another folder")
 
 
@@ -234,7 +241,9 @@ def compare(
     comparison = Comparison.read(
         recipe, out, variables=variables, jobs=jobs, keep_models=keep_models, progress=progress
     )
+    planned = comparison.plan() if comparison.is_here else None  # refuses what cannot be applied, with the line
     with comparison.claimed():
         comparison.bring()
-        comparison.plan()  # refuses methods that cannot be applied to a model, with the line
+        if not planned:
+            comparison.plan()
         return comparison.run()

@@ -8,7 +8,7 @@ from typing import Any
 
 from budwood.errors import UsageError
 
-LARGEST = 1 << 20  # bytes of a recipe
+LARGEST, DEEPEST = 1 << 20, 20  # bytes of a recipe, sections inside sections
 VARIABLE = re.compile(r"\$\{([^}]*)\}")
 VARIABLES = "variables"
 HERE = "here"  # the variable that holds the folder of the recipe
@@ -18,9 +18,10 @@ Scalar = str | int | float | bool | None
 
 @dataclass
 class Document:
-    """content: mappings, lists and scalars. lines: of every value, counted from 1; of an entry, that of its key."""
+    """text: as read. content: mappings, lists and scalars. lines: of every value, from 1; of an entry, of its key."""
 
     file: Path
+    text: str = ""
     content: Any = None
     lines: dict[Place, int] = field(default_factory=dict)
 
@@ -42,8 +43,8 @@ def read_document(file: str | Path, given: Mapping[str, str] | None = None) -> D
     that is not defined; without one where the file or the package PyYAML is missing.
     """
     path = Path(file).expanduser()
-    document = Document(path)
-    root = _composed(path, _text(path))
+    document = Document(path, _text(path))
+    root = _composed(path, document.text)
     document.content = _plain(root, (), document)
     _replace(document, given or {})
     return document
@@ -65,8 +66,12 @@ def _text(path: Path) -> str:
 def _composed(path: Path, text: str) -> Any:
     """The tree of YAML nodes."""
     yaml = yaml_package()
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:  # the reader takes time that grows with the square of the depth
+                raise UsageError(f"{path}, line {event.start_mark.line + 1}: this is nested too deeply for a recipe")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 line = event.start_mark.line + 1
                 raise UsageError(f"{path}, line {line}: anchors and aliases are not read; use variables, ${{NAME}}")
@@ -75,8 +80,6 @@ def _composed(path: Path, text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path}{where}: this is no YAML: {getattr(error, 'problem', None) or error}") from error
-    except RecursionError as error:
-        raise UsageError(f"{path} is nested too deeply to be a recipe") from error
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{path}, line 1: a recipe is a mapping such as 'title: ...'; see docs/compare.md")
     return root

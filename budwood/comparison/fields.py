@@ -48,7 +48,7 @@ def checked(kind: type[F], content: Any, place: Place, document: Document) -> F:
         return kind.model_validate(content)  # type: ignore[attr-defined, no-any-return]
     except ValidationError as error:
         found = [((*place, *mistake["loc"]), mistake) for mistake in error.errors(include_url=False)]
-        where, mistake = min(found, key=lambda pair: document.line(pair[0]))
+        where, mistake = min(found, key=lambda pair: (document.line(pair[0]), pair[1]["type"] == "missing"))
         raise document.error(where, reason(where, mistake, kind, document)) from None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from budwood import humanize
-from budwood.reports.comparison import FIGURES, Results, Row
+from budwood.reports.comparison import FIGURES, PublishedFigure, Results, Row
 
 # Not in the Markdown table, unless a published one has them.
 LESS = ("same top", "groups", "times", "recovered", "share of dense", "parameters", "peak memory", "D ")
@@ -63,18 +63,20 @@ def points(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _published(results: Results, row: Row, figure: str) -> float | None:
     """The published figure of the same model, method and settings."""
-    for known in results["published"]:
-        own = known.get("settings") or {}
-        if (known.get("source"), known.get("row"), known["figure"]) == (row["source"], row["row"], figure) and all(
-            row["settings"].get(name) == value for name, value in own.items()
-        ):
-            return known["value"]
-    return None
+    found = (known["value"] for known in results["published"] if known["figure"] == figure and measured(known, row))
+    return next(found, None)
+
+
+def measured(known: PublishedFigure, row: Row) -> bool:
+    """Whether a row has the figure of the same model, method and settings."""
+    own = known.get("settings") or {}
+    same = (known.get("source"), known.get("row")) == (row["source"], row["row"])
+    return same and known["figure"] in row["figures"] and all(row["settings"].get(k) == v for k, v in own.items())
 
 
 def published(results: Results) -> str:
-    """Published figures of models that were not measured here, a table for each published one."""
-    found = [known for known in results["published"] if known.get("source") is None]
+    """Published figures that stand beside no measured one, a table for each published table."""
+    found = [known for known in results["published"] if not any(measured(known, row) for row in results["rows"])]
     parts = []
     for title in dict.fromkeys(known["table"] for known in found):
         own = [known for known in found if known["table"] == title]

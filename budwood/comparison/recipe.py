@@ -98,7 +98,9 @@ def row_of(fields: "RecipeFields", index: int, document: Document) -> RecipeRow:
         entry.method,
         methods,
         tuple(entry.sources or fields.sources),
-        seeds(fields.draws if entry.draws is None else entry.draws, (*place, "draws"), document),
+        seeds(fields.draws, ("draws",), document)
+        if entry.draws is None
+        else seeds(entry.draws, (*place, "draws"), document),
         calibration,
         prune,
     )

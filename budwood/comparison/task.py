@@ -140,7 +140,6 @@ def steps_of(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
     return steps
 
 
-@cache
 def digest(data: str | None) -> str | None:
     """Of the content of a file, or of a folder's files; None for a name, whose text follows from it."""
     if data is None:
@@ -148,14 +147,18 @@ def digest(data: str | None) -> str | None:
     if mix := mix_of(data):
         return hashlib.sha256(" ".join(str(digest(name)) for name, _ in mix.parts).encode()).hexdigest()
     path = Path(data)
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     if not path.exists():
         return None
-    whole = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            whole.update(hashlib.file_digest(stream, "sha256").digest())
-    return whole.hexdigest()
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    found = [_digest_of(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return found[0] if path.is_file() else hashlib.sha256(" ".join(found).encode()).hexdigest()
+
+
+@cache
+def _digest_of(file: Path, changed: int, size: int) -> str:
+    """Of a file that was last changed then."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def begin(task: Task) -> None:

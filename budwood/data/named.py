@@ -22,7 +22,7 @@ def named_texts(data: Data | Mapping[str, Data]) -> dict[str, Data]:
     if isinstance(data, Mapping):
         if any(isinstance(value, int | float) for value in data.values()):
             raise UsageError(f"{dict(data)} is a mix, which serves for calibration only; give names of texts")
-        return dict(data)
+        return {name: text for name, text in data.items() if not isinstance(text, int | float)}
     if not isinstance(data, str):
         return {str(data) if isinstance(data, os.PathLike) else unnamed(data): data}
     texts: dict[str, Data] = {}

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import sys
 import time
 from array import array
@@ -19,12 +20,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
+
 from budwood.data.hub import require_network
 from budwood.demo_assets import TASK_ROWS
 from budwood.errors import UsageError
 from budwood.evaluation.task_rows import TASKS, Rows, in_folder
 from budwood.kernels.dispatch import exact
 from budwood.progress import Progress
+
+SEED = 1234  # of the harness, for numpy, torch and the choice of examples
 
 
 @contextmanager
@@ -68,6 +74,24 @@ def loaded_tasks(names: Sequence[str], rows: Mapping[str, Rows], place: Path) ->
         except Exception as error:  # the libraries pass on errors of a dozen others
             raise UsageError(f"the rows of {name} cannot be loaded: {type(error).__name__}: {error}") from error
     return tasks
+
+
+def evaluated(model: Any, tasks: Sequence[Any], shots: int | None, limit: int | None) -> Any:
+    """The harness's results of a model of its own class.
+
+    What `simple_evaluate` does with these options, without the list of all installed packages, which takes seconds.
+    """
+    from lm_eval.evaluator import evaluate
+
+    random.seed(0)
+    numpy.random.seed(SEED)
+    torch.manual_seed(SEED)
+    for task in tasks:
+        # A task file that says 0 means it: its prompt does not work with examples.
+        if task.get_config("num_fewshot") is None or (shots is not None and task.get_config("num_fewshot") != 0):
+            task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=SEED)
+    return evaluate(lm=model, task_dict={"tasks": {task.task_name: task for task in tasks}}, limit=limit)
 
 
 def write_task_file(file: Path, name: str, rows: Rows, stock: Path) -> Path:

@@ -68,18 +68,18 @@ def paired_score(one: TaskScore, other: TaskScore) -> Pair:
             "tokenizer); they are compared in pairs only on the same ones"
         )
     refuse_other_dtype(one, other, subject)
-    ours, theirs = one.headline.items, other.headline.items
-    if not ours or len(ours) != len(theirs) or not {*ours, *theirs} <= {0.0, 1.0}:
+    items, others = one.headline.items, other.headline.items
+    if not items or len(items) != len(others) or not {*items, *others} <= {0.0, 1.0}:
         raise UsageError(f"{subject}: its items are not just right or wrong, so McNemar's test does not apply")
-    better = sum(a > b for a, b in zip(ours, theirs, strict=True))
-    worse = sum(a < b for a, b in zip(ours, theirs, strict=True))
-    low, high, p = mcnemar(better, worse, len(ours))
+    better = sum(a > b for a, b in zip(items, others, strict=True))
+    worse = sum(a < b for a, b in zip(items, others, strict=True))
+    low, high, p = mcnemar(better, worse, len(items))
     return Pair(
         model=one.model,
         against=other.model,
         subject=subject,
-        count=len(ours),
-        difference=(better - worse) / len(ours),
+        count=len(items),
+        difference=(better - worse) / len(items),
         low=low,
         high=high,
         level=LEVEL,

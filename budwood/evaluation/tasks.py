@@ -12,7 +12,7 @@ from typing import Any
 from budwood.checkpoints.tokenizer import load_tokenizer
 from budwood.errors import RunError
 from budwood.evaluation.conditions import conditions
-from budwood.evaluation.harness import asked, loaded_tasks, quiet, recording_model
+from budwood.evaluation.harness import asked, evaluated, loaded_tasks, quiet, recording_model
 from budwood.evaluation.subject import Subject
 from budwood.evaluation.task_rows import require_harness, rows_of
 from budwood.progress import Progress, Silent
@@ -40,15 +40,13 @@ def measure_tasks(
     """
     rows = rows_of(names, folder)
     require_harness()
-    import lm_eval
-
     start = time.perf_counter()
     with quiet(), tempfile.TemporaryDirectory() as place:
         tasks = loaded_tasks(names, rows, Path(place))
         tokenizer = load_tokenizer(subject.source.folder)
         model = recording_model(subject.model, tokenizer, batch_size, progress or Silent())
         try:
-            found: Any = lm_eval.simple_evaluate(model=model, tasks=tasks, num_fewshot=shots, limit=limit)
+            found = evaluated(model, tasks, shots, limit)
         except Exception as error:  # of the harness, of the rows, of the model
             raise RunError(
                 f"lm-evaluation-harness failed on {', '.join(names)}: {type(error).__name__}: {error}"

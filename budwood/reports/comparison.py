@@ -23,7 +23,8 @@ from budwood.errors import RunError, UsageError
 FILE = "results.json"
 SCHEMA = 1
 
-# Keys of `Row.figures`. NAME is that of a text or task in the recipe, or as said. Lower is better for perplexity, D and bytes.
+# Keys of `Row.figures`. NAME is that of a text or task in the recipe, or as said. Lower is better for perplexity, D,
+# KL, repetition and bytes.
 FIGURES = {
     "perplexity NAME": "exp of the mean loss on a text",
     "D NAME": "ln(perplexity / perplexity of the dense model) on a text",

@@ -21,7 +21,7 @@ def read_results(folder: Path) -> tuple[Result, ...]:
     Raises RunError where the report is damaged.
     """
     report = read_report(folder)
-    section = (report or {}).get(SECTION, [])
+    section = [] if report is None else report.get("results", [])
     if not isinstance(section, list):
         raise RunError(f"{folder / FILE} is damaged: {SECTION} is no list; delete that section")
     return tuple(from_json(part, f"{folder / FILE}, result {number}") for number, part in enumerate(section, start=1))

@@ -39,9 +39,10 @@ def imported(arguments: list[str], folder: Path) -> tuple[int, set[str]]:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A working directory with a folder `model` that looks like a model and must not be opened."""
+    """A working directory with a folder `model` that must not be opened, and a recipe with an unknown method."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text("title: t\nsources: {a: model}\nmethods: [wnda]\n")
     return tmp_path
 
 
@@ -63,10 +64,13 @@ def folder(tmp_path):
         (["bench", "no-such-model"], 2),
         (["inspect", "no-such-model"], 2),
         (["evaluate", "no-such-model", "--data", "text.txt"], 2),
+        (["evaluate", "model", "--tasks", "piqa", "--tasks-data", "no-such-folder"], 2),
         (["generate", "no-such-model", "--prompt", "a"], 2),
         (["export", "no-such-model", "out"], 2),
         (["retrain", "no-such-model", "out", "--data", "text.txt"], 2),
         (["convert", "no-such-file.gguf", "out"], 2),
+        (["compare", "no-such-recipe.yaml", "out"], 2),
+        (["compare", "recipe.yaml", "out", "--set", "data"], 2),
     ],
 )
 def test_no_torch_is_imported(arguments, status, folder):
@@ -89,6 +93,7 @@ def test_no_torch_is_imported(arguments, status, folder):
         (["plan", "model", "--method", "nosuch()"], 2),
         (["plan", "no-such-model", "--method", "wrp()"], 2),
         (["export", "model", "out", "--format", "zip"], 2),
+        (["compare", "recipe.yaml", "out"], 2),
     ],
 )
 def test_no_transformers_is_imported(arguments, status, folder):
