@@ -2,6 +2,7 @@
 
     results.json     this record (`Results`)
     results.csv, results.parquet, results.md     the same rows as a flat table
+    report.html      the page of `budwood report`
     runs/NAME/       one folder a run: result.json (its `Row`), and model/ where the pruned model is kept
 
 A row is one source, one method and one draw of the calibration text. It holds the records of the verbs as they gave

@@ -10,10 +10,11 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from budwood.checkpoints.files import write_json
 from budwood.reports.card import render_card, with_section
+from budwood.reports.conditions import Conditions, Text
 from budwood.reports.hub_results import FILE, data_of, entries, with_index, write_entries
 from budwood.reports.record import SECTIONS
 from budwood.reports.result_files import add_results
-from budwood.reports.results import Conditions, Perplexity, TaskMetric, TaskScore, Text
+from budwood.reports.results import Perplexity, TaskMetric, TaskScore
 from budwood.runs.target import MANIFEST, Target
 
 hub = pytest.importorskip("huggingface_hub._eval_results", reason="an older huggingface_hub")
