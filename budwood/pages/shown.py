@@ -8,6 +8,7 @@ from typing import Any
 from budwood.pages.text import number
 
 ALPHA = re.compile(r"\balpha=([0-9]*\.?[0-9]+)")
+WRP_ALPHA = 0.25  # where an expression gives none
 NAME = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -42,8 +43,9 @@ class Shown:
             return None
         if "alpha" in self.settings:
             return number(self.settings["alpha"])
-        found = ALPHA.search(str(self.method))
-        return float(found[1]) if found else None
+        if found := ALPHA.search(str(self.method)):
+            return float(found[1])
+        return None if re.search(r"\b(density|block|k)=", str(self.method)) else WRP_ALPHA
 
     @property
     def linears(self) -> Mapping[str, Mapping[str, Any]]:
