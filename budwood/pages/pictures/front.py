@@ -1,6 +1,7 @@
 """What quality costs in bits: D = ln(perplexity / dense perplexity) against bits per weight, with the Pareto front."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from budwood.pages import conditions
 from budwood.pages.pictures.drawing import INK, MUTED, Picture, figure, legend, picture, plain_numbers, series
@@ -86,9 +87,9 @@ def place_names(made, axes, names: Sequence[tuple[float, float, str]], points: S
     made.canvas.draw()
     renderer = made.canvas.get_renderer()
     frame, marks = axes.get_window_extent(renderer), axes.transData.transform(points)
-    taken = []
+    taken: list[Any] = []
     for x, y, name in names:
-        tried = []
+        tried: list[tuple[float, int, Any, Any]] = []
         for shift, ha, va in (
             ((6, 4), "left", "bottom"),
             ((-6, 4), "right", "bottom"),
