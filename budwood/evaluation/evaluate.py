@@ -28,7 +28,7 @@ def evaluate(
     data: Data | Mapping[str, Data] | None = None,
     *,
     against: str | None = None,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     variant: Variant = "plain",
     seq_length: int = 2048,
     limit: int | None = None,
@@ -54,7 +54,8 @@ def evaluate(
     texts only. Raises UsageError for invalid requests, RunError where the work fails.
     """
     progress = progress or Silent()
-    check(data, tasks, against, stream, continuations)
+    tasks = tasks.split(",") if isinstance(tasks, str) else tasks
+    check(data, tasks, stream, continuations)
     if tasks:
         rows_of(tasks, folder_of(tasks_data))
         require_harness()
@@ -78,6 +79,7 @@ def evaluate(
         results += on_text(subject, dense, name, text, read[name], progress)
     if prompts is not None:
         results.append(measure_repetition(subject, prompts[1], prompts[0], dense, progress=progress))
+    add_results(folder, results)
     if tasks:
         asked: dict[str, Any] = {
             "folder": folder_of(tasks_data),
@@ -91,7 +93,7 @@ def evaluate(
         if dense is not None:
             theirs = {score.task: score for score in measure_tasks(dense, tasks, **asked)}
             results += [paired_score(score, theirs[score.task]) for score in scores]
-    add_results(folder, results)
+        add_results(folder, results)
     return tuple(results)
 
 
@@ -106,7 +108,7 @@ class Reading:
     seed: int
 
 
-def check(data: Any, tasks: Sequence[str], against: str | None, stream: bool, continuations: int | None) -> None:
+def check(data: Any, tasks: Sequence[str], stream: bool, continuations: int | None) -> None:
     """UsageError where nothing is asked for, or what cannot be."""
     if data is None and not tasks:
         raise UsageError("nothing to measure: give a text with --data, or tasks with --tasks")
@@ -155,6 +157,5 @@ def perplexity_of(
         losses=losses,
         conditions=divergence.conditions,
         streamed=stream,
-        seconds=divergence.seconds,
         notes=(note,) if note else (),
     )

@@ -176,6 +176,7 @@ def recording_model(model: Any, tokenizer: Any, batch_size: int | str, progress:
 
     class Recording(HFLM):
         tokens: dict[Any, bytes]
+        done: int | None = None  # answers so far, while answers are counted
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             progress.start(len(requests), "answers")
@@ -183,6 +184,7 @@ def recording_model(model: Any, tokenizer: Any, batch_size: int | str, progress:
             try:
                 return super().loglikelihood(requests, disable_tqdm=True)
             finally:
+                self.done = None
                 progress.finish()
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
@@ -194,8 +196,9 @@ def recording_model(model: Any, tokenizer: Any, batch_size: int | str, progress:
             start = time.perf_counter()
             with exact():  # a score measures the weights, not the kernels
                 logits = super()._model_call(inps, *args, **kwargs)
-            self.done += len(inps)
-            progress.block(self.done - 1, "answers", time.perf_counter() - start)
+            if self.done is not None:
+                self.done += len(inps)
+                progress.block(self.done - 1, "answers", time.perf_counter() - start)
             return logits
 
     made = Recording(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
