@@ -101,7 +101,6 @@ class Comparison:
                 self.progress.note(f"{name}: {self.recipe.fields.sources[name].model} is brought here first")
                 self.models[name] = bring(name, self.recipe.fields.sources[name], self.out)
         self.find_tasks()
-        write_text(self.out / RECIPE, self.recipe.document.text)
 
     def find_tasks(self) -> None:
         """The runs as tasks. Raises UsageError where a folder of one of them holds another run."""
@@ -150,6 +149,7 @@ class Comparison:
         written as far as they are.
         """
         results = self.write()
+        write_text(self.out / RECIPE, self.recipe.document.text)
         waiting = [task for task in self.tasks.values() if task.missing()]
         timed = [task for task in waiting if SPEED in task.steps]
         try:
@@ -213,7 +213,7 @@ def check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder")
     names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")} if out.is_dir() else set()
-    if names - {RUNS, SOURCES} and not names & {FILE, RECIPE}:
+    if names - {RUNS, SOURCES} and FILE not in names:
         raise UsageError(f"{out} is not empty and holds no comparison; give another folder")
 
 

@@ -1,7 +1,9 @@
 """One run carried out: pruned, evaluated, timed; each step is recorded when it is finished and never done again."""
 
+import os
 import shutil
 import time
+import traceback
 from typing import Any
 
 from budwood.checkpoints.files import write_json
@@ -9,7 +11,7 @@ from budwood.comparison.measure import MEASURES, Subjects
 from budwood.comparison.rounding import Rtn, parse_row
 from budwood.comparison.task import PRUNE, SPEED, Task, begin
 from budwood.environment import installed, machine
-from budwood.errors import message
+from budwood.errors import DEBUG, message
 from budwood.progress import Progress
 from budwood.pruning import prune
 from budwood.runs.target import Target
@@ -39,6 +41,8 @@ def execute(task: Task, progress: Progress, speed: bool = True) -> str | None:
             shutil.rmtree(task.model, ignore_errors=True)
         return None
     except Exception as error:
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
+            traceback.print_exc()
         sentence = message(error)
         write_json(task.folder / ERROR, {"error": sentence})
         return sentence

@@ -1,5 +1,6 @@
 """Results as tables of text, for a terminal and for the model card."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,6 +20,8 @@ from budwood.reports.results import (
 )
 
 R = TypeVar("R", bound=Result)
+NUMBER = re.compile(r"-?\d+\.\d+")
+NUMBERS = (1, 6, 8)  # columns of the harness's table: version, value, standard error
 ARROWS = {True: "↑", False: "↓", None: ""}
 
 
@@ -131,10 +134,13 @@ def harness_table(scores: Sequence[TaskScore]) -> str:
     rows = []
     for score in sorted(scores, key=lambda score: score.task):
         for place, metric in enumerate(score.metrics):
-            first = (score.task, version(score.version)) if place == 0 else ("", "")
+            first = (score.task, score.version) if place == 0 else ("", "")
             error = ("", "") if metric.error is None else ("±", f"{metric.error:.4f}")
             arrow = ARROWS[metric.higher_is_better]
-            rows.append((*first, metric.filter, str(score.shots), metric.name, arrow, f"{metric.value:.4f}", *error))
+            rows.append([*first, metric.filter, str(score.shots), metric.name, arrow, f"{metric.value:.4f}", *error])
+    for column in NUMBERS:
+        for row, cell in zip(rows, same_digits([row[column] for row in rows]), strict=True):
+            row[column] = cell
     widths = [max(3, *(len(row[column]) for row in (head, *rows))) for column in range(len(head))]
     rule = [("-" * (width - 1) + ":") if column in right else "-" * width for column, width in enumerate(widths)]
     body = [
@@ -151,9 +157,13 @@ def centred(cell: str, width: int) -> str:
     return (" " * left + cell).ljust(width)
 
 
-def version(text: str) -> str:
-    """A version as the harness prints it: a whole number without fraction."""
-    return text.removesuffix(".0")
+def same_digits(cells: Sequence[str]) -> list[str]:
+    """The numbers of a column with as many decimals as the longest needs; other columns as they are."""
+    numbers = [cell for cell in cells if cell]
+    if not all(NUMBER.fullmatch(cell) for cell in numbers):
+        return list(cells)
+    digits = max((len(cell.rstrip("0").partition(".")[2]) for cell in numbers), default=0)
+    return [f"{float(cell):.{digits}f}" if cell else "" for cell in cells]
 
 
 def mean_line(scores: Sequence[TaskScore]) -> str:

@@ -9,7 +9,7 @@ import pytest
 from budwood.errors import RunError
 from budwood.reports.result_files import merged, read_results
 from budwood.reports.result_json import from_json, to_json
-from budwood.reports.result_tables import render_results, tables
+from budwood.reports.result_tables import render_results, same_digits, tables
 from budwood.reports.results import (
     Conditions,
     Divergence,
@@ -85,6 +85,19 @@ def test_the_newest_of_a_kind_stays():
 
 def test_a_folder_without_a_report_has_no_results(tmp_path):
     assert read_results(tmp_path) == ()
+
+
+@pytest.mark.parametrize(
+    ("cells", "shown"),
+    [
+        (["0.7250", "0.7000"], ["0.725", "0.700"]),
+        (["0.5000", "1.0000", ""], ["0.5", "1.0", ""]),
+        (["1.0", "2.0"], ["1", "2"]),
+        (["1.0", "Yaml"], ["1.0", "Yaml"]),
+    ],
+)
+def test_a_column_has_the_decimals_that_its_longest_number_needs(cells, shown):
+    assert same_digits(cells) == shown
 
 
 def test_all_text_of_a_card_is_escaped():
