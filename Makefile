@@ -1,6 +1,7 @@
 # Everything runs in a virtual environment of its own; the first target that needs it makes it.
 #   make setup   the environment alone        make test   the tests        make lint   format, lint, types
 #   make demo    prune a real model three ways and compare                  make wheel  one file that installs anywhere
+#   make docs    the documentation as a site, in site/
 #   make clean   remove what was made here
 #   make sanitize    the native library under AddressSanitizer and UBSan: its tests, and MUTANTS damaged matrices
 #   make faults  faults injected into every verb that writes: what is lost, what loads wrongly
@@ -25,7 +26,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3,\
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup test lint demo wheel sanitize faults fuzz gpu-check clean
+.PHONY: setup test lint demo docs wheel sanitize faults fuzz gpu-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(INSTALLED)
@@ -37,7 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard budwood/k
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch and the rest into $(VENV); the downloads take a while"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,docs]'
 	@touch $@
 
 test: setup
@@ -69,6 +70,9 @@ faults: setup
 
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_campaign.py $(FUZZ)
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
 
 gpu-check: setup
 	test -d $(TRITON_FOLDER)/triton || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON_FOLDER) '$(TRITON)'
@@ -81,4 +85,4 @@ wheel: setup
 	@ls dist
 
 clean:
-	rm -rf $(VENV) $(TRITON_FOLDER) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON_FOLDER) demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

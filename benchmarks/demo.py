@@ -57,7 +57,7 @@ def measured(folder: Path) -> float:
     import budwood
 
     found = budwood.evaluate(folder, DATA, seq_length=WINDOW_LENGTH, limit=WINDOWS, dtype="float32", progress=Quieter())
-    return float(found["perplexity"])
+    return found[0].perplexity
 
 
 def pruned(source: Path, target: Path, expression: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def measured(row: str, draw: int, texts: Mapping[str, str], asked: argparse.Name
         }
     before = time.perf_counter()
     perplexity = {
-        name: budwood.evaluate(folder, data, seq_length=2048, limit=asked.windows, dtype=asked.dtype)["perplexity"]
+        name: budwood.evaluate(folder, data, seq_length=2048, limit=asked.windows, dtype=asked.dtype)[0].perplexity
         for name, data in texts.items()
     }
     kl = divergences(asked.model, folder, texts, asked.dtype) if asked.kl and method else {}

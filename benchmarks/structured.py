@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from cells import Cell, filled, kept, pruned, spread
-from torch import Tensor
 
 import budwood
 from budwood.benchmarking import time_models
@@ -32,6 +31,7 @@ from budwood.checkpoints.source import open_source
 from budwood.checkpoints.tokenizer import load_tokenizer
 from budwood.data.evaluation import evaluation_windows
 from budwood.data.windows import calibration_windows
+from budwood.evaluation.repetition import NEW, PROMPT, repetition
 from budwood.progress import Silent
 from budwood.stream.arithmetic import known_device
 from budwood.stream.model import Model
@@ -46,8 +46,6 @@ METHODS = {
     "Tyr": 'tyr(drop={drop}, preset="quick")',
 }
 DTYPE = "bfloat16"  # of the written weights
-PROMPT, NEW = 32, 128  # tokens of the continuations that are searched for repetition
-GRAM = 4
 
 
 def main() -> None:
@@ -89,7 +87,7 @@ def measured(row: str, draw: int, texts: Mapping[str, str], asked: argparse.Name
         folder = str(target)
     plain = seconds_of_a_pass(asked)
     perplexity = {
-        text: budwood.evaluate(folder, data, seq_length=2048, limit=asked.windows, dtype=asked.dtype)["perplexity"]
+        text: budwood.evaluate(folder, data, seq_length=2048, limit=asked.windows, dtype=asked.dtype)[0].perplexity
         for text, data in texts.items()
     }
     device = known_device("auto")
@@ -98,7 +96,7 @@ def measured(row: str, draw: int, texts: Mapping[str, str], asked: argparse.Name
         "perplexity": perplexity,
         "parameters": sum({p.data_ptr(): p.numel() for p in model.parameters()}.values()),
         "bytes": sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")),
-        "repetition": repetition(model, asked, next(iter(texts.values()))) if asked.continuations else None,
+        "repetition": repeats(model, asked, next(iter(texts.values()))) if asked.continuations else None,
         "passes": None if report is None else report["seconds"]["total"] / plain,
         "needs_budwood": None if report is None else report["needs_budwood"],
         "calibration": f"{asked.calibration}, {asked.num_samples} x {asked.seq_length}, random by the draw",
@@ -127,30 +125,11 @@ def seconds_of_a_pass(asked: argparse.Namespace) -> float:
     return time.perf_counter() - start
 
 
-def repetition(model: torch.nn.Module, asked: argparse.Namespace, data: str) -> float:
+def repeats(model: torch.nn.Module, asked: argparse.Namespace, data: str) -> float:
     """The mean share of repeated 4-grams in the continuations."""
     tokenizer = load_tokenizer(Path(asked.model))
-    windows = evaluation_windows(data, tokenizer, seq_length=PROMPT, limit=asked.continuations).ids
-    shares = []
-    for prompts in windows.split(8):
-        with torch.no_grad():
-            prompts = prompts.to(next(model.parameters()).device)
-            tokens = model.generate(  # type: ignore[operator]
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        shares += [repeated(answer[PROMPT:]) for answer in tokens]
-    return statistics.fmean(shares)
-
-
-def repeated(tokens: Tensor) -> float:
-    """The share of 4-grams of tokens [n] that occurred before."""
-    grams = [tuple(gram) for gram in tokens.unfold(0, GRAM, 1).tolist()]
-    return 1 - len(set(grams)) / len(grams)
+    prompts = evaluation_windows(data, tokenizer, seq_length=PROMPT, limit=asked.continuations).ids
+    return statistics.fmean(repetition(model, prompts, NEW))
 
 
 def table(cells: list[Cell]) -> str:

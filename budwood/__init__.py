@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from budwood import methods as methods
     from budwood.benchmarking import bench as bench
     from budwood.checkpoints.loading import load as load
-    from budwood.evaluation.perplexity import evaluate as evaluate
+    from budwood.comparison.compare import compare as compare
+    from budwood.evaluation.evaluate import evaluate as evaluate
     from budwood.finetuning import sparse_lora as sparse_lora
     from budwood.methods import METHODS as METHODS
+    from budwood.pages.page import report as report
     from budwood.planning import plan as plan
     from budwood.pruning import prune as prune
     from budwood.repacking import repack as repack
@@ -26,12 +28,14 @@ __version__ = "0.1.0"
 PUBLIC = {  # name -> module that defines it
     "METHODS": "budwood.methods",
     "bench": "budwood.benchmarking",
-    "evaluate": "budwood.evaluation.perplexity",
+    "compare": "budwood.comparison.compare",
+    "evaluate": "budwood.evaluation.evaluate",
     "load": "budwood.checkpoints.loading",
     "plan": "budwood.planning",
     "prune": "budwood.pruning",
     "recipe_options": "budwood.runs.recipe",
     "repack": "budwood.repacking",
+    "report": "budwood.pages.page",
     "retrain": "budwood.retraining",
     "sparse_lora": "budwood.finetuning",
 }
@@ -40,6 +44,7 @@ __all__ = [
     "METHODS",
     "__version__",
     "bench",
+    "compare",
     "evaluate",
     "load",
     "methods",
@@ -47,6 +52,7 @@ __all__ = [
     "prune",
     "recipe_options",
     "repack",
+    "report",
     "retrain",
     "sparse_lora",
 ]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from budwood.checkpoints.decoding import decode_plainly
 from budwood.checkpoints.loading import load
-from budwood.environment import machine, peak_memory
+from budwood.environment import machine, peak_memory, versions
 from budwood.errors import UsageError
 from budwood.kernels import dispatch, native
 from budwood.kernels.linear import SparseLinear
@@ -81,6 +81,7 @@ def _bench(
         )
     report: dict[str, Any] = {
         "machine": machine(),
+        "versions": versions(),
         "kernels": native.why(),
         "dispatch": dispatch_choices(),
         "dtype": str(pruned.dtype).removeprefix("torch."),

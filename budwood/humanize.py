@@ -2,9 +2,20 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from budwood.errors import UsageError
+
+HIDDEN = (
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+    "Cn",
+    "Zl",
+    "Zp",
+)  # categories of Unicode: control, format (bidi), surrogates, unassigned
 
 
 def size(count: float | None) -> str:
@@ -45,6 +56,22 @@ def shape(sizes: Sequence[int]) -> str:
 def figure(value: float | None, digits: int = 4) -> str:
     """A number with `digits` significant digits."""
     return "-" if value is None else f"{value:.{digits}g}"
+
+
+def printable(text: object) -> str:
+    """`text` with characters that cannot be seen, or that reorder others, as escapes: U+202E becomes \\u202e.
+
+    Spaces, tabs and line ends stay. For names from models and recipes that are shown to people.
+    """
+    return "".join(
+        character if character in " \t\n" or unicodedata.category(character) not in HIDDEN else escaped(character)
+        for character in str(text)
+    )
+
+
+def escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
 
 def parse_bytes(amount: int | str) -> int:

@@ -83,7 +83,7 @@ def stored_matrices(source: Source, skip: tuple[str, ...]) -> Iterator[StoredMat
     structure = source.structure(skip=skip)
     weights = source.weights(structure)
     for index in range(len(structure.modules)):
-        for linear, names in read_groups(weights, f"{structure.path}.{index}.").items():
+        for linear, names in weights.groups(f"{structure.path}.{index}.").items():
             packed = source.packed.get(linear)
             stored = stored_bytes(weights, names)
             tensors = weights.read(names)
@@ -99,16 +99,6 @@ def stored_matrices(source: Source, skip: tuple[str, ...]) -> Iterator[StoredMat
                     packed["format"] if packed else "dense",
                     stored if len(tensors) == 1 else weight.nbytes,  # fused experts share their stored tensor
                 )
-
-
-def read_groups(weights: Weights, prefix: str) -> dict[str, list[str]]:
-    """Names of tensors that are read together: all parts of a packed linear layer under its name, others alone."""
-    groups: dict[str, list[str]] = {}
-    for name in weights.names(prefix):
-        linear = name.rpartition(".")[0]
-        part_of_packed = linear in weights.packed and not name.endswith(".bias")
-        groups.setdefault(linear if part_of_packed else name, []).append(name)
-    return groups
 
 
 def stored_bytes(weights: Weights, names: list[str]) -> int:

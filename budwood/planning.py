@@ -1,5 +1,6 @@
 """A prediction of pruning, from the configuration alone: scope, bytes in every format, memory, time."""
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -49,13 +50,24 @@ def plan(
     """
     method = parse_method(method) if isinstance(method, str) else method
     layout = known_layout(format, values)
-    structure, config, shards = _open(source, skip, trust_remote_code)
+    structure, config, shards = open_model(source, skip, trust_remote_code)
+    storage = storage_of(dtype, config, shards)
+    predicted = prediction(structure, config, storage, method, layout, num_samples * seq_length)
+    predicted["notes"] = unmatched(structure.module, skip) + predicted["notes"]
+    return {"source": str(source), **predicted}
+
+
+def prediction(
+    structure: ModelStructure, config: Any, storage: torch.dtype, method: Method, layout: str, tokens: int
+) -> dict[str, Any]:
+    """What `plan` gives for a structure that is open already. tokens: of the calibration text.
+
+    Raises UsageError as `plan`.
+    """
     structure.check_scope()
     method.check(structure.shapes)
     method.check_structure(structure)
     layout = layout_of(layout, method, structure)
-    storage = _storage(dtype, config, shards)
-
     reduced = method.reduced(structure)
     dense = structure.in_scope * storage.itemsize + _unpruned_bytes(structure, storage)
     unpruned = _unpruned_bytes(reduced, storage)
@@ -67,7 +79,6 @@ def plan(
         fitting = ", ".join(name for name, sizes in formats.items() if sizes)
         raise UsageError(f"{layout} cannot hold the result of {method}; choose one of {fitting}")
     return {
-        "source": str(source),
         "method": str(method),
         "dtype": name_of(storage),
         "parameters": structure.parameters,
@@ -77,20 +88,20 @@ def plan(
         "blocks": _blocks(structure, method),
         "speed_up": _speed_up(structure, weights) if weights < structure.in_scope and not fewer_experts else None,
         "linears": _rows(structure),
-        "skipped": _group_by_reason(skipped(structure.module, skip)),
+        "skipped": _group_by_reason(skipped(structure.module, structure.skip)),
         "formats": {name: sizes for name, sizes in formats.items() if name in FORMATS},
         "chosen": layout if layout in FORMATS else _most_common_format(layout, structure, method, storage.itemsize),
         "bytes_dense": dense,
         "bytes_after": chosen["bytes"] + method.added_parameters(structure) * storage.itemsize,
         "work_bytes": method.work_bytes(structure, storage.itemsize),
         "bits_per_weight": chosen["bits_per_weight"],
-        "memory_peak": _memory(structure, method, storage.itemsize, num_samples * seq_length, config),
-        "seconds": _seconds(structure, method, num_samples * seq_length),
-        "notes": unmatched(structure.module, skip) + _notes(structure, unpruned, chosen["bytes"], method),
+        "memory_peak": _memory(structure, method, storage.itemsize, tokens, config),
+        "seconds": _seconds(structure, method, tokens),
+        "notes": _notes(structure, unpruned, chosen["bytes"], method),
     }
 
 
-def _open(
+def open_model(
     source: str | Path, skip: Sequence[str], trust_remote_code: bool
 ) -> tuple[ModelStructure, Any, Shards | None]:
     """Structure, configuration and shards of a model; no shards where there is only a configuration."""
@@ -108,7 +119,8 @@ def _open(
     return structure, opened.config, opened.shards
 
 
-def _storage(dtype: str | None, config: Any, shards: Shards | None) -> torch.dtype:
+def storage_of(dtype: str | None, config: Any, shards: Shards | None) -> torch.dtype:
+    """The dtype of the written weights: as asked for, or that of the source."""
     if dtype not in (None, "auto"):
         return dtype_named(dtype)
     if shards is not None:
@@ -217,8 +229,12 @@ def _memory(structure: ModelStructure, method: Method, itemsize: int, tokens: in
 
 def _seconds(structure: ModelStructure, method: Method, tokens: int) -> float:
     """Estimated seconds of the forward passes, from a float32 matmul timed on this machine."""
-    if not method.calibrated:
-        return 0.0
+    return PASSES * structure.in_scope * tokens * seconds_per_product() if method.calibrated else 0.0
+
+
+@functools.cache
+def seconds_per_product() -> float:
+    """Seconds that one weight takes for one token, from a float32 matmul timed on this machine."""
     rows, width = 512, 1024
     left, right = torch.randn(rows, width), torch.randn(width, width)
     best = float("inf")
@@ -226,7 +242,7 @@ def _seconds(structure: ModelStructure, method: Method, tokens: int) -> float:
         start = time.perf_counter()
         left @ right
         best = min(best, time.perf_counter() - start)
-    return PASSES * structure.in_scope * tokens * best / (rows * width * width)
+    return best / (rows * width * width)
 
 
 def _notes(structure: ModelStructure, unpruned: int, total: int, method: Method) -> list[str]:

@@ -16,7 +16,8 @@ from budwood.data.sources import Data
 from budwood.data.tokens import Bos, check_vocabulary, tokenizer_for
 from budwood.data.windows import Sampling, Windows, calibration_windows
 from budwood.errors import RunError, UsageError
-from budwood.evaluation.perplexity import BOS_TOKENS, bos_note, context, streamed_losses, with_bos
+from budwood.evaluation.perplexity import BOS_TOKENS, bos_note, streamed_losses, with_bos
+from budwood.evaluation.subject import context
 from budwood.formats import known_layout
 from budwood.humanize import parse_bytes
 from budwood.methods import parse_method

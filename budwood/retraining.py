@@ -8,7 +8,7 @@ from budwood.data.sources import Data
 from budwood.data.tokens import Bos, check_vocabulary, tokenizer_for
 from budwood.data.windows import Sampling, calibration_windows
 from budwood.errors import UsageError
-from budwood.evaluation.perplexity import context
+from budwood.evaluation.subject import context
 from budwood.methods.recovery import recover
 from budwood.methods.validation import number, whole
 from budwood.progress import Progress

@@ -26,6 +26,7 @@ FLOORS = {
     "supernet": 5,
     "reports": 5,
     "runs": 6,
+    "pages": 6,
     "methods": 7,
     "evaluation": 7,
     "pruning": 8,
@@ -36,8 +37,9 @@ FLOORS = {
     "planning": 8,
     "inspection": 8,
     "conversion": 8,
-    "cli": 9,
-    "__main__": 10,
+    "comparison": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 # These run wherever budwood or torch is imported, so they import nothing heavy at module level.
 LIGHT = ("__init__", "autoload")

@@ -34,3 +34,10 @@ def test_share_and_figure():
     assert humanize.span([0.031, 0.0825, 0.05]) == "3.10 % to 8.25 %"
     assert humanize.figure(9.3794) == "9.379"
     assert humanize.shape([1536, 576]) == "1536 x 576"
+
+
+def test_what_cannot_be_seen_becomes_visible():
+    assert humanize.printable("a\u202eb\x1b[1m\x00\u200d\u2028\U000e0041") == (
+        "a\\u202eb\\x1b[1m\\x00\\u200d\\u2028\\U000e0041"
+    )
+    assert humanize.printable("ordinary, Größe 模型 \t\n") == "ordinary, Größe 模型 \t\n"

@@ -129,6 +129,8 @@ class ReducedWeights(Weights):
     def __init__(self, whole: Weights, names: Names, structure: ModelStructure):
         self.whole, self._names, self.model = whole, names, structure.module
         self.known = {new: old for old in whole.names() if (new := names.renamed(old)) is not None}
+        linears = {new.rpartition(".")[0]: old.rpartition(".")[0] for new, old in self.known.items()}
+        self.packed = {new: whole.packed[old] for new, old in linears.items() if old in whole.packed}
 
     def names(self, prefix: str = "") -> list[str]:
         return [name for name in self.known if name.startswith(prefix)]

@@ -68,6 +68,15 @@ class Weights:
         """Module names that start with `prefix`; fused experts are one name, a packed matrix one name per part."""
         return [name for name in self.origins if name.startswith(prefix)]
 
+    def groups(self, prefix: str) -> dict[str, list[str]]:
+        """Names that are read together: all parts of a packed linear under its name, others alone."""
+        groups: dict[str, list[str]] = {}
+        for name in self.names(prefix):
+            linear = name.rpartition(".")[0]
+            part_of_packed = linear in self.packed and not name.endswith(".bias")
+            groups.setdefault(linear if part_of_packed else name, []).append(name)
+        return groups
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors and the packed matrices among them, dense, experts split into plain linears."""
         tensors: dict[str, Tensor] = {}

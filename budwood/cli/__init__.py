@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from budwood.cli.bench import bench
+from budwood.cli.compare import compare
 from budwood.cli.convert import convert
 from budwood.cli.env import env
 from budwood.cli.errors import report_errors
@@ -17,9 +18,10 @@ from budwood.cli.inspect import inspect
 from budwood.cli.methods import methods
 from budwood.cli.plan import plan
 from budwood.cli.prune import prune
+from budwood.cli.report import report
 from budwood.cli.retrain import retrain
 
-VERBS = (plan, prune, retrain, evaluate, inspect, bench, generate, export, convert, methods, env)
+VERBS = (plan, prune, retrain, evaluate, inspect, bench, compare, report, generate, export, convert, methods, env)
 
 # Plain help texts: examples are copied, so nothing may frame or re-wrap them.
 app = typer.Typer(

@@ -1,5 +1,6 @@
 """Checks of a request that need no model: they run before transformers, which takes seconds to import."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from budwood.errors import UsageError
@@ -39,3 +40,19 @@ def check_format(format: str, values: str | None) -> None:
     from budwood.formats import known_layout
 
     known_layout(format, values)
+
+
+def check_evaluation(
+    data: Sequence[str] | None, tasks: Sequence[str] | None, rows: Path | None, batch_size: str
+) -> int | str:
+    """The batch size; UsageError where nothing is asked for, or rows of tasks are missing. Imports no torch."""
+    if not data and tasks is None:
+        raise UsageError("nothing to measure: give a text with --data, or tasks with --tasks")
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
+        raise UsageError(f"--batch-size takes a positive number or auto, not {batch_size!r}")
+    if tasks is not None:
+        from budwood.evaluation.task_rows import require_harness, rows_of
+
+        rows_of(tasks, rows)
+        require_harness()
+    return batch_size if batch_size == "auto" else int(batch_size)

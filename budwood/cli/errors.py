@@ -1,9 +1,7 @@
 """How a command ends when it fails: one sentence on stderr and an exit status, no traceback."""
 
-import errno
 import functools
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
@@ -11,12 +9,9 @@ from typing import ParamSpec
 import typer
 
 from budwood.cli.printable import one_line
-from budwood.errors import BudwoodError
+from budwood.errors import DEBUG, BudwoodError, message
 
 P = ParamSpec("P")
-DEBUG = "BUDWOOD_DEBUG"
-SYSTEM_ERROR = re.compile(r"\(os error (\d{1,4})\)")
-LACKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Interrupted(BudwoodError):
@@ -55,32 +50,3 @@ def exit_status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.exit_status
     return error.exit_status if isinstance(error, BudwoodError) else 1
-
-
-def message(error: BaseException) -> str:
-    """The sentence that is printed for `error`."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, BudwoodError):
-        return str(error)
-    system = error if isinstance(error, OSError) else resource_error(error)
-    if system is not None and system.strerror:
-        file = f"{system.filename}: " if system.filename else ""
-        return f"{file}{system.strerror.lower()}"
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text} (set {DEBUG}=1 for the traceback)"
-
-
-def resource_error(error: BaseException) -> OSError | None:
-    """The lack of something on this machine that an exception of another library comes from; None where there is none.
-
-    Libraries written in Rust give the number in their text, others raise their own error while they handle the first.
-    """
-    found: BaseException | None = error
-    while found is not None:
-        number = SYSTEM_ERROR.search(str(found))
-        system = OSError(int(number[1]), os.strerror(int(number[1]))) if number else found
-        if isinstance(system, OSError) and system.errno in LACKS:
-            return system
-        found = found.__cause__ or found.__context__
-    return None

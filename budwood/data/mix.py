@@ -69,7 +69,7 @@ def mix_of(data: Any) -> Mix | None:
     if not ("," in text or text.startswith("[")) or os.path.exists(text):
         return None
     parts = []
-    for part in re.split(r",(?![^[]*\])", text):
+    for part in parts_of(text):
         match = PART.fullmatch(part.strip())
         if match is None:
             raise UsageError(f"{text!r} is no file, and {part.strip()!r} no part of a mix; {SPELLING}")
@@ -80,6 +80,11 @@ def mix_of(data: Any) -> Mix | None:
         share = float(match["share"])
         parts.append((match["quoted"] or match["name"], int(share) if share.is_integer() else share))
     return Mix(tuple(parts))
+
+
+def parts_of(text: str) -> list[str]:
+    """The parts of a list with commas; a comma inside brackets separates nothing."""
+    return re.split(r",(?![^[]*\])", text)
 
 
 def interleaved(counts: Sequence[int]) -> list[int]:

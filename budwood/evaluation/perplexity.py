@@ -1,29 +1,47 @@
-"""Perplexity of a model on windows of text, with the model in memory or streamed; both give the same number."""
+"""Perplexity of a model on windows of text."""
 
-import math
 import time
-from collections.abc import Callable
-from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from budwood.checkpoints.loading import load
-from budwood.checkpoints.source import Source, open_source
-from budwood.checkpoints.weights import storage_dtype
 from budwood.data.evaluation import Variant, evaluation_windows
 from budwood.data.sources import Data
-from budwood.data.tokens import Bos, check_vocabulary, tokenizer_for
-from budwood.errors import RunError, UsageError
-from budwood.kernels.dispatch import exact
+from budwood.data.tokens import Bos
+from budwood.data.windows import Windows
+from budwood.errors import RunError
+from budwood.evaluation.conditions import conditions
+from budwood.evaluation.subject import Subject, losses, streamed_logits
 from budwood.progress import Progress, Silent
-from budwood.stream.arithmetic import Arithmetic, dtype_named, known_device, name_of
+from budwood.reports.results import Perplexity, Text
 from budwood.stream.model import Model
 
 BOS_GAIN = 0.1  # a BOS that lowers the loss by more than this share is recommended
 BOS_TOKENS = 256  # of the first window, to measure that
+
+
+def measure_perplexity(
+    subject: Subject, windows: Windows, name: str, tokenizer: Any, progress: Progress | None = None
+) -> Perplexity:
+    """exp of the mean over windows of the mean loss per token. name: what the text is called.
+
+    Raises RunError where the loss is not finite.
+    """
+    start = time.perf_counter()
+    subject.check(windows.ids, name)
+    note = note_on_bos(subject, windows.ids, tokenizer)
+    found = checked(losses(subject.logits(windows.ids, progress or Silent()), windows.ids), subject.name)
+    return Perplexity(
+        model=subject.name,
+        text=text_of(windows, name),
+        losses=found,
+        conditions=conditions(subject.dtype, subject.device),
+        streamed=subject.stream,
+        seconds=time.perf_counter() - start,
+        notes=(note,) if note else (),
+    )
 
 
 def evaluate(
@@ -41,52 +59,63 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """exp of the mean over windows of the mean loss per token, with the settings that it depends on.
+    """The perplexity of a model on one text, as plain JSON with the settings that it depends on.
 
-    model: folder or hub name, dense or pruned. data, variant, bos: see `evaluation_windows`. dtype: of the forward
-    pass; "auto" is float32 on a CPU, that of the checkpoint elsewhere. stream: one block in memory at a time. device:
-    None or "auto" is a GPU if there is one, else the CPU.
-    Raises UsageError for invalid requests, RunError where the loss is not finite.
+    model: folder or hub name, dense or pruned. data, variant, bos: see `evaluation_windows`. dtype, device, stream: see
+    `Subject`. Raises UsageError for invalid requests, RunError where the loss is not finite.
     """
-    progress = progress or Silent()
-    start = time.perf_counter()
-    place = known_device(device or "auto")
-    source = open_source(model, trust_remote_code)
-    tokenizer = tokenizer_for(source.folder, data, trust_remote_code)
-    seq_length = min(seq_length, context(source.config))
+    subject = Subject(model, dtype=dtype, device=device, stream=stream, trust_remote_code=trust_remote_code)
+    tokenizer = subject.tokenizer(data)
+    seq_length = min(seq_length, subject.context)
     windows = evaluation_windows(
         data, tokenizer, variant=variant, seq_length=seq_length, limit=limit, bos=bos, seed=seed
     )
-    compute = _compute_dtype(dtype, source, place)
-    ids = windows.ids
-    check_vocabulary(ids, vocabulary(source.config), windows.record["data"])
-    losses_of = (streamed if stream else resident)(source, compute, place)
-    pair = with_bos(ids[:1], tokenizer)
-    note = bos_note(*losses_of(pair, Silent())) if pair is not None else None
-    losses = losses_of(ids, progress)
-    if not all(map(math.isfinite, losses)):
-        raise RunError(f"{model}: the loss of window {[*map(math.isfinite, losses)].index(False)} is not finite")
-    mean = math.fsum(losses) / len(losses)
+    found = measure_perplexity(subject, windows, windows.record["data"], tokenizer, progress)
     return {
-        "perplexity": math.exp(mean),
-        "mean_loss": mean,
-        "windows": len(losses),
-        "tokens": ids.numel(),
-        "seq_length": ids.shape[1],
+        "perplexity": found.perplexity,
+        "mean_loss": found.mean_loss,
+        "windows": len(found.losses),
+        "tokens": windows.ids.numel(),
+        "seq_length": found.text.seq_length,
         "data": windows.record,
         "variant": variant,
         "bos": bos,
-        "dtype": name_of(compute),
+        "dtype": found.conditions.dtype,
         "streamed": stream,
-        "losses": losses,
-        "notes": [note] if note else [],
-        "seconds": time.perf_counter() - start,
+        "losses": list(found.losses),
+        "notes": list(found.notes),
+        "seconds": found.seconds,
     }
 
 
-def window_loss(logits: Tensor, ids: Tensor) -> float:
-    """Mean cross-entropy of one window: logits [1, tokens, vocabulary], ids [1, tokens]; tokens - 1 targets."""
-    return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device)).item()
+def text_of(windows: Windows, name: str) -> Text:
+    """The record of evaluation windows, as results carry it."""
+    record = windows.record
+    return Text(
+        name=name,
+        data=record["data"],
+        variant=record["variant"],
+        bos=record["bos"],
+        seed=record["seed"],
+        windows=record["windows"],
+        seq_length=record["seq_length"],
+        sha256=record["sha256"],
+        documents=record["documents"],
+        tokens_available=record["tokens_available"],
+    )
+
+
+def checked(found: list[float], name: str) -> tuple[float, ...]:
+    """The losses; RunError where one is not finite."""
+    if not all(map(isfinite, found)):
+        raise RunError(f"{name}: the loss of window {[*map(isfinite, found)].index(False)} is not finite")
+    return tuple(found)
+
+
+def note_on_bos(subject: Subject, ids: Tensor, tokenizer: Any) -> str | None:
+    """A recommendation of a BOS where this model needs one before the windows of ids [windows, tokens]."""
+    pair = with_bos(ids[:1], tokenizer)
+    return None if pair is None else bos_note(*losses(subject.logits(pair, Silent()), pair))
 
 
 def with_bos(window: Tensor, tokenizer: Any) -> Tensor | None:
@@ -111,77 +140,4 @@ def bos_note(plain: float, led: float) -> str | None:
 
 def streamed_losses(model: Model, ids: Tensor, progress: Progress | None = None) -> list[float]:
     """Loss of every window [windows, tokens], reading one block at a time."""
-    progress = progress or Silent()
-    progress.start(len(model), "blocks")
-    try:
-        before = time.perf_counter()
-        for block in model.blocks(ids, batch=1):  # as in `resident`: the same sums, the same number
-            progress.block(block.index, block.name, time.perf_counter() - before)
-            before = time.perf_counter()
-    finally:
-        progress.finish()
-    assert model.activations is not None
-    losses = []
-    with model.outside(), torch.no_grad():
-        for batch in model.activations.indices():
-            hidden = model.activations.read(batch, model.device)
-            rows = ids[model.activations.span(batch)]
-            logits = model.logits(hidden)
-            losses += [window_loss(logits[i : i + 1], rows[i : i + 1]) for i in range(rows.shape[0])]
-    return losses
-
-
-def context(config: Any) -> int:
-    """The context length of the model, in tokens. Raises UsageError where config.json gives none that can be."""
-    return _size(config, 2**31, "max_position_embeddings", "n_positions")
-
-
-def vocabulary(config: Any) -> int:
-    """The rows of the model's embedding. Raises UsageError where config.json gives none that can be."""
-    return _size(config.get_text_config(), 2**31, "vocab_size")
-
-
-def _size(config: Any, default: int, *names: str) -> int:
-    """The first of several fields that is given."""
-    found = next((value for name in names if (value := getattr(config, name, None))), default)
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise UsageError(f"config.json gives {names[0]} as {found!r}, which is no size; correct it")
-    return found
-
-
-def _compute_dtype(dtype: str, source: Source, device: torch.device) -> torch.dtype:
-    if dtype != "auto":
-        return dtype_named(dtype)
-    if device.type == "cpu":
-        return torch.float32
-    return getattr(torch, str(getattr(source.config, "dtype", None) or "float32").removeprefix("torch."))
-
-
-Losses = Callable[[Tensor, Progress], list[float]]  # of windows [windows, tokens], one at a time
-
-
-def resident(source: Source, compute: torch.dtype, device: torch.device) -> Losses:
-    """Losses with the whole model in memory."""
-    model = load(source.folder, dtype=compute, device=str(device), trust_remote_code=source.trust_remote_code)
-
-    def losses_of(ids: Tensor, progress: Progress) -> list[float]:
-        losses = []
-        progress.start(len(ids), "windows")
-        try:
-            for index, window in enumerate(ids.unsqueeze(1)):
-                start = time.perf_counter()
-                # Exact products: a perplexity measures the weights, not the kernels, and equals the streamed one.
-                with torch.no_grad(), exact():
-                    losses.append(window_loss(model(window.to(device), use_cache=False).logits, window))
-                progress.block(index, f"window {index}", time.perf_counter() - start)
-        finally:
-            progress.finish()
-        return losses
-
-    return losses_of
-
-
-def streamed(source: Source, compute: torch.dtype, device: torch.device) -> Losses:
-    """Losses with one block in memory at a time."""
-    storage = storage_dtype(source.shards, otherwise=torch.float32)
-    return partial(streamed_losses, Model(source, storage=storage, arithmetic=Arithmetic(compute), device=device))
+    return losses(streamed_logits(model, ids, progress or Silent()), ids)

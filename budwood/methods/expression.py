@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from budwood.errors import UsageError
@@ -10,8 +11,8 @@ from budwood.methods.method import Method, default_of
 from budwood.methods.registry import METHODS
 
 
-def parse_method(text: str) -> Method:
-    """The method that `text` describes, in registered names, calls, keywords, literals and nested methods.
+def parse_method(text: str, known: Mapping[str, type[Method]] = METHODS) -> Method:
+    """The method that `text` describes, in known names, calls, keywords, literals and nested methods.
 
     Raises UsageError for anything else; for an unknown name with the known names and the nearest one.
     """
@@ -19,7 +20,7 @@ def parse_method(text: str) -> Method:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UsageError(f"{text!r} is no method; write one like {EXAMPLE}") from error
-    method = _value(tree.body, text)
+    method = _value(tree.body, text, known)
     if not isinstance(method, Method):
         raise UsageError(f"{text!r} is no method; write one like {EXAMPLE}")
     return method
@@ -28,19 +29,19 @@ def parse_method(text: str) -> Method:
 EXAMPLE = "'wrp(alpha=0.25)' or 'sparsegpt(\"2:4\")'"
 
 
-def _value(node: ast.expr, text: str) -> Any:
+def _value(node: ast.expr, text: str, known: Mapping[str, type[Method]]) -> Any:
     if isinstance(node, ast.Name):  # a bare name has all defaults
-        return _make(node.id, [], {}, text)
+        return _make(node.id, [], {}, text, known)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        positional = [_value(argument, text) for argument in node.args]
+        positional = [_value(argument, text, known) for argument in node.args]
         keywords: dict[str, Any] = {}
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise UsageError(f"in {text!r}: '**' cannot be used; write the options out")
             if keyword.arg in keywords:
                 raise UsageError(f"in {text!r}: {keyword.arg} is given twice")
-            keywords[keyword.arg] = _value(keyword.value, text)
-        return _make(node.func.id, positional, keywords, text)
+            keywords[keyword.arg] = _value(keyword.value, text, known)
+        return _make(node.func.id, positional, keywords, text, known)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, RecursionError, MemoryError) as error:
@@ -49,10 +50,12 @@ def _value(node: ast.expr, text: str) -> Any:
         ) from error
 
 
-def _make(name: str, positional: list[Any], keywords: dict[str, Any], text: str) -> Method:
-    if name not in METHODS:
-        raise UsageError(f"in {text!r}: {_unknown('method', name, list(METHODS))}")
-    fields = [field for field in dataclasses.fields(METHODS[name]) if field.init]  # type: ignore[arg-type]
+def _make(
+    name: str, positional: list[Any], keywords: dict[str, Any], text: str, known: Mapping[str, type[Method]]
+) -> Method:
+    if name not in known:
+        raise UsageError(f"in {text!r}: {_unknown('method', name, list(known))}")
+    fields = [field for field in dataclasses.fields(known[name]) if field.init]  # type: ignore[arg-type]
     names = [field.name for field in fields]
     if len(positional) > len(names):
         raise UsageError(f"in {text!r}: {name} takes at most {len(names)} options: {', '.join(names)}")
@@ -67,7 +70,7 @@ def _make(name: str, positional: list[Any], keywords: dict[str, Any], text: str)
     for field in fields:
         if field.name not in given and default_of(field) is dataclasses.MISSING:
             raise UsageError(f"in {text!r}: {name} needs {field.name}")
-    method = METHODS[name](**given)
+    method = known[name](**given)
     return METHODS["allocate"](method) if divided else method  # type: ignore[call-arg]
 
 

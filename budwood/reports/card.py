@@ -6,7 +6,7 @@ from pathlib import PurePath
 from typing import Any
 
 from budwood import humanize
-from budwood.reports.markdown import Report, circumstances, code, escape, rounding, table, totals
+from budwood.reports.markdown import Report, circumstances, code, escape, rounding, table, totals, training
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 LOADING = (
@@ -43,10 +43,15 @@ def render_card(report: Report, base_model: str | None, license: str | None, arc
         table(("", ""), totals(report)),
         "## What was measured",
         measured(report, needs_budwood),
+        *(
+            part
+            for section in report.get("training", [])
+            for part in ("## Training", table(("", ""), training(section)))
+        ),
         "## How it was made",
         table(("", ""), circumstances(report)),
         "Matrix by matrix: `report.md`; for programs: `report.json`; to make the folder again: "
-        "`budwood prune SOURCE TARGET --recipe recipe.json`.",
+        "`budwood prune SOURCE TARGET --recipe recipe.json`; as one page with pictures: `budwood report THIS_FOLDER`.",
         "## License",
         f"That of the base model{f' ({escape(license)})' if license else '; the source folder names none'}.",
     ]
@@ -83,13 +88,17 @@ def measured(report: Report, needs_budwood: bool) -> str:
             f"- Output error of a block, relative: {error}.",
             *([f"- Rounding error of a matrix: {humanize.span(rounded)}."] if rounded else []),
             f"- Bytes, counted: {counted} of the dense model.",
-            "- Perplexity: not measured when this card was written; `budwood evaluate` measures it.",
-            f"- Speed: not measured when this card was written; `budwood bench` measures it.{how}",
+            f"- Perplexity: {LATER['## Evaluation']}",
+            f"- Speed: {LATER[SPEED]}{how}",
         ]
     )
 
 
 SPEED = "## Speed"
+LATER = {  # what a new card says of a section that a later verb adds
+    SPEED: "not measured when this card was written; `budwood bench` measures it.",
+    "## Evaluation": "not measured when this card was written; `budwood evaluate` measures it.",
+}
 
 
 def render_speed(speed: Mapping[str, Any]) -> str:
@@ -122,6 +131,14 @@ def render_speed(speed: Mapping[str, Any]) -> str:
 
 def with_speed(card: str, speed: Mapping[str, Any]) -> str:
     """The model card with its speed section added or replaced."""
-    before, found, after = card.partition(f"\n{SPEED}\n")
+    return with_section(card, SPEED, render_speed(speed))
+
+
+def with_section(card: str, heading: str, content: str) -> str:
+    """The model card with a section added at its end, or replaced where it stands."""
+    if heading in LATER:
+        name = heading.removeprefix("## ")
+        card = card.replace(LATER[heading], f"see [{name}](#{name.lower()}).", 1)
+    before, found, after = card.partition(f"\n{heading}\n")
     rest = after[after.index("\n## ") :] if found and "\n## " in after else ""
-    return f"{before.rstrip()}\n\n{SPEED}\n\n{render_speed(speed)}\n{rest}"
+    return f"{before.rstrip()}\n\n{heading}\n\n{content}\n{rest}"

@@ -16,12 +16,12 @@ MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
 def escape(text: object) -> str:
     """`text` on one line, with all markdown and HTML syntax escaped."""
-    return html.escape(MARKS.sub(r"\\\1", " ".join(str(text).split())), quote=False)
+    return html.escape(MARKS.sub(r"\\\1", " ".join(humanize.printable(text).split())), quote=False)
 
 
 def code(text: object) -> str:
     """`text` as a code span: the fence longer than any run of backticks inside, pipes safe in tables."""
-    plain = " ".join(str(text).split()).replace("|", r"\|")
+    plain = " ".join(humanize.printable(text).split()).replace("|", r"\|")
     fence = "`" * (max((len(run) for run in re.findall(r"`+", plain)), default=0) + 1)
     pad = " " if plain.startswith("`") or plain.endswith("`") else ""
     return f"{fence}{pad}{plain}{pad}{fence}"
@@ -159,6 +159,7 @@ def circumstances(report: Report) -> list[tuple[str, str]]:
             "machine",
             escape(", ".join(f"{key} {value}" for key, value in report["machine"].items() if value is not None)),
         ),
+        *([("versions", escape(named(report["versions"])))] if report.get("versions") else []),
         (
             "seconds",
             escape(", ".join(f"{part} {seconds:.1f}" for part, seconds in report["seconds"].items())),
@@ -168,6 +169,11 @@ def circumstances(report: Report) -> list[tuple[str, str]]:
     if report.get("peak_device_memory"):
         rows.append(("peak memory of the GPU", humanize.size(report["peak_device_memory"])))
     return rows
+
+
+def named(versions: Mapping[str, str | None]) -> str:
+    """Packages and their versions in one line."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
 
 def described(data: Mapping[str, Any] | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from budwood.checkpoints.description import Description
 from budwood.checkpoints.writer import Writer
-from budwood.environment import installed, machine, peak_device_memory, peak_memory
+from budwood.environment import installed, machine, peak_device_memory, peak_memory, versions
 from budwood.reports.record import MatrixReport, Report, Totals
 from budwood.stream.arithmetic import name_of
 from budwood.stream.model import Model
@@ -37,6 +37,7 @@ def measure(
         "method": method,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
+        "versions": versions(),
         "data": data,
         "dtype": name_of(model.storage),
         "compute_dtype": name_of(dense.compute),
@@ -75,6 +76,8 @@ def matrices_of(model: Model, writer: Writer) -> dict[str, MatrixReport]:
                 "density": found["nonzeros"] / count,
                 "recovered": None if found["recovered"] is None else found["recovered"] / count,
                 "rounding_error": found.get("rounding_error"),
+                "change": found.get("change"),
+                "x4": found.get("x4"),
                 # Experts that are fused again have no size of their own.
                 "bytes": sizes.get(name, count * model.storage.itemsize),
             }

@@ -1,6 +1,6 @@
 """The report of a run as a record, kept in its folder as `report.json`. Sizes in bytes, times in seconds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -44,6 +44,8 @@ class MatrixReport(TypedDict):
     density: float
     recovered: float | None
     rounding_error: float | None
+    change: NotRequired[float | None]  # norm of what the run changed over the norm before; None where the shape changed
+    x4: NotRequired[list[int] | None]  # groups of four adjacent inputs that keep 0, 1, 2, 3, 4 weights
     bytes: int
 
 
@@ -55,6 +57,7 @@ class Report(TypedDict):
     method: str
     created: str
     machine: dict[str, Any]
+    versions: NotRequired[dict[str, str | None]]
     data: dict[str, Any] | None
     dtype: str
     compute_dtype: str
@@ -69,6 +72,7 @@ class Report(TypedDict):
     notes: list[str]
     training: NotRequired[list[dict[str, Any]]]  # what retrained or reconstructed the model, in order
     speed: NotRequired[dict[str, Any]]  # what `budwood bench` measured
+    results: NotRequired[list[dict[str, Any]]]  # what `budwood evaluate` measured, see `results.py`
 
 
 STEP_AND_LOSS = Rule(
@@ -105,6 +109,7 @@ SCHEMA: dict[str, Any] = {
         }
     ],
     "speed?": dict,
+    "results?": [dict],
 }
 
 
@@ -114,12 +119,12 @@ def read_report(folder: Path) -> Report | None:
     return None if content is None else cast(Report, content)
 
 
-def add_section(folder: Path, name: str, section: Mapping[str, Any]) -> bool:
+def add_section(folder: Path, name: str, section: Mapping[str, Any] | Sequence[Any]) -> bool:
     """Adds or replaces one section of the report of a folder; False where the folder has no report."""
     known = read_report(folder)
     if known is None:
         return False
-    write_json(folder / FILE, {**known, name: dict(section)})
+    write_json(folder / FILE, {**known, name: dict(section) if isinstance(section, Mapping) else list(section)})
     return True
 
 
@@ -130,10 +135,15 @@ def add_speed(folder: Path, speed: Mapping[str, Any]) -> None:
     """
     with alone(folder):
         add_section(folder, "speed", speed)
-        card = folder / CARD
-        if card.is_file():
-            try:
-                text = card.read_text("utf-8")
-            except (OSError, ValueError) as error:
-                raise RunError(f"{card} cannot be read ({error}); delete it, or write the folder again") from error
-            write_text(card, with_speed(text, speed))
+        change_card(folder, lambda card: with_speed(card, speed))
+
+
+def change_card(folder: Path, change: Callable[[str], str]) -> None:
+    """Changes the model card of a folder, where it has one; RunError where it cannot be read or written."""
+    card = folder / CARD
+    if card.is_file():
+        try:
+            text = card.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise RunError(f"{card} cannot be read ({error}); delete it, or write the folder again") from error
+        write_text(card, change(text))

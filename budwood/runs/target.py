@@ -18,6 +18,7 @@ from budwood.checkpoints.sidecars import MANIFEST as WRITTEN
 from budwood.checkpoints.sidecars import SWAP as SWAPPED
 from budwood.checkpoints.sidecars import read_object
 from budwood.errors import RunError, UsageError
+from budwood.reports.hub_results import FILE as EVALUATED
 from budwood.runs.recipe import FILE as RECIPE
 from budwood.runs.recipe import read_recipe
 
@@ -213,6 +214,9 @@ class Target:
         for name in sorted(names, key=lambda name: name == "config.json"):
             if (staging / name).is_file():
                 os.replace(staging / name, self.path / name)
+        (self.path / EVALUATED).unlink(missing_ok=True)  # as the report: of the former model
+        with contextlib.suppress(OSError):  # others' results, or none
+            (self.path / EVALUATED).parent.rmdir()
         shutil.rmtree(self.path / WORK, ignore_errors=True)  # of the former folder
         shutil.rmtree(staging)
         self.folder = self.path

@@ -9,6 +9,7 @@ from budwood.checkpoints.packing import PackedTensors, pack_named
 from budwood.errors import RunError
 from budwood.formats import FORMATS
 from budwood.models.linears import read, resize, write
+from budwood.sparsity.histogram import x4_histogram
 
 
 class Linear:
@@ -90,11 +91,15 @@ def relative_error(changed: Tensor, before: Tensor) -> float:
 
 
 def describe(linear: Linear) -> dict[str, Any]:
-    """The figures of one pruned matrix, JSON-plain."""
-    nonzeros = int(torch.count_nonzero(linear.stored))
+    """The figures of one pruned matrix, JSON-plain.
+
+    x4: how many groups of four adjacent inputs keep 0, 1, 2, 3, 4 weights; None where 4 does not divide the width.
+    """
+    divides = linear.shape[1] % 4 == 0
     return {
         "shape": list(linear.shape),
-        "nonzeros": nonzeros,
+        "nonzeros": int(torch.count_nonzero(linear.stored)),
         "recovered": linear.recovered,
         "rounding_error": linear.rounding_error,
+        "x4": x4_histogram(linear.stored != 0).tolist() if divides else None,
     }

@@ -18,6 +18,7 @@ from budwood.checkpoints.writer import ShardNotes, Writer
 from budwood.environment import trim_memory
 from budwood.errors import RunError
 from budwood.models.block_calls import BlockCalls, record_calls
+from budwood.models.linears import read
 from budwood.models.slicing import put_back
 from budwood.models.units import fit_shapes
 from budwood.progress import Progress, Silent, tracked
@@ -25,7 +26,7 @@ from budwood.stream.activations import Activations, batch_size
 from budwood.stream.arithmetic import FLOAT32, Arithmetic
 from budwood.stream.attention import attend_in_blocks
 from budwood.stream.block import Block
-from budwood.stream.linear import describe
+from budwood.stream.linear import describe, relative_error
 
 BATCH = 4096  # tokens per batch, times the bytes of a value
 TRIMMED = 64 * 2**20  # bytes of a block from which its memory is returned to the system; smaller ones are reused soon
@@ -355,7 +356,24 @@ class Model:
             "linears": {linear.name: describe(linear) for linear in block.linears.values()},
             "units": block.kept_units,
         }
+        for name, change in self._changes(block).items():
+            notes["linears"][name]["change"] = change
         writer.write(block.index, tensors, packed, shapes, notes)
+
+    def _changes(self, block: Block) -> dict[str, float]:
+        """By full name: the norm of what changed in each matrix that kept its shape, over the norm it was read with.
+
+        They are read again: methods may compute in the memory of what was read, and keeping a copy would cost a block.
+        """
+        found: dict[str, float] = {}
+        now = {f"{linear.name}.weight": linear for linear in block.linears.values()}
+        for names in self.weights.groups(f"{block.name}.").values():
+            for name, weight in self.weights.read(names).items():
+                if (linear := now.get(name)) is not None:
+                    before = self.stored(name, read(linear.module, weight)).to(linear.stored.device)
+                    if before.shape == linear.stored.shape:
+                        found[linear.name] = relative_error(linear.stored, before)
+        return found
 
     def _reshaped(self, name: str, tensor: Tensor) -> bool:
         """Whether config.json gives a tensor another shape, or none."""

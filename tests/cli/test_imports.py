@@ -35,13 +35,18 @@ WITHOUT_TORCH = [
     (["prune", "model", "out", "--recipe", "no-such-recipe.json"], 2),
     (["prune", "model", "out", "--method", "wrp()", "--activation-memory", "much"], 2),
     (["bench", "model", "--rows", "0"], 2),
+    (["report", "model"], 2),
+    (["report", "no-such-folder"], 2),
     (["bench", "no-such-model"], 2),
     (["inspect", "no-such-model"], 2),
     (["evaluate", "no-such-model", "--data", "text.txt"], 2),
+    (["evaluate", "model", "--tasks", "piqa", "--tasks-data", "no-such-folder"], 2),
     (["generate", "no-such-model", "--prompt", "a"], 2),
     (["export", "no-such-model", "out"], 2),
     (["retrain", "no-such-model", "out", "--data", "text.txt"], 2),
     (["convert", "no-such-file.gguf", "out"], 2),
+    (["compare", "no-such-recipe.yaml", "out"], 2),
+    (["compare", "recipe.yaml", "out", "--set", "data"], 2),
 ]
 WITHOUT_TRANSFORMERS = [
     (["methods"], 0),
@@ -55,12 +60,14 @@ WITHOUT_TRANSFORMERS = [
     (["plan", "model", "--method", "nosuch()"], 2),
     (["plan", "no-such-model", "--method", "wrp()"], 2),
     (["export", "model", "out", "--format", "zip"], 2),
+    (["compare", "recipe.yaml", "out"], 2),
 ]
 
 
 @pytest.fixture(scope="module")
 def run_all(tmp_path_factory):
-    """Runs commands in one process, in a working directory with a folder `model` that must not be opened.
+    """Runs commands in one process, in a working directory with a folder `model` that must not be opened and a recipe
+    with an unknown method.
 
     A command that imports too much spoils those after it as well; the first that fails is the cause.
     """
@@ -69,6 +76,7 @@ def run_all(tmp_path_factory):
         folder = tmp_path_factory.mktemp("run")
         (folder / "model").mkdir()
         (folder / "model" / "config.json").write_text("{}")
+        (folder / "recipe.yaml").write_text("title: t\nsources: {a: model}\nmethods: [wnda]\n")
         subprocess.run(
             [sys.executable, "-c", PROGRAM, json.dumps([arguments for arguments, _ in commands])],
             cwd=folder,

@@ -105,8 +105,19 @@ def test_evaluate_resident_and_streamed_agree(pruned, text, run_here):
     arguments = ("evaluate", pruned, "--data", text, "--seq-length", 32, "--limit", 2, "--json", "--quiet")
     resident, streamed = run_here(*arguments), run_here(*arguments, "--stream")
     assert resident.status == streamed.status == 0, resident.stderr + streamed.stderr
-    assert resident.json["perplexity"] == streamed.json["perplexity"]
-    assert resident.json["windows"] == 2
+    (one,), (other,) = resident.json["results"], streamed.json["results"]
+    assert one["kind"] == "perplexity"
+    assert one["losses"] == other["losses"]
+    assert one["perplexity"] == other["perplexity"]
+    assert one["text"]["windows"] == 2
+
+
+def test_evaluate_measures_the_distance_from_dense_on_several_texts(pruned, source, text, run_here):
+    arguments = ("--data", f"a={text}", "--data", f"b={text}", "--against", source, "--seq-length", 32, "--limit", 2)
+    result = run_here("evaluate", pruned, *arguments, "--continuations", 1, "--quiet")
+    assert result.status == 0, result.stderr
+    for words in ("perplexity", "KL divergence", "same top token", "continuations", "mean loss on b", "threads"):
+        assert words in result.stdout
 
 
 def test_inspect_agrees_with_the_report(pruned, run_here):

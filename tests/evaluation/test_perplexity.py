@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from budwood.errors import RunError, UsageError
-from budwood.evaluation.perplexity import context, evaluate, window_loss
+from budwood.evaluation.perplexity import evaluate
+from budwood.evaluation.subject import context, window_loss
 from budwood.kernels import native
 from budwood.pruning import prune
 

@@ -7,7 +7,9 @@ from disk_full import full
 from families import save_model
 
 from budwood.benchmarking import bench
+from budwood.checkpoints.source import open_source
 from budwood.errors import RunError
+from budwood.inspection import stored_matrices
 from budwood.pruning import prune
 from budwood.reports.record import SECTIONS, add_section, add_speed, read_report
 
@@ -111,3 +113,19 @@ def test_a_write_that_is_cut_short_leaves_the_former_file(folder, monkeypatch):
     with pytest.raises(RunError, match="No space left on device"):
         add_speed(folder, SPEED)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_matrix_says_how_much_of_it_changed_and_how_groups_are_filled(folder):
+    dense, pruned = (weights_of(path) for path in (folder.parent / "dense", folder))
+    found = json.loads((folder / "report.json").read_text())["linears"]
+    assert found
+    for name, matrix in found.items():
+        before, after = dense[name], pruned[name]
+        assert matrix["change"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
+        counts = (after != 0).unflatten(1, (-1, 4)).sum(-1).flatten().bincount(minlength=5)
+        assert matrix["x4"] == counts.tolist()
+        assert counts[3:].tolist() == [0, 0]
+
+
+def weights_of(folder):
+    return {matrix.name: matrix.weight.float() for matrix in stored_matrices(open_source(folder), ())}

@@ -1,0 +1,93 @@
+"""A comparison that is killed at any moment, or interrupted: the same command ends with the same results."""
+
+import json
+import shutil
+
+import pytest
+from disk import crash_states
+from families import save_model
+
+from budwood.comparison import execute
+from budwood.comparison.compare import compare
+from budwood.errors import UsageError
+from budwood.runs.target import Target
+
+RECIPE = """\
+title: Tiny
+sources: {{tiny: {folder}/dense}}
+calibration: {{data: {folder}/text.txt, num_samples: 4, seq_length: 24}}
+prune: {{compute_dtype: float32, sparse_products: "off", attention: fused}}
+methods:
+  - dense
+  - rtn("int8")
+  - wanda("2:4")
+evaluate:
+  texts:
+    words: {{data: {folder}/text.txt, seq_length: 32, limit: 1}}
+keep_models: false
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    save_model("llama", folder / "dense")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    return folder / "recipe.yaml"
+
+
+def figures(results):
+    """What is measured, without times."""
+    timed = ("seconds", "peak memory")
+    return {
+        row["name"]: {name: value for name, value in row["figures"].items() if name not in timed}
+        for row in results["rows"]
+    }
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_figures(recipe, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    states = crash_states(monkeypatch, out, tmp_path / "states", lambda: compare(recipe, out, jobs=0))
+    expected = figures(json.loads((out / "results.json").read_text()))
+    assert set(expected["tiny-wanda-2-4-0"]) >= {"perplexity words", "D", "bits per weight", "density"}
+    assert len(states) > 20
+    # Every tenth of them, from before the first record to the last deletion of a model.
+    for state in [*states[:: len(states) // 8], states[-1]]:
+        again = tmp_path / "again"
+        shutil.rmtree(again, ignore_errors=True)
+        shutil.copytree(state, again)
+        done = {file: file.stat().st_mtime_ns for file in again.glob("runs/*/steps/*.json")}
+        results = compare(recipe, again, jobs=0)
+        assert figures(results) == expected, state
+        assert results["complete"]
+        assert {file: file.stat().st_mtime_ns for file in done} == done  # finished steps are not done again
+        assert not list(again.glob("runs/*/model"))
+
+
+def test_an_interruption_keeps_what_is_finished(recipe, tmp_path, monkeypatch):
+    real = execute.MEASURES["perplexity"]
+    calls = []
+
+    def interrupted(models, asked):
+        calls.append(models.task.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(models, asked)
+
+    with monkeypatch.context() as patched:
+        patched.setitem(execute.MEASURES, "perplexity", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(recipe, tmp_path / "out", jobs=0)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["status"] for row in found["rows"]] == ["done", "waiting", "waiting"]
+    assert compare(recipe, tmp_path / "out", jobs=0)["complete"]
+
+
+def test_two_processes_do_not_fill_one_folder(recipe, tmp_path):
+    held = Target.claim(tmp_path / "out")
+    try:
+        with pytest.raises(UsageError, match="another budwood process writes to"):
+            compare(recipe, tmp_path / "out", jobs=0)
+    finally:
+        held.release()
