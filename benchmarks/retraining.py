@@ -101,7 +101,7 @@ def measured(name: str, draw: int, texts: Mapping[str, str], asked: argparse.Nam
     perplexity = {
         text: budwood.evaluate(
             str(folder), data, seq_length=2048, limit=asked.windows, dtype=asked.dtype, device=asked.device
-        )["perplexity"]
+        )[0].perplexity
         for text, data in texts.items()
     }
     if not asked.keep:
