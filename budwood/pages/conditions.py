@@ -27,13 +27,18 @@ def joined(*parts: object) -> str:
     return " · ".join(str(part) for part in parts if part not in (None, "", {}))
 
 
+def counted(number: float, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number:,.0f} {what}" if number == 1 else f"{number:,.0f} {what}s"
+
+
 def machine_text(machine: Any) -> str:
     found = mapping(machine)
     threads = number(found.get("threads"))
     return joined(
         found.get("accelerator") or found.get("processor"),
         found.get("instructions"),
-        f"{threads:.0f} threads" if threads else None,
+        counted(threads, "thread") if threads else None,
     )
 
 
@@ -49,7 +54,7 @@ def text_conditions(result: Mapping[str, Any]) -> str:
     return joined(
         text.get("data"),
         text.get("variant"),
-        f"{windows:,.0f} windows of {length:,.0f} tokens" if windows and length else None,
+        f"{counted(windows, 'window')} of {length:,.0f} tokens" if windows and length else None,
         f"bos {text['bos']}" if text.get("bos") else None,
         f"tokens {str(text['sha256'])[:12]}" if text.get("sha256") else None,
         computed(result),
@@ -99,7 +104,7 @@ def pruning(model: Shown) -> str | None:
     windows, length = number(data.get("num_samples")), number(data.get("seq_length"))
     return joined(
         f"calibrated on {data.get('data') or data.get('name')}" if data else "no calibration",
-        f"{windows:,.0f} windows of {length:,.0f} tokens, {data.get('sampling')}" if windows and length else None,
+        f"{counted(windows, 'window')} of {length:,.0f} tokens, {data.get('sampling')}" if windows and length else None,
         f"draw {data['seed']}" if "seed" in data else None,
         f"text {str(data['sha256'])[:12]}" if data.get("sha256") else None,
         f"computed in {report.get('compute_dtype')}",

@@ -47,7 +47,7 @@ def tiles(models: Sequence[Shown], notes: Footnotes) -> list[Tile]:
         value = best.figures[key]
         figure, beside = {
             "bytes": (humanize.size(value), f"{humanize.share(best.figures.get('share of dense'), 1)} of dense"),
-            "bits per weight": (text_of(key, value), "16 where dense in 16 bits"),
+            "bits per weight": (text_of(key, value), dense_bits(best)),
             "decode times dense": (f"{value:.2f}\u00d7", "as fast as dense, one token at a time"),
         }[key]
         found.append(tile(best_of + name, figure, beside, best, key, notes, many))
@@ -56,6 +56,13 @@ def tiles(models: Sequence[Shown], notes: Footnotes) -> list[Tile]:
     if not texts:
         found.insert(0, Tile("perplexity", "not measured", "budwood evaluate measures it"))
     return found
+
+
+def dense_bits(model: Shown) -> str:
+    """Bits of a dense weight in the dtype of the folder."""
+    known = {"float32": 32, "bfloat16": 16, "float16": 16}
+    bits = known.get(str(mapping(model.report).get("dtype")))
+    return f"dense {bits}" if bits else "index and scales included"
 
 
 def tile(name: str, figure: str, beside: str, model: Shown, key: str, notes: Footnotes, many: bool) -> Tile:

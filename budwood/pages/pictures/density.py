@@ -14,7 +14,7 @@ UNEVEN = 0.003  # a difference of densities below it is no pattern to look at
 
 def density_maps(models: Sequence[Shown]) -> Iterator[Picture]:
     """Maps of the models whose matrices differ in density; of all where none does and there is one model."""
-    found = [(model, cells) for model in models if (cells := by_place(model, "density"))]
+    found = [(model, cells) for model in models if model.kind == "pruned" and (cells := by_place(model, "density"))]
     uneven = [(model, cells) for model, cells in found if max(cells.values()) - min(cells.values()) > UNEVEN]
     chosen = uneven or (found if len(found) == 1 else [])
     for number, (model, cells) in enumerate(chosen[:MAPS]):
