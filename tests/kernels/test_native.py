@@ -347,7 +347,7 @@ def test_one_large_activation_does_not_spoil_the_others(path, format, dtype):
             others = torch.where(x.abs() < 10, x, 0)  # the large ones do not hide what is lost of the others
             exact = x.double() @ rounded.double().T
             size = others.double().abs() @ rounded.double().abs().T
-            sums = exact.abs() + size + bias.double().abs()
+            sums = x.double().abs() @ rounded.double().abs().T + bias.double().abs()
             allowed = 5e-5 * size + (torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6) * sums
             assert ((product.double() - exact - bias.double()).abs() <= allowed).all()
 
@@ -369,4 +369,4 @@ def test_activations_that_integers_cannot_hold(path, value):
     if value == 1e-33:
         assert error(product[1:], x[1:], weight) < 5e-5
     else:
-        assert not product[1].isfinite().any()
+        assert not product[1, 2:].isfinite().any()  # row 1 of the matrix has no weights

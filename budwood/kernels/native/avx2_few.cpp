@@ -91,6 +91,8 @@ void few_of(const Matrix& a, const Input& in, const Output& out, int64_t first, 
 template <int M>
 void dense_rows(const uint16_t* weight, int64_t in, const Input& x, const Output& out, int64_t first, int64_t last) {
     constexpr int R = M <= 3 ? 4 : M <= 6 ? 2 : 1;
+    // Columns for one prefetch: a line where arithmetic is the limit; else a line four times, which keeps memory busier.
+    constexpr int STEP = M <= 3 ? 8 : LANE;
     const int64_t part = (last - first + R - 1) / R;
     const float* inputs = static_cast<const float*>(x.data);
     for (int64_t i = 0; i < part; ++i) {
@@ -116,11 +118,11 @@ void dense_rows(const uint16_t* weight, int64_t in, const Input& x, const Output
             }
         };
         int64_t column = 0;
-        for (; column + LANE <= in; column += LANE) {  // a cache line of each row
+        for (; column + STEP <= in; column += STEP) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(at[r] + column) + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 4
-            for (int piece = 0; piece < LANE; piece += 8) multiply(column + piece);
+            for (int piece = 0; piece < STEP; piece += 8) multiply(column + piece);
         }
         for (; column + 8 <= in; column += 8) multiply(column);
         for (int r = 0; r < R; ++r) {
