@@ -126,7 +126,8 @@ class _Search:
             _, added, removed, tree = argument
             return self.sequence(tree, places, (flags | added) & ~removed)
         if operator in (sre.MAX_REPEAT, sre.MIN_REPEAT):
-            return self._repeat(*argument, places, flags)
+            least, most, tree = argument
+            return self._repeat(least, most, tree, places, flags)
         assert operator in (sre.ASSERT, sre.ASSERT_NOT), operator
         direction, tree = argument
         wanted = operator is sre.ASSERT
