@@ -7,10 +7,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from budwood.checkpoints.checksums import INDEX_NAME
 from budwood.checkpoints.schema import FILE_NAME, NONE, POSITIVE, Each, fault
+from budwood.checkpoints.sidecars import FORMAT_VERSION
 from budwood.errors import RunError, UsageError
 
 METHOD = "budwood"
-FORMAT_VERSION = 1
 CHECKED = {"format_version": POSITIVE, "linears": Each({"format": str}), "index": (FILE_NAME, NONE)}
 
 

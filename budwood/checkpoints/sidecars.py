@@ -20,7 +20,8 @@ from budwood.checkpoints.schema import (
 from budwood.errors import BudwoodError, RunError, UsageError
 
 LARGEST_FILE = 256 * 2**20  # bytes; an index of a very large model with experts one by one has some 30 MB
-LAYERS = 10_000  # more than any model has; transformers makes lists of this length before a file is looked at
+FORMAT_VERSION = 1  # of `quantization_config`
+LAYERS = 2_000  # more than any model has; transformers makes lists of this length before a file is looked at
 
 INDEX = {
     "weight_map": Each(FILE_NAME),
@@ -96,7 +97,8 @@ def read_config_json(file: Path) -> dict[str, Any]:
         raise UsageError(f"there is no {file}; give the folder of a model")
     settings = content.get("quantization_config")
     if settings is not None and settings.get("quant_method") == "budwood":
-        found = fault(settings, PACKED, "quantization_config")
+        newer = type(settings.get("format_version")) is int and settings["format_version"] > FORMAT_VERSION
+        found = None if newer else fault(settings, PACKED, "quantization_config")  # a newer one is refused as such
         if found:
             raise RunError(f"{file} is damaged: {found}; {advice}")
     check_layers(content, LAYERS, file)

@@ -253,7 +253,7 @@ def test_newer_versions_and_unknown_formats_are_refused(own):
     with pytest.raises(UsageError, match=f"{LINEAR} is stored in format 'folded'"):
         load(own)
     change_config(own, linears={**linears, LINEAR: {"format": "two_four_csr", "shape": "big"}})
-    with pytest.raises(RunError, match=f"{LINEAR} the shape 'big'"):
+    with pytest.raises(RunError, match=rf"{LINEAR}\.shape is 'big' where a shape \[out, in\] should be"):
         load(own)
     change_config(own, linears={**linears, "model.layers.9.mlp.up_proj": linears[LINEAR]})
     with pytest.raises(RunError, match=r"model\.layers\.9\.mlp\.up_proj is packed in the checkpoint but missing"):
