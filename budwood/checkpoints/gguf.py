@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from budwood.checkpoints.gguf_header import check_costs
+from budwood.checkpoints.gguf_header import Header, check_costs
 from budwood.checkpoints.gguf_rope import FREQUENCIES, LONG, SHORT
-from budwood.checkpoints.gguf_settings import Header, carry_over
+from budwood.checkpoints.gguf_settings import carry_over
 from budwood.checkpoints.meta_model import build
 from budwood.errors import RunError, UsageError
 

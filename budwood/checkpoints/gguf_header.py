@@ -5,10 +5,12 @@ The library makes an object of some 600 bytes for every entry of every list, wha
 
 import os
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from budwood.errors import RunError
+from budwood.errors import RunError, UsageError
 
 # Of a number, by the code of its type; 8 is text and 9 a list.
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -18,6 +20,20 @@ ENTRIES = 1 << 21
 NUMBERS = 1 << 20  # of them in lists of numbers
 PAIRS = 1 << 16  # settings
 TENSORS = 1 << 20
+
+
+@dataclass
+class Header:
+    """settings: of the architecture, without its name. tables: small tensors that are no parameters, by name."""
+
+    settings: Mapping[str, Any]
+    tables: Mapping[str, Any]
+    file: object
+
+    def refusal(self, name: str, why: str) -> UsageError:
+        return UsageError(
+            f"{self.file} says {name} = {self.settings.get(name)!r}, {why}; convert it with the program that wrote it"
+        )
 
 
 def check_costs(file: Path) -> None:

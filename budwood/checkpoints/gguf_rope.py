@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 from torch import nn
 from transformers import PretrainedConfig
 
-if TYPE_CHECKING:
-    from budwood.checkpoints.gguf_settings import Header
+from budwood.checkpoints.gguf_header import Header
 
 SCALING = "rope.scaling."
 READ = (
@@ -22,7 +21,7 @@ FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rop
 LOW, HIGH, FORMER = 1.0, 4.0, (8192, 4096, 16384)
 
 
-def rope_of(header: "Header", config: PretrainedConfig, build: Callable[[PretrainedConfig], nn.Module]) -> None:
+def rope_of(header: Header, config: PretrainedConfig, build: Callable[[PretrainedConfig], nn.Module]) -> None:
     """Puts what the header says of rotary positions into `config`. Raises UsageError for what has no place there.
 
     build: the model of a configuration, whose tables show how much of a head is rotated.
@@ -49,7 +48,7 @@ def rope_of(header: "Header", config: PretrainedConfig, build: Callable[[Pretrai
         carry_rotated_part(header, config, rope, size, build)
 
 
-def scaling_of(header: "Header") -> dict[str, Any] | None:
+def scaling_of(header: Header) -> dict[str, Any] | None:
     """The fields of `rope_parameters` that stretch positions; None where they are not stretched."""
     settings = header.settings
     kind = settings.get(f"{SCALING}type", "linear")
@@ -74,7 +73,7 @@ def scaling_of(header: "Header") -> dict[str, Any] | None:
     raise header.refusal(f"{SCALING}type", "which cannot be carried over")
 
 
-def longrope(header: "Header", former: int, attention: float | None) -> dict[str, Any]:
+def longrope(header: Header, former: int, attention: float | None) -> dict[str, Any]:
     """Factors by frequency for short and long texts (Ding et al., "LongRoPE")."""
     context = header.settings.get("context_length") or former
     rope: dict[str, Any] = {
@@ -87,7 +86,7 @@ def longrope(header: "Header", former: int, attention: float | None) -> dict[str
     return rope | ({"attention_factor": float(attention)} if attention else {})
 
 
-def carry_frequencies(header: "Header", rope: dict[str, Any], size: int | None) -> None:
+def carry_frequencies(header: Header, rope: dict[str, Any], size: int | None) -> None:
     """A table of factors by frequency, as Llama 3.1 has them, as the bounds that it was made from."""
     if rope.get("rope_type") != "longrope" and {LONG, SHORT} & header.tables.keys():
         scales = numpy.concatenate([header.tables[name] for name in (LONG, SHORT) if name in header.tables])
@@ -124,7 +123,7 @@ def llama3_factors(count: int, theta: float, factor: float, former: int) -> Any:
 
 
 def carry_rotated_part(
-    header: "Header",
+    header: Header,
     config: PretrainedConfig,
     rope: dict[str, Any],
     size: int,

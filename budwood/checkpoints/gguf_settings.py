@@ -4,15 +4,14 @@ transformers takes the sizes and drops the rest, so that a model with scaled pos
 converted into another model. Every setting of the architecture has to be in one of the tables here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
 
+from budwood.checkpoints.gguf_header import Header
 from budwood.checkpoints.gguf_rope import rope_of
-from budwood.errors import UsageError
 
 # Given by the shapes of the tensors as well: where the configuration has the field, it must say the same.
 SIZES: dict[str, Sequence[str]] = {
@@ -69,20 +68,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = ("tensor_data_layout", "rope.scaling.finetuned", "pooling_type")
 APART = ("rope.", "attention.sliding_window")  # beginnings of names that have functions of their own, as have
 ALONE = ("attention.scale", *HEAD_SIZES)
-
-
-@dataclass
-class Header:
-    """settings: of the architecture, without its name. tables: small tensors that are no parameters, by name."""
-
-    settings: Mapping[str, Any]
-    tables: Mapping[str, Any]
-    file: object
-
-    def refusal(self, name: str, why: str) -> UsageError:
-        return UsageError(
-            f"{self.file} says {name} = {self.settings.get(name)!r}, {why}; convert it with the program that wrote it"
-        )
 
 
 def carry_over(header: Header, config: PretrainedConfig, build: Callable[[PretrainedConfig], nn.Module]) -> None:

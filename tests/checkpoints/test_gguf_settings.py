@@ -11,9 +11,9 @@ from test_gguf import CONTEXT, HEADS, HIDDEN, model, write  # noqa: F401
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PhiConfig, Qwen2Config, StableLmConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from budwood.checkpoints.gguf_header import ENTRIES, NUMBERS, check_costs
+from budwood.checkpoints.gguf_header import ENTRIES, NUMBERS, Header, check_costs
 from budwood.checkpoints.gguf_rope import FREQUENCIES, LONG, SHORT
-from budwood.checkpoints.gguf_settings import Header, carry_over
+from budwood.checkpoints.gguf_settings import carry_over
 from budwood.checkpoints.meta_model import build
 from budwood.conversion import convert
 from budwood.errors import RunError, UsageError
