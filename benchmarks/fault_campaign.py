@@ -151,12 +151,17 @@ class Campaign:
             return "wrong", f"success with {self.difference(verb, known, done.printed)}"
         return None
 
-    def completes(self, verb: Verb, known: Undisturbed) -> tuple[str, str]:
-        """Whether the same command, undisturbed, leaves what it always leaves."""
+    def completes(self, verb: Verb, known: Undisturbed, may_refuse: bool = False) -> tuple[str, str]:
+        """Whether the same command, undisturbed, leaves what it always leaves.
+
+        may_refuse: what was read of a source that changed meanwhile cannot be continued, and a sentence may say so.
+        """
         done = self.again(verb)
         wrong = self.ended(verb, known, done, None)
         if wrong is not None:
             return wrong[0], f"the same command: {wrong[1]}"
+        if done.status and may_refuse:
+            return "survived", ""
         if done.status and (verb.prints or result(verb, self.world, done.printed) != known.new):
             return "lost", f"the same command: {done}"
         return "survived", ""
@@ -197,7 +202,7 @@ class Campaign:
             if taken or second.status == 0:
                 return "refused" if done.status else "survived", what
         put(self.world, str(verb.source), "source")
-        outcome, seen = self.completes(verb, known)
+        outcome, seen = self.completes(verb, known, may_refuse=changed)
         return (outcome, f"{what}: after {done}: {seen}") if seen else ("refused" if done.status else "survived", what)
 
     def two_at_once(self, verb: Verb, known: Undisturbed, chance: random.Random) -> tuple[str, str]:

@@ -56,12 +56,14 @@ def read_header(file: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
             if length > HEADER_LIMIT:
                 raise ValueError("it does not begin with a safetensors header")
-            header = json.loads(stream.read(length))
+            text = stream.read(length).decode("utf-8")
+        header = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(header, ensure_ascii=False).encode()  # raises for a lone surrogate, which is no text
         size = file.stat().st_size
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are not texts by name")
-        "".join([*header, *metadata, *metadata.values()]).encode()  # a lone surrogate is no text
         locations: dict[str, TensorLocation] = {}
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):

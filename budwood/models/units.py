@@ -125,7 +125,7 @@ def _attention_rows(rows: Mapping[str, int], width: int, size: int) -> list[dict
 
 def _mlp_rows(rows: Mapping[str, int], width: int) -> list[dict[str, Tensor]]:
     """Rows of every neuron, for possible layouts: gate and up apart; both in one, stacked or interleaved."""
-    if any(count not in (width, 2 * width) for count in rows.values()):
+    if not width or any(count not in (width, 2 * width) for count in rows.values()):
         return []
     plain = {name: _even(count, width) for name, count in rows.items() if count == width}
     fused = [name for name, count in rows.items() if count != width]

@@ -19,9 +19,9 @@ def write(folder, text):
 
 
 def test_a_sound_header_is_read(tmp_path):
-    locations, metadata = read_header(write(tmp_path, json.dumps({**SOUND, "__metadata__": {"x": "é"}}).encode()))
+    locations, metadata = read_header(write(tmp_path, json.dumps({**SOUND, "__metadata__": {"x": "é😀"}}).encode()))
     assert locations["a"].shape == (2, 2)
-    assert metadata == {"x": "é"}
+    assert metadata == {"x": "é😀"}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,8 @@ def test_a_sound_header_is_read(tmp_path):
         json.dumps({"a": {**SOUND["a"], "shape": [2, 2.0]}}),
         json.dumps({"\ud800": SOUND["a"]}),
         json.dumps({**SOUND, "__metadata__": {"x": "\udfff"}}),
+        json.dumps({"a": {**SOUND["a"], "\ud800": 1}}),
+        json.dumps({"a": {**SOUND["a"], "x": "\ud800"}}).replace("\\ud", "\\uD"),
         json.dumps({**SOUND, "__metadata__": {"x": 1}}),
         json.dumps({**SOUND, "__metadata__": ["x"]}),
         json.dumps({**SOUND, "__metadata__": "x"}),
