@@ -42,6 +42,6 @@ def report(
 def show(result: Mapping[str, Any]) -> None:
     out = console()
     out.print(
-        f"written: {result['file']} ({humanize.size(result['bytes'])}, {len(result['models'])} models, "
-        f"{len(result['pictures'])} pictures)"
+        f"written: {result['file']} ({humanize.size(result['bytes'])}; models: {len(result['models'])}, "
+        f"pictures: {len(result['pictures'])})"
     )
