@@ -78,6 +78,10 @@ class Report(TypedDict):
 STEP_AND_LOSS = Rule(
     "a step and its loss", lambda value: type(value) is list and len(value) == 2 and all(map(NUMBER.holds, value))
 )
+SECONDS = Rule(
+    "seconds by name, `total` among them",
+    lambda value: type(value) is dict and "total" in value and all(map(NUMBER.holds, value.values())),
+)
 # What readers use: the table of a verb, the page, the model card, `bench`. Sections are named for messages and tests.
 SECTIONS: dict[str, Any] = {
     "totals": {
@@ -89,8 +93,20 @@ SECTIONS: dict[str, Any] = {
         "coverage": NUMBER,
     },
     "blocks": [{"name": str, "relative_error": (NUMBER, NONE), "seconds?": (NUMBER, NONE), "units?": Each(PAIR)}],
-    "linears": Each({"shape": MATRIX, "format": str, "rounding_error?": (NUMBER, NONE)}),
-    "seconds": {"total": NUMBER, "blocks?": NUMBER},
+    "linears": Each(
+        {
+            "shape": MATRIX,
+            "format": str,
+            "nonzeros": COUNT,
+            "density": NUMBER,
+            "recovered": (NUMBER, NONE),
+            "bytes": COUNT,
+            "rounding_error?": (NUMBER, NONE),
+            "change?": (NUMBER, NONE),
+            "x4?": ([COUNT], NONE),
+        }
+    ),
+    "seconds": SECONDS,
     "notes": [str],
 }
 SCHEMA: dict[str, Any] = {
@@ -98,7 +114,15 @@ SCHEMA: dict[str, Any] = {
     "method": str,
     "source": str,
     "format": str,
+    "budwood": (str, NONE),
+    "created": str,
+    "dtype": str,
+    "compute_dtype": str,
+    "machine": dict,
+    "versions?": dict,
     "peak_memory": (COUNT, NONE),
+    "peak_device_memory?": (COUNT, NONE),
+    "data": (dict, NONE),
     "training?": [
         {
             "trained": COUNT,
