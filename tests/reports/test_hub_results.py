@@ -7,12 +7,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from test_markdown import report
 
 from budwood.checkpoints.files import write_json
 from budwood.reports.card import render_card, with_section
 from budwood.reports.conditions import Conditions, Text
 from budwood.reports.hub_results import FILE, data_of, entries, with_index, write_entries
-from budwood.reports.record import SECTIONS
 from budwood.reports.result_files import add_results
 from budwood.reports.results import Perplexity, TaskMetric, TaskScore
 from budwood.runs.target import MANIFEST, Target
@@ -97,7 +97,7 @@ def test_names_of_the_hub_lead_to_their_data_set(name, expected):
 
 def test_evaluate_adds_to_report_card_and_entries_and_a_new_model_starts_without(tmp_path):
     (tmp_path / "README.md").write_text(card())
-    (tmp_path / "report.json").write_text(json.dumps({name: kind() for name, kind in SECTIONS.items()}))
+    (tmp_path / "report.json").write_text(json.dumps(report()))
     for _ in range(2):
         assert add_results(tmp_path, [perplexity(), task()])
     text = (tmp_path / "README.md").read_text()
