@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from budwood.checkpoints.loading import load
 from budwood.checkpoints.source import Source, open_source
-from budwood.checkpoints.weights import storage_dtype
 from budwood.data.sources import Data
 from budwood.data.tokens import check_vocabulary, tokenizer_for
 from budwood.errors import UsageError
@@ -85,8 +84,7 @@ class Subject:
             progress.finish()
 
     def _streamed(self, ids: Tensor, progress: Progress) -> Iterator[Tensor]:
-        storage = storage_dtype(self.source.shards, otherwise=torch.float32)
-        model = Model(self.source, storage=storage, arithmetic=Arithmetic(self.dtype), device=self.device)
+        model = Model(self.source, arithmetic=Arithmetic(self.dtype), device=self.device)
         return streamed_logits(model, ids, progress)
 
 

@@ -64,7 +64,7 @@ class Model:
         if arithmetic.blocked_attention:
             attend_in_blocks(self.module)
         self.weights = source.weights(self.structure)
-        self.storage = storage or storage_dtype(source.shards)
+        self.storage = storage or storage_dtype(source.shards, otherwise=torch.float32)
         self.progress: Progress = Silent()  # told of surveys and gradients
         self.activations: Activations | None = None
         self.shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}  # by full name

@@ -17,7 +17,8 @@ from budwood.checkpoints.loading import load
 from budwood.checkpoints.reader import shard_files
 from budwood.checkpoints.source import open_source
 from budwood.errors import BudwoodError
-from budwood.evaluation.perplexity import streamed_losses, window_loss
+from budwood.evaluation.perplexity import streamed_losses
+from budwood.evaluation.subject import window_loss
 from budwood.inspection import inspect
 from budwood.planning import plan
 from budwood.pruning import prune
