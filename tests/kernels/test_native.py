@@ -350,7 +350,7 @@ def test_one_large_activation_does_not_spoil_the_others(path, format, dtype):
             sums = x.double().abs() @ rounded.double().abs().T + bias.double().abs()
             rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
             if large >= 1e6:
-                # Summed in float32, one weight after another: each of n additions is off by at most 2**-24 of `sums`, and
+                # Summed in float32, weight after weight: each of n additions is off by at most 2**-24 of `sums`, and
                 # n independent errors add up to sqrt(n) of one. Four times that is more than six standard deviations.
                 rounding = rounding + 4 * 2**-24 * (rounded != 0).sum(1).clamp(min=1).double().sqrt()
             assert ((product.double() - exact - bias.double()).abs() <= 5e-5 * size + rounding * sums).all()
