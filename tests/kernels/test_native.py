@@ -348,8 +348,12 @@ def test_one_large_activation_does_not_spoil_the_others(path, format, dtype):
             exact = x.double() @ rounded.double().T
             size = others.double().abs() @ rounded.double().abs().T
             sums = x.double().abs() @ rounded.double().abs().T + bias.double().abs()
-            allowed = 5e-5 * size + (torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6) * sums
-            assert ((product.double() - exact - bias.double()).abs() <= allowed).all()
+            rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
+            if large >= 1e6:
+                # Summed in float32, weight after weight: each of n additions is off by at most 2**-24 of `sums`, and
+                # n independent errors add up to sqrt(n) of one. Four times that is more than six standard deviations.
+                rounding = rounding + 4 * 2**-24 * (rounded != 0).sum(1).clamp(min=1).double().sqrt()
+            assert ((product.double() - exact - bias.double()).abs() <= 5e-5 * size + rounding * sums).all()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e-33, 3e38])
@@ -368,5 +372,13 @@ def test_activations_that_integers_cannot_hold(path, value):
     assert error(product[:1], x[:1], weight) < 5e-5
     if value == 1e-33:
         assert error(product[1:], x[1:], weight) < 5e-5
+        return
+    found, there = product[1], (weight[:, :256] != 0).any(1)
+    assert int(there.sum()) == 15  # row 1 of the matrix has no weights: 0, or NaN where a kernel multiplies its zeros
+    assert bool((found[~there].isnan() | (found[~there] == 0)).all())
+    if value == 3e38:  # whether a sum overflows depends on the order of the additions; a finite one is right
+        finite = found.isfinite()
+        assert error(product[1:, finite], x[1:], weight[finite]) < 5e-5
+        assert not bool(finite[there].all())
     else:
-        assert not product[1, 2:].isfinite().any()  # row 1 of the matrix has no weights
+        assert not found[there].isfinite().any()
