@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Mapping
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -14,8 +15,17 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 @cache
 def server() -> ForkServerContext:
+    """Started here, since it looks for modules in PYTHONPATH alone, and passes over those that it does not find."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warm"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
     return context
 
 
