@@ -10,6 +10,8 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
+
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
@@ -18,14 +20,11 @@ def server() -> ForkServerContext:
     """Started here, since it looks for modules in PYTHONPATH alone, and passes over those that it does not find."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warm"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        for name, value in OFFLINE.items():  # which is read on import
+            patched.setenv(name, value)
         forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
     return context
 
 
