@@ -5,17 +5,26 @@ import os
 import sys
 from collections.abc import Mapping
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import pytest
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 @cache
 def server() -> ForkServerContext:
+    """Started here, since it looks for modules in PYTHONPATH alone, and passes over those that it does not find."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warm"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        for name, value in OFFLINE.items():  # which is read on import
+            patched.setenv(name, value)
+        forkserver.ensure_running()
     return context
 
 

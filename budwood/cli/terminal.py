@@ -25,6 +25,10 @@ class SafeConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
 
+    def on_broken_pipe(self) -> None:
+        """Left to `report_errors`, which ends with status 0; Console would end with 1."""
+        raise
+
 
 def console() -> SafeConsole:
     """A console on stdout, for results."""

@@ -249,11 +249,13 @@ def test_generate_streams_the_text_it_returns(pruned, run, run_here):
     assert shown.stderr == ""
 
 
-def test_a_batch_of_prompts_equals_each_alone(pruned, run, run_here):
-    prompts = ["The quick", "A much longer one, so that the first is padded", "The quick"]
-    alone = [run_here("generate", pruned, "--prompt", text, "--max-new-tokens", 6, "--json").json for text in prompts]
+def test_a_batch_of_prompts_equals_each_alone(pruned, run_here):
+    short, long = "The quick", "A much longer one, so that the first is padded"
+    prompts, tokens = [short, long, short], ("--max-new-tokens", 4)
+    each = {text: run_here("generate", pruned, "--prompt", text, *tokens, "--json").json for text in (short, long)}
+    alone = [each[text] for text in prompts]
     options = [word for text in prompts for word in ("--prompt", text)]
-    shown, together = (run(*("generate", pruned, *options, "--max-new-tokens", 6, *more)) for more in ((), ("--json",)))
+    shown, together = (run_here("generate", pruned, *options, *tokens, *more) for more in ((), ("--json",)))
     assert shown.status == together.status == 0, shown.stderr + together.stderr
     answers = json.loads(together.stdout)["answers"]
     assert answers == [{key: one[key] for key in ("prompt", "text", "tokens")} for one in alone]
@@ -462,15 +464,15 @@ def test_a_finished_run_is_not_repeated(pruned, source, text, run_here):
     assert {file.name: file.stat().st_mtime_ns for file in pruned.iterdir()} == before
 
 
-def test_a_closed_pipe_is_no_error(source):
-
-    command = f"{sys.executable} -m budwood inspect {source} --x4 | head -n 1"
+def test_a_closed_pipe_is_no_error():
+    """`true` ends long before the verb writes; this verb imports less than others."""
+    command = f"{sys.executable} -m budwood methods | true"
     result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
 
 
-def test_bench_adds_its_figures_to_the_folder(source, pruned, run_here, run, tmp_path):
+def test_bench_adds_its_figures_to_the_folder(source, pruned, run_here, tmp_path):
     folder = tmp_path / "pruned"
     shutil.copytree(pruned, folder)
     found = run_here("bench", folder, "--against", source, "--rows", "1,3", "--quiet", "--json")
@@ -487,20 +489,20 @@ def test_bench_adds_its_figures_to_the_folder(source, pruned, run_here, run, tmp
     assert kept["totals"] == json.loads((pruned / "report.json").read_text())["totals"]
     card = (folder / "README.md").read_text()
     assert card.count("## Speed") == 1
-    assert run("bench", folder, "--rows", "1", "--quiet").status == 0
+    assert run_here("bench", folder, "--rows", "1", "--quiet").status == 0
     again = (folder / "README.md").read_text()
     assert again.count("## Speed") == 1
     assert again.partition("## Speed")[0] == card.partition("## Speed")[0]
 
 
 @pytest.mark.parametrize("rows", ["0", "a,b", "-1,2"])
-def test_bench_refuses_invalid_rows(pruned, run, rows):
-    result = run("bench", pruned, "--rows", rows)
+def test_bench_refuses_invalid_rows(pruned, run_here, rows):
+    result = run_here("bench", pruned, "--rows", rows)
     assert result.status == 2
     assert "such as 1,8,64,512" in result.stderr
 
 
-def test_bench_needs_something_to_compare(source, run):
-    result = run("bench", source, "--rows", "1")
+def test_bench_needs_something_to_compare(source, run_here):
+    result = run_here("bench", source, "--rows", "1")
     assert result.status == 2
     assert "holds no packed matrix" in result.stderr

@@ -23,10 +23,10 @@ OPTIONS = {
 IDS = token_ids(4) % 90 + 3
 EXPRESSIONS = (
     'refit(sparsegpt("2:4"), target=1.0)',
-    'graft(bits=9.75, steps=2, target="dense")',
+    'graft(bits=9.75, steps=2, target="dense", rounds=4, iterations=3)',
     "gblm()",
     "matched(wrp(alpha=0.5), steps=2)",
-    'sds(wanda("50%"), data="dense", adjust="dynamic")',
+    'sds(wanda("50%"), data="dense", adjust="dynamic", steps=42, growth=6)',
     'flap(drop=0.3, bias="recentred")',
     'tyr(drop=0.5, preset="test", generations=1, children=2)',
     "perp(llm_pruner(drop=0.3), steps=2, rank=2)",
@@ -36,8 +36,13 @@ EXPRESSIONS = (
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
+    """Of two blocks: one that is first, and one whose inputs come from a block that was pruned."""
+
+    def shorten(model):
+        model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
+
     folder = tmp_path_factory.mktemp("llama")
-    save_model("llama", folder)
+    save_model("llama", folder, change=shorten)
     return folder
 
 
