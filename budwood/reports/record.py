@@ -133,7 +133,7 @@ SCHEMA: dict[str, Any] = {
         }
     ],
     "speed?": dict,
-    "results?": [dict],
+    "results?": list,  # each is checked by `result_json.from_json`
 }
 
 

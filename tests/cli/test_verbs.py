@@ -112,7 +112,8 @@ def test_evaluate_resident_and_streamed_agree(pruned, text, run_here):
     assert one["text"]["windows"] == 2
 
 
-def test_evaluate_measures_the_distance_from_dense_on_several_texts(pruned, source, text, run_here):
+def test_evaluate_measures_the_distance_from_dense_on_several_texts(pruned, source, text, run_here, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     arguments = ("--data", f"a={text}", "--data", f"b={text}", "--against", source, "--seq-length", 32, "--limit", 2)
     result = run_here("evaluate", pruned, *arguments, "--continuations", 1, "--quiet")
     assert result.status == 0, result.stderr

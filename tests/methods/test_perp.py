@@ -79,7 +79,8 @@ def test_only_what_moves_changes_and_the_size_stays(llama, tmp_path, move):
     report = prune(llama, tmp_path / "out", text, IDS, **CALIBRATION)
     changed = compared(tmp_path / "plain", tmp_path / "out")
     assert report["totals"] == plain["totals"]
-    assert report["linears"] == plain["linears"]
+    sizes = [{name: matrix | {"change": None} for name, matrix in each["linears"].items()} for each in (plain, report)]
+    assert sizes[0] == sizes[1]
     matrices = {name for name in changed if not name.endswith("weight")}
     assert (len(matrices) == 28) == (move in ADAPTERS or "masklora" in move)
     assert any("norm" in name for name in changed) == ("norms" in move)
