@@ -200,6 +200,8 @@ class Parameters:
         found: dict[str, float] = {}
         now = {f"{linear.name}.weight": linear for linear in block.linears.values()}
         for names in self.weights.groups(f"{block.name}.").values():
+            if all(len(self.shapes.get(name, ())) == 1 for name in names):  # of norms, and biases
+                continue
             for name, weight in self.weights.read(names).items():
                 if (linear := now.get(name)) is not None:
                     before = self.stored(name, read(linear.module, weight)).to(linear.stored.device)
