@@ -14,6 +14,7 @@ from budwood.reports.results import Pair, Perplexity, TaskScore, Text
 
 LEVEL = 0.95
 RESAMPLES = 10_000
+FEWEST = 6  # windows: of fewer, not even equal signs of all differences are significant (2 / 2^n)
 
 
 def paired_loss(one: Perplexity, other: Perplexity, *, seed: int = 0) -> Pair:
@@ -126,9 +127,10 @@ def bootstrap(
 ) -> tuple[float | None, float | None, float | None]:
     """Interval of the mean of `differences` by resampling them (percentiles), and a two-sided p of a mean of 0.
 
-    A single value has no scatter, so there is neither an interval nor a p.
+    Of few values resampling knows too little of the scatter, so there is neither an interval nor a p, and p is never
+    below that of the sign test when all have one sign.
     """
-    if len(differences) < 2:
+    if len(differences) < FEWEST:
         return None, None, None
     values = numpy.asarray(differences, dtype=numpy.float64)
     random = numpy.random.default_rng(seed)
@@ -137,7 +139,8 @@ def bootstrap(
     )
     low, high = numpy.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     above, below = float((means >= 0).mean()), float((means <= 0).mean())
-    return float(low), float(high), min(1.0, 2 * max(min(above, below), 1 / resamples))
+    least = max(1 / resamples, 2.0 ** -len(differences))
+    return float(low), float(high), min(1.0, 2 * max(min(above, below), least))
 
 
 def parts_of(resamples: int, values: int) -> list[int]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from budwood.errors import UsageError
-from budwood.evaluation.paired import binomial_cdf, bootstrap, mcnemar, paired_loss, paired_score
+from budwood.evaluation.paired import FEWEST, binomial_cdf, bootstrap, mcnemar, paired_loss, paired_score
 from budwood.reports.results import Conditions, Perplexity, TaskMetric, TaskScore, Text
 
 CONDITIONS = Conditions("float32", "cpu", {"threads": 1}, {"torch": "2.6"}, "2026-01-01T00:00:00+00:00")
@@ -29,16 +29,17 @@ def score(items, name="one", **changes):
 
 def test_windows_that_scatter_more_than_the_models_differ():
     """Each window is harder for the one model by 0.1; the windows themselves differ by 2."""
-    one, other = perplexity([3.1, 2.1, 4.1, 1.1]), perplexity([3.0, 2.0, 4.0, 1.0], "other")
+    losses = [3.0, 2.0, 4.0, 1.0] * 3
+    one, other = perplexity([loss + 0.1 for loss in losses]), perplexity(losses, "other")
     pair = paired_loss(one, other)
     assert pair.difference == pytest.approx(0.1)
     assert pair.low == pytest.approx(0.1)
     assert pair.high == pytest.approx(0.1)
-    assert (pair.better, pair.worse, pair.count, pair.sha256) == (0, 4, 4, TEXT.sha256)
+    assert (pair.better, pair.worse, pair.count, pair.sha256) == (0, 12, 12, TEXT.sha256)
     assert pair.p < 0.01
 
 
-@given(some.lists(some.floats(-3, 3), min_size=2, max_size=30), some.floats(-2, 2))
+@given(some.lists(some.floats(-3, 3), min_size=FEWEST, max_size=30), some.floats(-2, 2))
 def test_the_interval_moves_and_turns_with_the_differences(values, shift):
     low, high, p = bootstrap(values, resamples=400)
     mean = math.fsum(values) / len(values)
@@ -49,13 +50,19 @@ def test_the_interval_moves_and_turns_with_the_differences(values, shift):
     assert moved[:2] == pytest.approx((low + shift, high + shift), abs=1e-9)
 
 
-def test_one_window_has_no_interval():
-    pair = paired_loss(perplexity([3.0]), perplexity([2.0]))
+@pytest.mark.parametrize("count", [1, FEWEST - 1])
+def test_few_windows_have_no_interval(count):
+    pair = paired_loss(perplexity([3.0] * count), perplexity([2.0] * count))
     assert (pair.difference, pair.low, pair.high, pair.p) == (1.0, None, None, None)
 
 
+@given(some.lists(some.floats(0.1, 3), min_size=FEWEST, max_size=16))
+def test_p_is_never_below_that_of_the_sign_test(values):
+    assert bootstrap(values, resamples=400)[2] >= 2 * 0.5 ** len(values)
+
+
 def test_equal_models_do_not_differ():
-    assert bootstrap([0.0] * 5) == (0.0, 0.0, 1.0)
+    assert bootstrap([0.0] * FEWEST) == (0.0, 0.0, 1.0)
     assert mcnemar(0, 0, 10) == (0.0, 0.0, 1.0)
 
 

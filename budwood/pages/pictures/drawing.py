@@ -91,7 +91,8 @@ def drawing() -> Iterator[None]:
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of characters that a font does not have
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        settings: Any = matplotlib.rcParams  # whose stubs take literal names only
+        settings.update(STYLE)
         yield
 
 
