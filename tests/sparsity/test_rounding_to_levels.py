@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from budwood.sparsity.rounding import groups, rounded, rounded_bytes
@@ -15,6 +15,7 @@ def test_a_worked_example():
     assert rounded(weight, 4, 2)[0, 2:].tolist() == pytest.approx([0.4, 3.0], abs=0.11)  # levels 0.2 apart
 
 
+@example(5, 13, 8, 1, 157)
 @given(st.integers(1, 5), st.integers(1, 40), st.sampled_from([4, 8]), st.integers(1, 48), st.integers(0, 1000))
 def test_every_weight_is_within_half_a_step_and_a_group_has_few_levels(out, width, bits, group, seed):
     weight = torch.randn(out, width, generator=torch.Generator().manual_seed(seed))
@@ -22,8 +23,11 @@ def test_every_weight_is_within_half_a_step_and_a_group_has_few_levels(out, widt
     for columns in groups(width, group):
         piece, found = weight[:, columns], result[:, columns]
         step = (piece.amax(1).clamp(min=0) - piece.amin(1).clamp(max=0)) / (2**bits - 1)  # [out]
-        # Half a step, and half more at the ends, where zero point and scale are rounded too.
-        assert ((piece - found).abs() <= 1.02 * step[:, None] + 1e-6).all()
+        # Half a step, and half more at the ends, where the zero point is rounded. The scale is a float16, off by 2^-11 of
+        # its size, or by 2^-25 where it is small: at the ends that counts as often as there are levels.
+        levels = 2**bits - 1
+        bound = (1 + levels * 2**-11) * step[:, None] + levels * 2**-25 + 1e-6
+        assert ((piece - found).abs() <= bound).all()
         assert all(len(row.unique()) <= 2**bits for row in found)
 
 
