@@ -23,8 +23,8 @@ def test_every_weight_is_within_half_a_step_and_a_group_has_few_levels(out, widt
     for columns in groups(width, group):
         piece, found = weight[:, columns], result[:, columns]
         step = (piece.amax(1).clamp(min=0) - piece.amin(1).clamp(max=0)) / (2**bits - 1)  # [out]
-        # Half a step, and half more at the ends, where the zero point is rounded. The scale is a float16, off by 2^-11 of
-        # its size, or by 2^-25 where it is small: at the ends that counts as often as there are levels.
+        # Half a step, and half more at the ends, where the zero point is rounded. The scale is a float16, off by 2^-11
+        # of its size, or by 2^-25 where it is small: at the ends that counts as often as there are levels.
         levels = 2**bits - 1
         bound = (1 + levels * 2**-11) * step[:, None] + levels * 2**-25 + 1e-6
         assert ((piece - found).abs() <= bound).all()
