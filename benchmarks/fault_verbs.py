@@ -103,7 +103,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def result(verb: Verb, world: Path, printed: str) -> Any:
     """What a finished command must leave again in the same bytes; of files that hold times, what must be in them."""
     if verb.prints:
-        return json.loads(printed)["losses"] if printed.strip() else None
+        return json.loads(printed)["results"][0]["losses"] if printed.strip() else None
     found: dict[str, Any] = dict(content(world / "target"))
     for name in TIMED:
         if name in found:
