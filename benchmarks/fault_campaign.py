@@ -15,7 +15,7 @@ from typing import Any
 
 from fault_kinds import TAKES_SPACE, Wire, do_at, fail_at, kill_at, limit_file_size, limit_handles
 from fault_processes import Done, Process, finished, loaded
-from fault_verbs import CHANGED, Verb, content, put, result
+from fault_verbs import CHANGED, Verb, content, left_alone, put, result
 
 NOTES = "notes.txt"  # of the user, in a folder that is overwritten
 KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "disk full", "disk error", "few handles", "source lost", "source changed")
@@ -87,7 +87,7 @@ class Campaign:
         """One fault: outcome, and what was seen."""
         known = self.undisturbed(verb)
         self.reset(verb)
-        source = content(self.world / "source")
+        source = left_alone(verb, self.world / "source")
         if kind == "two at once":
             return self.two_at_once(verb, known, chance)
         if kind in ("source lost", "source changed"):
@@ -98,7 +98,7 @@ class Campaign:
         ended = self.ended(verb, known, done, sent)
         if ended is not None:
             return ended[0], f"{what}: {ended[1]}"
-        if content(self.world / "source") != source:
+        if left_alone(verb, self.world / "source") != source:
             return "lost", f"{what}: the source changed"
         outcome, seen = self.completes(verb, known)
         if outcome != "survived":

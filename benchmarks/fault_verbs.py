@@ -100,6 +100,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+def left_alone(verb: Verb, folder: Path) -> dict[str, bytes]:
+    """The files of a source that the verb must not change: `evaluate` adds its figures to the report and the card."""
+    figures = (*TIMED, "budwood.yaml") if verb.prints else ()
+    return {name: data for name, data in content(folder).items() if Path(name).name not in figures}
+
+
 def result(verb: Verb, world: Path, printed: str) -> Any:
     """What a finished command must leave again in the same bytes; of files that hold times, what must be in them."""
     if verb.prints:
