@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from budwood.checkpoints.files import TEMPORARY
+
 BLOCKS, HIDDEN, VOCABULARY, TOKENS = 3, 32, 128, 192
 CHANGED = ".changed"  # ends the name of a prepared source that differs in one value, far behind the start of a tensor
 TIMED = ("report.json", "report.md", "README.md")  # hold times, so that they are never the same twice
@@ -101,9 +103,13 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def left_alone(verb: Verb, folder: Path) -> dict[str, bytes]:
-    """The files of a source that the verb must not change: `evaluate` adds its figures to the report and the card."""
+    """The files of a source that the verb must not change: `evaluate` adds its figures to the report and the card.
+
+    What an interrupted write left is no file of the source; the next write replaces it.
+    """
     figures = (*TIMED, "budwood.yaml") if verb.prints else ()
-    return {name: data for name, data in content(folder).items() if Path(name).name not in figures}
+    files = {name: data for name, data in content(folder).items() if Path(name).name not in figures}
+    return {name: data for name, data in files.items() if not (verb.prints and name.endswith(TEMPORARY))}
 
 
 def result(verb: Verb, world: Path, printed: str) -> Any:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ def written_whole(file: Path) -> Iterator[Path]:
         flush(temporary)
         os.replace(temporary, file)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a broken disk may refuse this too; the first error is the one to report
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise RunError(
                 f"{file} could not be written ({error}); make room or give another folder, and give the command again"
