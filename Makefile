@@ -18,7 +18,7 @@ TRITON_FOLDER := .triton
 SANITIZED := build/sanitize
 MUTANTS ?= 2000
 CXX ?= c++
-# Two workers with one thread each: the tests are many and small.
+# Two workers with one thread each: the tests are many and small. A file is one worker's, so that it makes its models once.
 WORKERS ?= 2
 # The versions pinned in constraints.txt are tested with these; the first that is here is taken.
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3,\
@@ -42,7 +42,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard budwood/k
 	@touch $@
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

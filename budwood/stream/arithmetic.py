@@ -18,7 +18,7 @@ from budwood.kernels import native
 from budwood.kernels.native_matrix import NativeMatrix, native_matrix
 from budwood.stream.attention import DTYPES as BLOCKED_DTYPES
 from budwood.stream.attention import blocked_attention
-from budwood.stream.trial import HOPELESS, Run, speed_ratio
+from budwood.stream.trial import HOPELESS, Run, speed_ratio, tried_once
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLEARLY = 1.1  # times as fast: a smaller gain would be decided by noise
@@ -84,7 +84,8 @@ def choose_arithmetic(
 
     compute_dtype: auto, float32, bfloat16 or float16. sparse_products: auto, on or off. attention: auto, fused or
     blocked. widest: input features of the widest linear. published: results must match the published programs, so
-    "auto" takes torch's matmul and torch's attention. Only options that are "auto" are timed, in under a second in all.
+    "auto" takes torch's matmul and torch's attention. Only options that are "auto" are timed, once in a process and in
+    under a second in all.
 
     Raises UsageError for any other value, and for what this machine, device or dtype cannot compute.
     """
@@ -135,6 +136,7 @@ def multiplies_sparse(compute: torch.dtype, device: torch.device) -> bool:
     return kernel is not None and kernel.linear(x, kernel=native.SPARSE) is not None
 
 
+@tried_once
 @torch.no_grad()
 def sparse_product_gain(width: int = 1024, rows: int = 256) -> float:
     """How many times as fast as torch the native kernel multiplies [rows, width] by a pruned matrix, in float32."""
@@ -147,6 +149,7 @@ def sparse_product_gain(width: int = 1024, rows: int = 256) -> float:
     return speed_ratio([partial(size, part) for part in (4, 2, 1)])
 
 
+@tried_once
 @torch.no_grad()
 def blocked_attention_gain(compute: torch.dtype, tokens: int = 512) -> float:
     """How many times as fast attention in blocks of queries is as torch's fused attention."""
@@ -161,6 +164,7 @@ def blocked_attention_gain(compute: torch.dtype, tokens: int = 512) -> float:
     return speed_ratio([partial(size, part) for part in (4, 2, 1)])
 
 
+@tried_once
 @torch.no_grad()
 def faster_dtype(device: torch.device, width: int) -> tuple[torch.dtype, str]:
     """float32 or bfloat16, whichever multiplies matrices of up to `width` faster here, and a note for the user.

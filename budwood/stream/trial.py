@@ -2,13 +2,38 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from budwood.kernels import native
 
 Run = Callable[[], object]
+Options = ParamSpec("Options")
+Result = TypeVar("Result")
 
 HOPELESS = 4  # times slower, from which on further rounds cannot change the decision
 COUNTABLE = 1e-3  # seconds: shorter differences are overhead
 SECONDS = 0.25  # of one timing
 ROUNDS = 6  # at the largest size
+
+
+def tried_once(trial: Callable[Options, Result]) -> Callable[Options, Result]:
+    """The trial, run once in a process for its arguments, the number of threads and the kernels in use.
+
+    So all runs of a comparison compute in the same way.
+    """
+
+    @cache
+    def kept(threads: int, kernels: str, *args: Options.args, **kwargs: Options.kwargs) -> Result:
+        return trial(*args, **kwargs)
+
+    @wraps(trial)
+    def tried(*args: Options.args, **kwargs: Options.kwargs) -> Result:
+        return kept(torch.get_num_threads(), native.active(), *args, **kwargs)
+
+    return tried
 
 
 def speed_ratio(

@@ -124,7 +124,7 @@ def test_copies_and_generation_with_a_cache(tmp_path, name):
     assert torch.equal(copy.deepcopy(found).dequantize().generate(ids, **options), model.generate(ids, **options))
 
 
-def test_the_base_model_and_the_whole_model_read_the_same_folder(tmp_path):
+def test_the_base_model_and_the_whole_model_read_the_same_folder(tmp_path, reference):
     folder, model = write_reshaped(tmp_path / "whole")
     base = AutoModel.from_pretrained(folder)
     assert base.layers[1].mlp.down_proj.bias is not None

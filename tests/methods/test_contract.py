@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -180,6 +181,18 @@ def text():
     return ["".join(chr(97 + (i * i + i // 7) % 26) for i in range(600))]
 
 
+@pytest.fixture(scope="module")
+def written(llama, text, tmp_path_factory):
+    """The folder and the report of a method, pruned once for all tests that only read it."""
+
+    @cache
+    def of(expression):
+        folder = tmp_path_factory.mktemp("written")
+        return folder, prune(llama, folder, expression, text, **CALIBRATION)
+
+    return of
+
+
 def stored_in(folder):
     """The prunable matrices [out, in] of a folder, dense or pruned, by full name."""
     blocks = Model(open_source(folder)).blocks()
@@ -194,11 +207,11 @@ def linears_of(folder):
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_density_is_reached_and_other_tensors_are_unchanged(llama, text, tmp_path, expression):
-    report = prune(llama, tmp_path / "out", expression, text, **CALIBRATION)
+def test_density_is_reached_and_other_tensors_are_unchanged(llama, written, expression):
+    folder, report = written(expression)
     method = parse_method(expression)
-    dense = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    pruned = linears_of(tmp_path / "out")
+    dense, whole_model = (AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32) for place in (llama, folder))
+    pruned = {name: whole_model.get_submodule(name).weight.detach() for name in report["linears"]}
     structure = ModelStructure(read_config(llama))
     expected = {name: held.nonzeros for name, held in method.forecast(structure).items()}
     whole = sum(weight.numel() for weight in pruned.values())
@@ -213,10 +226,9 @@ def test_density_is_reached_and_other_tensors_are_unchanged(llama, text, tmp_pat
         if not mentions(expression, CHANGING):
             kept = weight != 0
             assert torch.equal(weight[kept], dense.get_submodule(name).weight[kept])
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    others = {name for name in dense.state_dict() if name.rpartition(".")[0] not in report["linears"]}
-    for name in others:
-        assert torch.equal(pruned.state_dict()[name], dense.state_dict()[name]), name
+    tensors = whole_model.state_dict()
+    for name, tensor in dense.state_dict().items():
+        assert name.rpartition(".")[0] in report["linears"] or torch.equal(tensors[name], tensor), name
 
 
 @pytest.mark.parametrize(("other", "expression"), OTHERS_CHEAP, indirect=["other"])
@@ -257,8 +269,8 @@ def test_other_families_have_the_same_contract(other, text, tmp_path, expression
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_planned_bytes_are_written_bytes(llama, text, tmp_path, expression):
-    report = prune(llama, tmp_path / "out", expression, text, **CALIBRATION)
+def test_planned_bytes_are_written_bytes(llama, written, expression):
+    _, report = written(expression)
     planned = plan(llama, expression)
     exact = not mentions(expression, (*ROUGH, *DIVIDING))
     assert planned["bytes_after"] == pytest.approx(report["totals"]["bytes"], rel=1e-12 if exact else 0.02)
@@ -267,9 +279,9 @@ def test_planned_bytes_are_written_bytes(llama, text, tmp_path, expression):
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_interrupted_and_resumed_is_byte_identical(llama, text, tmp_path, expression):
-    prune(llama, tmp_path / "whole", expression, text, **CALIBRATION)
-    prune(llama, tmp_path / "cut", expression, text, **CALIBRATION)
+def test_interrupted_and_resumed_is_byte_identical(llama, written, text, tmp_path, expression):
+    folder, whole = written(expression)
+    shutil.copytree(folder, tmp_path / "cut")
     shards = sorted((tmp_path / "cut").glob("*.safetensors"))
     for shard in [shards[0], *shards[2:]]:  # as if it had been killed in the second block
         shard.unlink()
@@ -277,8 +289,7 @@ def test_interrupted_and_resumed_is_byte_identical(llama, text, tmp_path, expres
         (tmp_path / "cut" / name).unlink()
     report = prune(llama, tmp_path / "cut", expression, text, **CALIBRATION)
     for shard in shards:
-        assert shard.read_bytes() == (tmp_path / "whole" / shard.name).read_bytes(), shard.name
-    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+        assert shard.read_bytes() == (folder / shard.name).read_bytes(), shard.name
     assert report["linears"] == whole["linears"]
     assert report["totals"] == whole["totals"]
 

@@ -7,6 +7,7 @@ from budwood.errors import UsageError
 from budwood.kernels import native
 from budwood.stream import arithmetic
 from budwood.stream.arithmetic import Arithmetic, choose_arithmetic, known_device
+from budwood.stream.trial import tried_once
 
 CPU = torch.device("cpu")
 TRIALS = ("faster_dtype", "sparse_product_gain", "blocked_attention_gain")
@@ -115,6 +116,22 @@ def test_trials_draw_none_of_the_callers_random_numbers(monkeypatch):
     if arithmetic.multiplies_sparse(torch.float32, CPU):
         assert arithmetic.sparse_product_gain(width=64, rows=32) > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_trial_runs_once_for_its_arguments_the_threads_and_the_kernels(monkeypatch):
+    ran, threads = [], torch.get_num_threads()
+    trial = tried_once(lambda width, rows=1: ran.append((width, rows)) or len(ran))
+    monkeypatch.setenv(native.VARIABLE, "reference")
+    assert [trial(8), trial(8), trial(8, rows=2), trial(8, rows=2), trial(9)] == [1, 1, 2, 2, 3]
+    try:
+        torch.set_num_threads(threads + 1)
+        assert [trial(9), trial(8)] == [4, 5]
+    finally:
+        torch.set_num_threads(threads)
+    assert trial(8) == 1
+    if native.file():
+        monkeypatch.setenv(native.VARIABLE, "scalar")
+        assert trial(8) == 6
 
 
 def test_the_default_device_is_a_gpu_where_there_is_one(monkeypatch):

@@ -16,7 +16,7 @@ from budwood.training.descent import Descent, descend
 from budwood.training.move import parse_move
 from budwood.training.recovery import Recovery, blocks_recomputed, held_out, loss_of, order, slope, trainable_of
 
-STEPS, BATCH, TOKENS, VOCABULARY, HIDDEN = 80, 32, 32, 64, 64
+STEPS, BATCH, TOKENS, VOCABULARY, HIDDEN = 48, 32, 32, 64, 64
 RATES = {"biases+norms": 1e-2, "biases+norms+weights": 2e-3}
 MOVES = [
     "biases+norms",
@@ -57,8 +57,10 @@ def corpus(tmp_path_factory):
             elif isinstance(module, nn.Embedding):
                 module.weight.copy_(0.3 * torch.randn(module.weight.shape, generator=random))
         ids = torch.randint(VOCABULARY, (1280, 1), generator=random)
+        cache = None
         for _ in range(TOKENS - 1):
-            shares = model(ids).logits[:, -1].softmax(-1)
+            found = model(ids[:, -1:], past_key_values=cache, use_cache=True)
+            shares, cache = found.logits[:, -1].softmax(-1), found.past_key_values
             ids = torch.cat([ids, torch.multinomial(shares, 1, generator=random)], 1)
     folder = tmp_path_factory.mktemp("corpus")
     model.save_pretrained(folder)
