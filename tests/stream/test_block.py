@@ -138,7 +138,8 @@ def test_a_weight_is_rounded_to_storage_and_computed_with(folder):
 
 
 def test_a_resized_weight_resizes_the_module(folder):
-    linear = last_linear(first_block(folder, windows=False))
+    block = first_block(folder, windows=False)
+    linear = last_linear(block)
     out, width = linear.shape
     linear.weight = torch.ones(out, width - 8)
     assert linear.shape == (out, width - 8)
@@ -146,7 +147,8 @@ def test_a_resized_weight_resizes_the_module(folder):
 
 
 def test_a_bias_may_be_added_and_must_fit(folders):
-    linear = first_block(folders["llama"], windows=False).linears["mlp.up_proj"]
+    block = first_block(folders["llama"], windows=False)
+    linear = block.linears["mlp.up_proj"]
     assert linear.bias is None
     plain = linear.module(torch.ones(1, linear.shape[1])).detach()
     linear.bias = torch.full((linear.shape[0],), 0.3)
@@ -158,7 +160,8 @@ def test_a_bias_may_be_added_and_must_fit(folders):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
 def test_values_that_are_not_finite_are_refused(folders, value):
-    linear = first_block(folders["llama"], windows=False).linears["mlp.up_proj"]
+    block = first_block(folders["llama"], windows=False)
+    linear = block.linears["mlp.up_proj"]
     broken = linear.weight.double()
     broken[1, 2] = value
     with pytest.raises(RunError, match="the new weights do not fit"):
