@@ -26,7 +26,7 @@ EXPRESSIONS = (
     'graft(bits=9.75, steps=2, target="dense", rounds=4, iterations=3)',
     "gblm()",
     "matched(wrp(alpha=0.5), steps=2)",
-    'sds(wanda("50%"), data="dense", adjust="dynamic", steps=42, growth=6)',
+    'sds(wanda("50%"), data="dense", adjust="dynamic", steps=9, growth=2)',
     'flap(drop=0.3, bias="recentred")',
     'tyr(drop=0.5, preset="test", generations=1, children=2)',
     "perp(llm_pruner(drop=0.3), steps=2, rank=2)",

@@ -113,8 +113,10 @@ def test_sliced_blocks_keep_their_shapes(folders, tmp_path, move):
     assert any(not torch.equal(value, alone[name]) for name, value in found.items())
 
 
-@pytest.mark.parametrize("inner", [SPARSE, STRUCTURED])
-@pytest.mark.parametrize("target", ['"pruned"', "0.5", '"dense"'])
+@pytest.mark.parametrize(
+    ("inner", "target"),
+    [(SPARSE, '"pruned"'), (SPARSE, "0.5"), (SPARSE, '"dense"'), (STRUCTURED, "0.5")],
+)
 def test_a_killed_run_continues_to_the_same_bytes(folders, tmp_path, inner, target):
     """Stored in bfloat16, so that norms and biases are rounded as well."""
     method, options = f"matched({inner}, steps=3, target={target})", {**OPTIONS, "dtype": "bfloat16", "format": "auto"}

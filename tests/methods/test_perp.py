@@ -1,6 +1,7 @@
 """perp: zeros and sizes of before, the same bytes after interruptions, any family, sliced and rounded models."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -47,6 +48,18 @@ def llama(folders):
     return folders("llama")
 
 
+@pytest.fixture(scope="module")
+def alone(folders, tmp_path_factory):
+    """What a method gives without the training, by family: folder and report."""
+
+    @cache
+    def of(name, method):
+        folder = tmp_path_factory.mktemp("alone")
+        return folder, prune(folders(name), folder, method, IDS, **CALIBRATION)
+
+    return of
+
+
 def weights(folder):
     """The prunable matrices [out, in], and all other tensors, as transformers loads them."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -73,11 +86,11 @@ def compared(pruned, trained):
 
 
 @pytest.mark.parametrize("move", [*ADAPTERS, "norms", "biases+norms+masklora", "embeddings+norms", "head"])
-def test_only_what_moves_changes_and_the_size_stays(llama, tmp_path, move):
-    plain = prune(llama, tmp_path / "plain", 'magnitude("50%")', IDS, **CALIBRATION)
+def test_only_what_moves_changes_and_the_size_stays(llama, alone, tmp_path, move):
+    folder, plain = alone("llama", 'magnitude("50%")')
     text = f'perp(magnitude("50%"), move="{move}", {QUICK})'
     report = prune(llama, tmp_path / "out", text, IDS, **CALIBRATION)
-    changed = compared(tmp_path / "plain", tmp_path / "out")
+    changed = compared(folder, tmp_path / "out")
     assert report["totals"] == plain["totals"]
     sizes = [{name: matrix | {"change": None} for name, matrix in each["linears"].items()} for each in (plain, report)]
     assert sizes[0] == sizes[1]
@@ -100,12 +113,11 @@ def test_only_what_moves_changes_and_the_size_stays(llama, tmp_path, move):
 
 @pytest.mark.parametrize("reconstruct", ["none", "block"])
 @pytest.mark.parametrize("name", ["opt", "gpt2", "qwen2", "qwen3_moe", "gpt_oss"])
-def test_any_family(folders, tmp_path, name, reconstruct):
-    dense = folders(name)
-    plain = prune(dense, tmp_path / "plain", 'magnitude("2:4")', IDS, **CALIBRATION)
+def test_any_family(folders, alone, tmp_path, name, reconstruct):
+    folder, plain = alone(name, 'magnitude("2:4")')
     text = f'perp(magnitude("2:4"), {QUICK}, reconstruct="{reconstruct}")'
-    report = prune(dense, tmp_path / "out", text, IDS, **CALIBRATION)
-    changed = compared(tmp_path / "plain", tmp_path / "out")
+    report = prune(folders(name), tmp_path / "out", text, IDS, **CALIBRATION)
+    changed = compared(folder, tmp_path / "out")
     assert report["totals"]["bytes"] == plain["totals"]["bytes"]
     assert any("bias" in name for name in changed) == (name != "qwen3_moe")
     assert any("norm" in name or "ln_" in name for name in changed)
