@@ -200,7 +200,7 @@ class TyrStep(Step):
     refused: Mapping[str, str]
 
     def __call__(self, block: "Block") -> None:
-        shards = Shards([self.work.file(f"{CHOSEN}-{block.index:04d}.safetensors")])
+        shards = self.work.shards(f"{CHOSEN}-{block.index:04d}")
         names = [key.removesuffix("|kept") for key in shards.names() if key.endswith("|kept")]
         block.keep({name: shards.read(f"{name}|kept") for name in names})
         for name in names:
