@@ -183,7 +183,6 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     import gguf  # noqa: F401
-    import matplotlib.backends.backend_svg
     import pyarrow.parquet  # noqa: F401
     import transformers.models.llama.modeling_llama
     import transformers.models.seed_oss.modeling_seed_oss  # noqa: F401

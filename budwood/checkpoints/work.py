@@ -65,13 +65,18 @@ class Work:
         return {key: shards.read(key) for key in shards.names()}
 
     def shards(self, name: str) -> Shards:
-        """The file `name`.safetensors, compared with its digest once. Raises RunError where it was altered, or is gone."""
+        """The file `name`.safetensors, compared with its digest once.
+
+        Raises RunError where it was altered, or is gone.
+        """
         file = self.file(f"{name}.safetensors")
         if not file.is_file():
             raise self._missing(file)
         shards = Shards([file])
         if name not in self._sound:
-            if read_header(file)[1].get("sha256") != digest_of_tensors({key: shards.read(key) for key in shards.names()}):
+            if read_header(file)[1].get("sha256") != digest_of_tensors(
+                {key: shards.read(key) for key in shards.names()}
+            ):
                 raise RunError(f"{file} was altered since it was written; {ADVICE}")
             self._sound.add(name)
         return shards

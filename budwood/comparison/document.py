@@ -8,7 +8,10 @@ from typing import Any
 
 from budwood.errors import UsageError
 
-LARGEST, DEEPEST = 1 << 20, 20  # bytes of a recipe, before and after its variables are replaced; sections inside sections
+LARGEST, DEEPEST = (
+    1 << 20,
+    20,
+)  # bytes of a recipe, before and after its variables are replaced; sections inside sections
 MOST = 20_000  # texts, numbers, lists and mappings of a recipe: the reader takes some 0.1 ms for each
 WIDEST = 2**63  # numbers are smaller
 SHOWN = 60  # characters of a wrong value in a message
@@ -125,7 +128,7 @@ def _scalar(node: Any, place: Place, document: Document) -> Scalar:
         return str(node.value)
     value = typed(node.value)
     if kind in ("int", "float") and isinstance(value, str):
-        raise document.error(place, f"{shown(node.value)} is no {kind} of at most 63 bits")
+        raise document.error(place, f"{shown(node.value)} is no {kind} that can be used")
     return value
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from budwood.comparison.schema import CalibrationFields, PruneFields, RecipeFields
 
 
-
 @dataclass(frozen=True)
 class RecipeRow:
     """One entry of `methods`: an expression for each point of its grid, and its own settings."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from budwood.checkpoints.reader import Shards
 from budwood.errors import UsageError
 from budwood.methods.method import Step
 from budwood.methods.option import option

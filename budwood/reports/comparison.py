@@ -165,7 +165,9 @@ def too_many(content: dict[str, Any]) -> str | None:
         "figures": (len({name for row in rows for name in row["figures"]}), COLUMNS),
         "settings": (len({name for row in rows for name in row["settings"]}), COLUMNS),
     }
-    return next((f"it has {count} {name}, at most {most}" for name, (count, most) in counts.items() if count > most), None)
+    return next(
+        (f"it has {count} {name}, at most {most}" for name, (count, most) in counts.items() if count > most), None
+    )
 
 
 def write_results(folder: Path, results: Results) -> None:

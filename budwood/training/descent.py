@@ -125,7 +125,12 @@ def check_state(found: Mapping[str, Tensor], masters: Mapping[str, Tensor], chec
     wanted = shapes | {f"{part}/{key}": m.shape for key, m in masters.items() for part in ("exp_avg", "exp_avg_sq")}
     known = {name: tensor.shape for name, tensor in found.items() if name.partition("/")[0] in PARTS}
     numbers = found.get("numbers")
-    if numbers is None or numbers.shape != (3,) or not known.items() <= wanted.items() or not shapes.keys() <= known.keys():
+    if (
+        numbers is None
+        or numbers.shape != (3,)
+        or not known.items() <= wanted.items()
+        or not shapes.keys() <= known.keys()
+    ):
         where = checkpoints.file if checkpoints else "the checkpoint"
         raise RunError(f"{where} is of another training; delete it and give the same command again")
 

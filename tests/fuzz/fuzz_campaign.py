@@ -26,7 +26,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # families.py, and budwood beside it
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for families.py
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for budwood, where it is not installed
 
 import torch
 from fuzz_folders import Unsound

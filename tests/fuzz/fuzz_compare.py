@@ -16,7 +16,17 @@ from budwood.pages.page import render
 from budwood.pages.page import report as write_page
 from budwood.reports.comparison import FILE, MOST_RUNS
 
-GRIDS = ("{0.1,0.2}", "{}", "{1}", "{" + ",".join(map(str, range(1500))) + "}", "{a:1}", "{{1}}", "}", "${x}", "${here}")
+GRIDS = (
+    "{0.1,0.2}",
+    "{}",
+    "{1}",
+    "{" + ",".join(map(str, range(1500))) + "}",
+    "{a:1}",
+    "{{1}}",
+    "}",
+    "${x}",
+    "${here}",
+)
 
 
 def recipe_bytes(chance: Random) -> bytes:
@@ -39,7 +49,9 @@ def recipe_file(chance: Random, seeds: Seeds, folder: Path) -> None:
     """What is accepted stands for runs with names of their own, not too many."""
     file = folder / "recipe.yaml"
     file.write_bytes(recipe_bytes(chance))
-    given = {"share": chance.choice(("0.5", "9" * 5000, "[" * 50, "2001-99-99", "{1,2}"))} if chance.random() < 0.3 else {}
+    given = (
+        {"share": chance.choice(("0.5", "9" * 5000, "[" * 50, "2001-99-99", "{1,2}"))} if chance.random() < 0.3 else {}
+    )
     runs = runs_of(read_recipe_file(file, given))
     if len({run.name for run in runs}) < len(runs) or len(runs) > MOST_RUNS:
         raise Unsound(f"it stands for {len(runs)} runs, of which some have the same name")

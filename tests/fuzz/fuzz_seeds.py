@@ -152,9 +152,7 @@ class Seeds:
         return folder
 
     def train(self, target: Path, progress: Silent | None = None) -> None:
-        retrain(
-            self.packed("two_four"), target, str(self.text), compute_dtype="float32", progress=progress, **TRAINING
-        )
+        retrain(self.packed("two_four"), target, str(self.text), compute_dtype="float32", progress=progress, **TRAINING)
 
     @cached_property
     def gguf(self) -> bytes:

@@ -1,4 +1,4 @@
-"""What an interrupted run left is what it wrote, or the same command refuses it: no flipped bit gets a fresh checksum."""
+"""What an interrupted run left is what it wrote, or it is refused: no flipped bit gets a fresh checksum."""
 
 import json
 import shutil
@@ -178,5 +178,5 @@ def test_records_and_tensors_that_were_altered_or_are_gone_are_refused(tmp_path)
     with pytest.raises(RunError, match=r"sums\.safetensors was altered"):
         Work(work.folder).tensors("sums")
     for call in (lambda: again.record("none"), lambda: again.tensors("none")):
-        with pytest.raises(RunError, match="is missing; delete the unfinished run in .*run"):
+        with pytest.raises(RunError, match=r"is missing; delete the unfinished run in .*run"):
             call()
