@@ -145,7 +145,7 @@ SCHEMA: dict[str, Any] = {
         }
     ],
     "speed?": SPEED,
-    "results?": [dict],  # each is checked by `result_json.from_json`
+    "results?": list,  # each is checked by `result_json.from_json`
 }
 
 
