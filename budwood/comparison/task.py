@@ -89,7 +89,8 @@ class Task:
             if theirs == mine:
                 continue
             if isinstance(mine, dict) and isinstance(theirs, dict):
-                key, mine, theirs = next((k, mine.get(k), theirs.get(k)) for k in mine if mine.get(k) != theirs.get(k))
+                both = {**mine, **theirs}
+                key, mine, theirs = next((k, mine.get(k), theirs.get(k)) for k in both if mine.get(k) != theirs.get(k))
             return f"its {key} is {_short(theirs)}, asked for is {_short(mine)}"
         return None
 
