@@ -153,7 +153,7 @@ class PerpStep(Step):
         if self.method.reconstruct == "none":
             recover(run, self.windows, self.method.recovery, self.name, self.method.options())
             return
-        records = [self.work.record(f"{self.name}-{index}") for index in range(len(run.model))]
+        records = [self.work.record(f"{self.name}-{index}", dict) for index in range(len(run.model))]
         unchanged = sum(record.get("best_step") == 0 for record in records)
         if unchanged:
             run.note(f"{unchanged} of {len(records)} blocks stay as pruned: their held-out error did not fall")

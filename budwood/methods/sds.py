@@ -134,7 +134,7 @@ class SdsStep(Step):
 
     def finish(self, run: "Run") -> None:
         self.inner.finish(run)
-        run.note(summary(self.method, [self.work.record(f"sds-{name}") for name in self.blocks]))
+        run.note(summary(self.method, [self.work.record(f"sds-{name}", dict) for name in self.blocks]))
 
 
 class Cycle:
