@@ -135,7 +135,7 @@ def test_a_checkpoint_of_a_training_that_was_altered_is_refused(models, half, pl
 def test_a_recipe_of_a_training_that_was_altered_is_another_run(models, half):
     folder = half("half-trained")
     content = json.loads((folder / "recipe.json").read_text())
-    for change in ({"training": {**content["training"], "rate": 1.0}}, {"training": None}, {"made_from": None}):
+    for change in ({"training": {**content["training"], "rate": 1.0}}, {"training": None}, {"verb": "prune"}):
         (folder / "recipe.json").write_text(json.dumps({**content, **change}))
         with pytest.raises(UsageError, match="holds another run"):
             retrain(models / "pruned", folder, IDS, **TRAINING)
