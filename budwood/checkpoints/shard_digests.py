@@ -3,6 +3,7 @@
 Without them a flipped bit of a finished shard would get a fresh checksum when the run ends.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from budwood.checkpoints.checksums import sha256
@@ -26,8 +27,9 @@ class ShardDigests:
         self._known: dict[str, str] = dict(read_object(file, Each(str), ADVICE) or {})
         self._indexed: dict[str, str] = {}
         for index in indices:
-            content = read_object(index, INDEX, ADVICE) or {}
-            self._indexed |= content.get("metadata", {}).get("sha256", {})
+            with suppress(RunError):  # a damaged one is written again, and so are the shards that it named
+                content = read_object(index, INDEX, ADVICE) or {}
+                self._indexed |= content.get("metadata", {}).get("sha256", {})
         self._sound: set[Path] = set()  # that this process has compared
 
     def note(self, run: str, file: Path, digest: str) -> None:
