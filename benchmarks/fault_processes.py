@@ -183,6 +183,7 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     import gguf  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
     import transformers.models.llama.modeling_llama
     import transformers.models.seed_oss.modeling_seed_oss  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast  # noqa: F401
@@ -191,6 +192,7 @@ def preload() -> None:
 
     import budwood.benchmarking as benchmarking
     import budwood.cli
+    import budwood.comparison.compare
     import budwood.conversion
     import budwood.finetuning
     import budwood.inspection

@@ -14,11 +14,22 @@ from budwood.checkpoints.files import TEMPORARY
 
 BLOCKS, HIDDEN, VOCABULARY, TOKENS = 3, 32, 128, 192
 CHANGED = ".changed"  # ends the name of a prepared source that differs in one value, far behind the start of a tensor
-TIMED = ("report.json", "report.md", "README.md")  # hold times, so that they are never the same twice
+TIMED = ("report.json", "report.md", "README.md", "report.html")  # hold times, so that they are never the same twice
 FORMER = 'magnitude("4:8")'  # the method of the folder that is overwritten
 EXACT = ("--compute-dtype", "float32", "--sparse-products", "off", "--attention", "fused")
 TEXT = ("--data", "{world}/text.txt", "--num-samples", "4", "--seq-length", "24")
 SCRATCH = ("--activation-memory", "1KB")  # hidden states are kept in a file
+COMPARED = """\
+title: Faults
+sources: {tiny: "${here}/source"}
+calibration: {data: "${here}/text.txt", num_samples: 4, seq_length: 24}
+prune: {compute_dtype: float32, sparse_products: "off", attention: fused}
+methods: [dense, 'wanda("2:4")']
+evaluate:
+  texts:
+    words: {data: "${here}/text.txt", seq_length: 24, limit: 2}
+keep_models: false
+"""
 STEPS = ("--steps", "4", "--batch", "2", "--rank", "2", "--save-every", "2")
 TRAINING = "rank=2, steps=4, batch=2"
 
@@ -80,6 +91,8 @@ VERBS: tuple[Verb, ...] = (
     Verb("convert", "gguf", ("convert", "{source}/model.gguf", "{target}")),
     Verb("convert --overwrite", "gguf", ("convert", "{source}/model.gguf", "{target}", "--overwrite"), "converted"),
     Verb("bench", None, ("bench", "{target}", "--rows", "1", "--quiet"), former="pruned"),
+    Verb("compare", "dense", ("compare", "{world}/recipe.yaml", "{target}", "--jobs", "0", "--quiet")),
+    Verb("report", None, ("report", "{target}"), former="pruned"),
     Verb(
         "evaluate",
         "pruned",
@@ -116,11 +129,22 @@ def result(verb: Verb, world: Path, printed: str) -> Any:
     """What a finished command must leave again in the same bytes; of files that hold times, what must be in them."""
     if verb.prints:
         return json.loads(printed)["results"][0]["losses"] if printed.strip() else None
+    if (world / "target" / "results.json").is_file():
+        return figures(json.loads((world / "target" / "results.json").read_bytes()))
     found: dict[str, Any] = dict(content(world / "target"))
     for name in TIMED:
         if name in found:
             found[name] = shape_of(json.loads(found[name])) if name.endswith(".json") else len(found[name]) > 0
     return found
+
+
+def figures(results: dict[str, Any]) -> dict[str, Any]:
+    """What a comparison measured, by run, without times and memory."""
+    timed = ("seconds", "peak memory")
+    return {
+        row["name"]: {name: value for name, value in row["figures"].items() if name not in timed}
+        for row in results["rows"]
+    }
 
 
 def shape_of(report: dict[str, Any]) -> list[str]:
@@ -135,6 +159,7 @@ def prepare(world: Path) -> None:
     folder = world / "prepared"
     folder.mkdir(parents=True)
     (world / "text.txt").write_text("the quick brown fox jumps over the lazy dog and runs away. " * 12)
+    (world / "recipe.yaml").write_text(COMPARED)
     for ending in ("", CHANGED):
         save_dense(folder / f"dense{ending}", changed=bool(ending))
         save_gguf(folder / f"gguf{ending}", changed=bool(ending))

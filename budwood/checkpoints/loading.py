@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from budwood.checkpoints import quantizer
 from budwood.checkpoints.checksums import INDEX_NAME, verify
 from budwood.checkpoints.locate import refuse_adapter
-from budwood.checkpoints.meta_model import needs_code, reason_of, refused_code
+from budwood.checkpoints.meta_model import IMPLEMENTATIONS, needs_code, reason_of, refused_code
 from budwood.checkpoints.model_files import model_files
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.sidecars import check_blocks, read_config_json
@@ -31,6 +31,7 @@ def load(
     quantizer.register()
     path = Path(folder).expanduser()
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None would ask on standard input
+    kwargs = {**dict.fromkeys(IMPLEMENTATIONS), **kwargs}  # in place of those that the configuration names
     content: dict[str, Any] = {"auto_map": True}  # of a repository of the hub
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -20,6 +20,9 @@ from budwood.checkpoints.sidecars import read_config_json
 from budwood.errors import UsageError
 
 MODULES = 200_000  # twice those of the largest published model with its experts one by one
+# How a model is computed is this machine's choice. A configuration may name native code of the hub here, which
+# transformers would fetch and run, or a package that is not installed.
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -37,6 +40,8 @@ def read_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig
             raise refused_code(path) from error
         raise UsageError(f"{path} holds no configuration that transformers can read: {reason_of(error)}") from error
     refuse_other_than_decoders(config, path)
+    for name in IMPLEMENTATIONS:
+        setattr(config, f"_{name}", None)
     return config
 
 

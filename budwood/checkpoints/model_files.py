@@ -4,12 +4,12 @@ A packed folder names its index in `quantization_config`; without such a name th
 before an index. What else lies in the folder, such as the shards of an earlier save, is not read.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from budwood.checkpoints.checksums import INDEX_NAME, read_index
+from budwood.checkpoints.sidecars import read_object
 from budwood.errors import RunError, UsageError
 
 SINGLE = "model.safetensors"
@@ -68,15 +68,7 @@ def _named(folder: Path) -> str | None:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError("it holds no JSON object")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{file} is damaged: {error}; fetch or write the checkpoint again") from error
-    return content
+    return read_object(file, {}, "fetch or write the checkpoint again") or {}
 
 
 def _listed(index: Path) -> ModelFiles:

@@ -5,7 +5,6 @@ it was, and so must all that an interrupted run had read, before it is continued
 """
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from budwood.checkpoints.checksums import READERS, sha256
 from budwood.checkpoints.files import write_json
 from budwood.checkpoints.reader import Shards, read_tensor
+from budwood.checkpoints.sidecars import parse
 from budwood.errors import RunError
 
 
@@ -49,10 +49,10 @@ class Reads:
         This reads again what that run had read.
         """
         try:
-            kept = json.loads(file.read_text("utf-8"))
-            if not isinstance(kept, dict) or not kept.keys() <= self.shards.locations.keys():
-                return False
+            kept = parse(file.read_bytes())
         except (OSError, ValueError):
+            return False
+        if not isinstance(kept, dict) or not kept.keys() <= self.shards.locations.keys():
             return False
         if self._digests(list(kept)) != kept:
             return False

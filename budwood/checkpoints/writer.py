@@ -19,6 +19,7 @@ from budwood.checkpoints.packing import PackedEntries
 from budwood.checkpoints.reader import Shards, read_header
 from budwood.checkpoints.schema import fault
 from budwood.checkpoints.shard import write_shard
+from budwood.checkpoints.shard_digests import ADVICE, ShardDigests
 from budwood.checkpoints.sidecars import BLOCK_NOTES, SHARD, parse
 from budwood.checkpoints.structure import ModelStructure
 from budwood.checkpoints.weights import Weights
@@ -45,11 +46,21 @@ class Writer:
     """Writes the shards of one run into `folder`, and reads back those that are finished.
 
     run: the id of the run. blocks: number of decoder blocks. layout: a format's name, "auto" or "auto_int8". Shards of
-    a dense layout have the usual file names. before: is called before a shard is written.
+    a dense layout have the usual file names. before: is called before a shard is written. digests: of finished shards;
+    with them a shard that they do not know is not finished.
     """
 
-    def __init__(self, folder: Path, run: str, blocks: int, layout: str, before: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        blocks: int,
+        layout: str,
+        before: Callable[[], None] | None = None,
+        digests: ShardDigests | None = None,
+    ):
         self.folder, self.run, self.blocks, self.layout, self._before = folder, run, blocks, layout, before
+        self.digests = digests
         self.accepted = {run}  # ids of shards that count as finished
         self.stem = "model" if layout == "dense" else "sparse"
 
@@ -58,8 +69,11 @@ class Writer:
         return self.folder / f"{self.stem}-{index + 2:05d}-of-{self.blocks + 1:05d}.safetensors"
 
     def finished(self, index: int) -> bool:
+        """Whether the shard is there. Raises RunError where it was altered since it was written."""
         file = self.shard(index)
-        return file.is_file() and self.about(index).run in self.accepted
+        if not file.is_file() or (run := self.about(index).run) not in self.accepted:
+            return False
+        return self.digests is None or self.digests.holds(run, file)
 
     def write(
         self, index: int, tensors: dict[str, Tensor], packed: PackedEntries, shapes: dict[str, list[int]], notes: Any
@@ -71,6 +85,8 @@ class Writer:
                 self._before()
             with written_whole(self.shard(index)) as temporary:
                 write_shard(temporary, tensors, {"format": "pt", "budwood": json.dumps(about)})
+                if self.digests is not None:
+                    self.digests.note(self.run, self.shard(index), sha256(temporary))
         except RunError as error:
             finished = sum(self.finished(i) for i in range(self.blocks))
             raise RunError(f"{error}; {finished} of {self.blocks} blocks are finished and kept") from error
@@ -131,13 +147,19 @@ class Writer:
         return self.layout != "dense" or bool(description.shapes)
 
     def write_index(self, description: Description) -> None:
-        """The index of all shards with their checksums; under the usual name where no plug-in is needed."""
+        """The index of all shards with their checksums; under the usual name where no plug-in is needed.
+
+        Raises RunError where a shard was altered since it was written.
+        """
         weight_map: dict[str, str] = {}
         digests: dict[str, str] = {}
         for index in range(OUTSIDE, self.blocks):
             file = self.shard(index)
             weight_map |= dict.fromkeys(read_header(file)[0], file.name)
             digests[file.name] = sha256(file)
+            known = self.digests.of(self.about(index).run, file) if self.digests else None
+            if known not in (None, digests[file.name]):
+                raise RunError(f"{file} was altered since it was written; {ADVICE}")
         stem = "sparse" if self.needs_plug_in(description) else "model"
         listing = index_of(weight_map, self.total_bytes(), digests)
         write_json(self.folder / f"{stem}.safetensors.index.json", listing)

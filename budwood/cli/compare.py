@@ -11,7 +11,7 @@ from budwood.cli import options
 from budwood.cli.errors import Interrupted
 from budwood.cli.progress import progress_for
 from budwood.cli.terminal import console, print_result, stdout_to_stderr, table
-from budwood.errors import UsageError
+from budwood.errors import RunError, UsageError
 
 
 def compare(
@@ -73,8 +73,12 @@ def compare(
         print_result(result, json, show_plan)
         return
     print_result(result, json, lambda result: show(result, out))
-    if any(row["status"] == "failed" for row in result["rows"]):
-        raise typer.Exit(1)
+    failed = [row for row in result["rows"] if row["status"] == "failed"]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(result['rows'])} runs failed, first {failed[0]['name']}: {failed[0]['error']}; the "
+            "same command tries them again"
+        )
 
 
 def parse_variables(given: list[str]) -> dict[str, str]:

@@ -8,8 +8,15 @@ from typing import Any
 
 from budwood.errors import UsageError
 
-LARGEST, DEEPEST = 1 << 20, 20  # bytes of a recipe, sections inside sections
+LARGEST, DEEPEST = (
+    1 << 20,
+    20,
+)  # bytes of a recipe, before and after its variables are replaced; sections inside sections
+MOST = 20_000  # texts, numbers, lists and mappings of a recipe: the reader takes some 0.1 ms for each
+WIDEST = 2**63  # numbers are smaller
+SHOWN = 60  # characters of a wrong value in a message
 VARIABLE = re.compile(r"\$\{([^}]*)\}")
+SURROGATE = re.compile("[\ud800-\udfff]")
 VARIABLES = "variables"
 HERE = "here"  # the variable that holds the folder of the recipe
 Place = tuple[str | int, ...]  # keys and indices that lead to a value
@@ -68,7 +75,10 @@ def _composed(path: Path, text: str) -> Any:
     yaml = yaml_package()
     depth = 0
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            if count > MOST:
+                line = event.start_mark.line + 1
+                raise UsageError(f"{path}, line {line}: a recipe has at most {MOST:,} values; divide it into several")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:  # the reader takes time that grows with the square of the depth
                 raise UsageError(f"{path}, line {event.start_mark.line + 1}: this is nested too deeply for a recipe")
@@ -112,22 +122,31 @@ def _scalar(node: Any, place: Place, document: Document) -> Scalar:
     if not isinstance(node, yaml.ScalarNode) or kind not in ("str", "int", "float", "bool", "null", "timestamp"):
         line = node.start_mark.line + 1
         raise UsageError(f"{document.file}, line {line}: {kind} cannot be used here; write a text or a number")
-    if kind == "timestamp" or ":" in node.value:  # 2:4 is a pattern here, not a number to the base of 60
+    if SURROGATE.search(node.value):
+        raise document.error(place, f"{shown(node.value)} holds half of a surrogate pair; write the character itself")
+    if kind in ("str", "timestamp") or ":" in node.value:  # 2:4 is a pattern here, not a number to the base of 60
         return str(node.value)
-    try:
-        return typed(node.value) if kind != "str" else str(node.value)
-    except ValueError as error:
-        raise document.error(place, f"{node.value!r} is no {kind}") from error
+    value = typed(node.value)
+    if kind in ("int", "float") and isinstance(value, str):
+        raise document.error(place, f"{shown(node.value)} is no {kind} that can be used")
+    return value
 
 
 def typed(text: str) -> Scalar:
-    """A scalar as YAML reads it: a number, true, false, null, or the text itself."""
+    """A scalar as YAML reads it: a number of at most 63 bits, true, false, null, or the text itself."""
     yaml = yaml_package()
     try:
         value = yaml.safe_load(text) if text.strip() and ":" not in text else text
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, RecursionError, ValueError):  # such as of a number of very many digits
+        return text
+    if isinstance(value, int) and abs(value) >= WIDEST:
         return text
     return value if value is None or isinstance(value, bool | int | float) else text
+
+
+def shown(text: str) -> str:
+    """A wrong value in a message, cut where it is long."""
+    return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}..."
 
 
 def _replace(document: Document, given: Mapping[str, str]) -> None:
@@ -140,24 +159,36 @@ def _replace(document: Document, given: Mapping[str, str]) -> None:
         known = ", ".join(defined) or "none"
         raise UsageError(f"{document.file} has no variable {unknown}; it has {known}")
     values = {HERE: str(document.file.parent), **defined, **{name: typed(text) for name, text in given.items()}}
+    replacing = Replacing(document, values)
     document.content = {
-        key: value if key == VARIABLES else _replaced(value, (key,), values, document)
-        for key, value in document.content.items()
+        key: value if key == VARIABLES else replacing(value, (key,)) for key, value in document.content.items()
     }
 
 
-def _replaced(value: Any, place: Place, values: Mapping[str, Scalar], document: Document) -> Any:
-    if isinstance(value, dict):
-        return {key: _replaced(inner, (*place, key), values, document) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_replaced(inner, (*place, index), values, document) for index, inner in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-    for name in VARIABLE.findall(value):
-        if name not in values:
-            raise document.error(place, f"there is no variable {name}; there are {', '.join(values)}")
-    whole = VARIABLE.fullmatch(value)
-    return values[whole[1]] if whole else VARIABLE.sub(lambda found: str(values[found[1]]), value)
+class Replacing:
+    """Puts variables in their places. What they make of a recipe is bounded as the recipe itself is."""
+
+    def __init__(self, document: Document, values: Mapping[str, Scalar]):
+        self.document, self.values = document, values
+        self.texts = {name: str(value) for name, value in values.items()}
+        self.left = LARGEST
+
+    def __call__(self, value: Any, place: Place) -> Any:
+        if isinstance(value, dict):
+            return {key: self(inner, (*place, key)) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self(inner, (*place, index)) for index, inner in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        names = VARIABLE.findall(value)
+        unknown = next((name for name in names if name not in self.values), None)
+        if unknown is not None:
+            raise self.document.error(place, f"there is no variable {unknown}; there are {', '.join(self.values)}")
+        self.left -= sum(len(self.texts[name]) for name in names)
+        if self.left < 0:
+            raise self.document.error(place, f"with its variables replaced the recipe has more than {LARGEST} bytes")
+        whole = VARIABLE.fullmatch(value)
+        return self.values[whole[1]] if whole else VARIABLE.sub(lambda found: self.texts[found[1]], value)
 
 
 def yaml_package() -> Any:

@@ -11,9 +11,10 @@ from budwood.comparison.measure import MEASURES, Subjects
 from budwood.comparison.rounding import Rtn, parse_row
 from budwood.comparison.task import PRUNE, SPEED, Task, begin
 from budwood.environment import installed, machine
-from budwood.errors import DEBUG, message
+from budwood.errors import DEBUG, RunError, message
 from budwood.progress import Progress
 from budwood.pruning import prune
+from budwood.runs.recipe import FILE, read_recipe
 from budwood.runs.target import Target
 
 ERROR = "error.json"  # why the last attempt failed
@@ -88,6 +89,9 @@ def pruned(task: Task, progress: Progress) -> tuple[dict[str, Any], float]:
         progress=progress,
         **options,
     )
+    recipe = read_recipe(task.model / FILE)
+    if recipe is None or recipe.source.get("content") != task.identity["source"]["content"]:
+        raise RunError(f"{task.dense} was changed during the comparison; give a source that stays as it is")
     return dict(report), time.perf_counter() - start
 
 

@@ -21,7 +21,7 @@ def points(text: str) -> list[str]:
     for choices in pieces:
         count *= len(choices)
         if count > MOST:
-            raise UsageError(f"in {text!r}: the grid has more than {MOST} points; make it smaller")
+            raise UsageError(f"the grids here have more than {MOST} points together; make them smaller")
     return ["".join(point) for point in product(*pieces)]
 
 
@@ -77,6 +77,8 @@ def _alternatives(text: str, first: int, around: str) -> tuple[int, list[str] | 
 
 
 def _checked(found: list[str], whole: str) -> list[str]:
+    if len(found) > MOST:
+        raise UsageError(f"a grid has at most {MOST} points, and one here has {len(found)}; make it smaller")
     if "" in found:
         raise UsageError(f"in {whole!r}: the grid has an empty alternative; a grid is written {{0.1,0.2}}")
     twice = next((value for value in found if found.count(value) > 1), None)

@@ -1,6 +1,6 @@
 """A recipe read and checked: its fields, its expressions, its names. Nothing is opened, nothing run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from budwood.errors import UsageError
 from budwood.formats import known_layout
 from budwood.humanize import parse_bytes
 from budwood.methods.method import Method
+from budwood.reports.comparison import MOST_RUNS
 
 if TYPE_CHECKING:
     from budwood.comparison.schema import CalibrationFields, PruneFields, RecipeFields
@@ -59,13 +60,19 @@ def read_recipe_file(file: str | Path, given: Mapping[str, str] | None = None) -
     written_out(document.content)
     fields = checked(RecipeFields, document.content, (), document)
     check_evaluations(fields, document)
-    rows = tuple(row_of(fields, index, document) for index in range(len(fields.methods)))
+    rows: list[RecipeRow] = []
+    for index in range(len(fields.methods)):
+        rows.append(row_of(fields, index, document))
+        if sum(len(row.methods) * len(row.sources) for row in rows) > MOST_RUNS:
+            raise document.error(rows[-1].place, f"from here on the recipe stands for more than {MOST_RUNS} runs")
     check_names(rows, document)
     published = []
+    if len(set(fields.published)) < len(fields.published):
+        raise document.error(("published",), "a published table is there twice; leave one out")
     for index, name in enumerate(fields.published):
         with at(document, ("published", index)):
             published.append(read_published(document.file.parent / name))
-    return Recipe(fields, document, rows, tuple(published))
+    return Recipe(fields, document, tuple(rows), tuple(published))
 
 
 def row_of(fields: "RecipeFields", index: int, document: Document) -> RecipeRow:
@@ -114,7 +121,7 @@ def seeds(draws: int | list[int], place: Place, document: Document) -> tuple[int
     return tuple(found)
 
 
-def check_names(rows: tuple[RecipeRow, ...], document: Document) -> None:
+def check_names(rows: Sequence[RecipeRow], document: Document) -> None:
     """Raises UsageError where two rows have the same name, or are the same without one."""
     first: dict[str, RecipeRow] = {}
     for row in rows:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,10 +36,14 @@ def rows_of(runs: Sequence[Run], tasks: Mapping[str, Task], models: Mapping[str,
 
 def row_of(run: Run, task: Task, model: DenseModel) -> Row:
     records = {step: record for step in task.steps if (record := task.record(step)) is not None}
-    error = read_json(task.folder / ERROR)
+    error = read_json(task.folder / ERROR, {"error": str})
     missing = len(records) < len(task.steps)
     status: Status = "failed" if error and missing else "waiting" if missing else "done"
-    results = [result for record in records.values() for result in record.get("results", [])]
+    results = [
+        to_json(from_json(result, f"{task.folder / STEPS}, {step}"))
+        for step, record in records.items()
+        for result in record.get("results", [])
+    ]
     speed = records.get(SPEED, {}).get("speed")
     kept = run.kind == "pruned" and (task.model / "config.json").is_file()
     row: Row = {
@@ -76,8 +79,8 @@ def pairs(row: Row, dense: Row, task: Task) -> list[dict[str, Any]]:
     asked = json.dumps([[ours[subject], theirs[subject]] for subject in shared], sort_keys=True)
     key = hashlib.sha256(asked.encode()).hexdigest()[:32]
     file = task.folder / STEPS / PAIRS
-    kept = read_json(file)
-    if kept is None or kept.get("id") != key:
+    kept = read_json(file, {"id": str, "results": [dict]})
+    if kept is None or kept["id"] != key:
         found = []
         for subject in shared:
             compare: Any = paired_loss if ours[subject]["kind"] == "perplexity" else paired_score
@@ -173,7 +176,7 @@ def distances(row: Row, dense: Row) -> dict[str, float]:
             continue
         other = theirs.get(result["text"]["name"])
         if other is not None and all(other["text"][key] == result["text"][key] for key in SAME_TEXT):
-            found[f"D {result['text']['name']}"] = math.log(result["perplexity"] / other["perplexity"])
+            found[f"D {result['text']['name']}"] = result["mean_loss"] - other["mean_loss"]
     if found and len(found) == len(theirs):
         found["D"] = statistics.fmean(found.values())
     return found

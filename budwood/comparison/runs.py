@@ -11,7 +11,7 @@ from budwood.comparison.document import Place
 from budwood.comparison.recipe import Recipe, RecipeRow
 from budwood.comparison.rounding import Rtn
 from budwood.methods.method import Method
-from budwood.reports.comparison import Kind
+from budwood.reports.comparison import MOST_RUNS, Kind
 
 if TYPE_CHECKING:
     from budwood.comparison.schema import CalibrationFields, PruneFields
@@ -49,7 +49,7 @@ def runs_of(recipe: Recipe) -> list[Run]:
     """All runs in the order of the recipe, the dense model of each source first.
 
     Methods without calibration text, and the dense model, have one draw. Raises UsageError where two runs would have
-    the same name.
+    the same name, or there are too many.
     """
     found: dict[str, Run] = {}
     for row in recipe.rows:
@@ -63,6 +63,8 @@ def runs_of(recipe: Recipe) -> list[Run]:
                         raise recipe.document.error(
                             run.place, f"{run.label} is also a run of line {before}; give one of the rows a name"
                         )
+                    if len(found) == MOST_RUNS:
+                        raise recipe.document.error(run.place, f"from here on there are more than {MOST_RUNS} runs")
                     found[run.name] = run
     return sorted(found.values(), key=lambda run: run.kind != "dense")
 

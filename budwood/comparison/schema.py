@@ -7,8 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 Name = Annotated[str, StringConstraints(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Bos = Literal["auto", "every", "none"]
-Positive = Annotated[int, Field(ge=1)]
-Length = Annotated[int, Field(ge=2)]  # of a window in tokens
+MOST_DRAWS = 1000
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Length = Annotated[int, Field(ge=2, lt=2**31)]  # of a window in tokens
+Seed = Annotated[int, Field(ge=0)]
+Draws = Annotated[int, Field(ge=1, le=MOST_DRAWS)] | Annotated[list[Seed], Field(max_length=MOST_DRAWS)]
 
 
 class Part(BaseModel):
@@ -54,7 +57,7 @@ class MethodFields(Part):
     method: str
     name: Name | None = None
     sources: list[str] | None = None
-    draws: Positive | list[int] | None = None
+    draws: Draws | None = None
     calibration: dict[str, Any] = {}
     prune: dict[str, Any] = {}
 
@@ -67,7 +70,7 @@ class TextFields(Part):
     seq_length: Length = 2048
     limit: Positive | None = None
     bos: Bos = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class TaskFields(Part):
@@ -76,7 +79,7 @@ class TaskFields(Part):
     names: Annotated[list[str], Field(min_length=1)]
     data: str | None = None
     limit: Positive | None = None
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     batch_size: Positive = 4
 
 
@@ -124,7 +127,7 @@ class RecipeFields(Part):
     variables: dict[Name, str | int | float | bool | None] = {}
     sources: Annotated[dict[Name, SourceFields], Field(min_length=1)]
     calibration: CalibrationFields = CalibrationFields()
-    draws: Positive | list[int] = 1
+    draws: Draws = 1
     prune: PruneFields = PruneFields()
     methods: Annotated[list[MethodFields], Field(min_length=1)]
     evaluate: EvaluateFields = EvaluateFields()

@@ -15,6 +15,7 @@ from budwood.comparison.presence import is_packaged
 from budwood.conversion import convert
 from budwood.errors import UsageError
 from budwood.planning import open_model, storage_of
+from budwood.runs.reading import Reading
 
 if TYPE_CHECKING:
     from budwood.comparison.schema import SourceFields
@@ -48,15 +49,21 @@ class DenseModel:
         return storage_of(dtype, config, shards)
 
     @cached_property
-    def fingerprint(self) -> str:
-        return open_source(str(self.path), self.trust_remote_code).fingerprint
+    def identity(self) -> dict[str, str]:
+        """What the recipe of a pruned folder says of its source: `sha256`, and `content`, the digest of all its files.
+
+        Reads all of them, once. Raises RunError where one is damaged.
+        """
+        source = open_source(str(self.path), self.trust_remote_code)
+        source.check()
+        return {"sha256": source.fingerprint, "content": Reading(source).content()}
 
     def record(self) -> dict[str, Any]:
         """As `Results.sources` has it."""
         structure, _, _ = self.structure()
         return {
             "name": self.model,
-            "sha256": self.fingerprint,
+            "sha256": self.identity["content"],
             "parameters": structure.parameters,
             "in_scope": structure.in_scope,
             "blocks": len(structure.modules),

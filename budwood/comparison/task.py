@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from budwood.checkpoints.files import write_json
+from budwood.checkpoints.schema import NUMBER, fault
+from budwood.checkpoints.sidecars import read_object
 from budwood.comparison.recipe import Recipe
 from budwood.comparison.runs import Run, slug
 from budwood.comparison.sources import DenseModel
 from budwood.data.mix import mix_of
 from budwood.errors import RunError
+from budwood.reports.record import SCHEMA as REPORT
+from budwood.reports.record import SPEED as TIMES
 
 RUNS = "runs"  # folder of the runs in that of the comparison
 MODEL = "model"  # of the pruned model in the folder of a run
@@ -21,6 +25,8 @@ FILE = "run.json"  # what a run is, in its folder
 STEPS = "steps"  # folder of the records of finished steps
 PRUNE, SPEED, TASKS, REPETITION = "prune", "speed", "tasks", "repetition"
 WITHOUT_EFFECT = ("activation_memory", "device")  # options that do not change what is written
+
+ADVICE = "delete it, and give the command again"
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,14 @@ class Task:
 
     def record(self, step: str) -> dict[str, Any] | None:
         """What an earlier call found; None where the step is not finished, or was another one."""
-        found = read_json(self.folder / STEPS / f"{slug(step)}.json")
-        return found if found is not None and found.get("id") == self.id_of(step) else None
+        file = self.folder / STEPS / f"{slug(step)}.json"
+        found = read_json(file, {"id": str})
+        if found is None or found["id"] != self.id_of(step):
+            return None
+        wrong = fault(found, record_schema(step))
+        if wrong:
+            raise RunError(f"{file} is damaged: {wrong}; {ADVICE}")
+        return found
 
     def write(self, step: str, content: Mapping[str, Any]) -> None:
         (self.folder / STEPS).mkdir(parents=True, exist_ok=True)
@@ -69,26 +81,27 @@ class Task:
 
     def difference(self) -> str | None:
         """In what the run in its folder is another one than this, as a sentence; None where it is the same or new."""
-        found = read_json(self.folder / FILE)
+        found = read_json(self.folder / FILE, {"identity": dict})
         if found is None:
             return None
         for key, mine in self.identity.items():
-            theirs = found.get("identity", {}).get(key)
+            theirs = found["identity"].get(key)
             if theirs == mine:
                 continue
             if isinstance(mine, dict) and isinstance(theirs, dict):
-                key, mine, theirs = next((k, mine.get(k), theirs.get(k)) for k in mine if mine.get(k) != theirs.get(k))
+                both = {**mine, **theirs}
+                key, mine, theirs = next((k, mine.get(k), theirs.get(k)) for k in both if mine.get(k) != theirs.get(k))
             return f"its {key} is {_short(theirs)}, asked for is {_short(mine)}"
         return None
 
 
 def task_of(recipe: Recipe, run: Run, model: DenseModel, out: Path, keep: bool) -> Task:
-    """What a worker needs for a run. Reads the files of the texts, for their digests."""
+    """What a worker needs for a run. Reads the files of the source and of the texts, for their digests."""
     fields = recipe.fields
     prune = run.prune.model_dump()
     calibration = run.calibration.model_dump()
     identity: dict[str, Any] = {
-        "source": model.fingerprint,
+        "source": model.identity,
         "method": "dense" if run.method is None else str(run.method),
     }
     if run.calibrated:
@@ -164,21 +177,21 @@ def _digest_of(file: Path, changed: int, size: int) -> str:
 def begin(task: Task) -> None:
     """Notes in the folder what the run is."""
     task.folder.mkdir(parents=True, exist_ok=True)
-    if read_json(task.folder / FILE) is None:
+    if read_json(task.folder / FILE, {}) is None:
         write_json(task.folder / FILE, {"name": task.name, "label": task.label, "identity": task.identity})
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no file. Raises RunError where it is damaged."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} is damaged ({error}); delete it, and give the command again") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{file} is damaged: it holds no object; delete it, and give the command again")
-    return content
+def read_json(file: Path, schema: Any) -> dict[str, Any] | None:
+    """The object in a file, as the schema says; None where there is no file. Raises RunError where it is damaged."""
+    return read_object(file, schema, ADVICE)
+
+
+def record_schema(step: str) -> dict[str, Any]:
+    """What the rows of the results take from the record of a step."""
+    shared: dict[str, Any] = {"id": str, "seconds": NUMBER, "machine": dict}
+    if step == PRUNE:
+        return {**shared, "report": REPORT, "size": {"bytes": NUMBER, "bits per weight": NUMBER}}
+    return {**shared, "speed": TIMES} if step == SPEED else {**shared, "results": [dict]}
 
 
 def _short(value: Any) -> str:

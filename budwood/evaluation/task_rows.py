@@ -3,8 +3,6 @@
 `dataset` is what the task files of `harness.py` name in place of a data set of the hub.
 """
 
-import gzip
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -123,9 +121,9 @@ def dataset(task: str, source: str, **_: Any) -> Any:
 
     known, folder = TASKS[task], Path(source)
     if file := in_folder(folder, task):
-        found = {known.split: Dataset.from_list(list(json_rows(file)))}
+        found = {known.split: table(file)}
         if examples := in_folder(folder, task, "train"):
-            found["train"] = Dataset.from_list(list(json_rows(examples)))
+            found["train"] = table(examples)
         return DatasetDict(found)
     if known.arrow:  # in memory: what is computed from rows must not be written beside them
         rows = load_from_disk(str(folder / "hf_datasets" / known.arrow), keep_in_memory=True)
@@ -136,21 +134,26 @@ def dataset(task: str, source: str, **_: Any) -> Any:
 
 def json_rows(file: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file with one JSON object a line. Raises UsageError with the line that is none."""
+    from budwood.data.files import lines, parse_row  # which imports torch
+
     try:
-        content = file.read_bytes()
-        text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8-sig")
+        for number, line in lines(file, str(file)):
+            if line.strip():
+                yield parse_row(line, f"{file}, line {number}")[1]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UsageError(f"{file} cannot be read as rows of a task: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{file}, line {number}: not JSON ({error}); each line must be one object") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{file}, line {number}: each line must be a JSON object, the row of a task")
-        yield row
+
+
+def table(file: Path) -> Any:
+    """The rows of a file as a `datasets.Dataset`. Raises UsageError where they do not have the same fields."""
+    from datasets import Dataset
+
+    rows = list(json_rows(file))
+    try:
+        return Dataset.from_list(rows)
+    except Exception as error:  # of pyarrow and datasets, by what differs
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the rows of {file} do not fit together ({reason}); give each the same fields") from error
 
 
 def rows_of_requests(file: Path, task: str) -> Iterator[dict[str, Any]]:

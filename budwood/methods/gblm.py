@@ -112,7 +112,7 @@ class GblmStep(Step):
     def __call__(self, block: "Block") -> None:
         method = self.method
         norms: Mapping[str, SquaredNorm | PublishedNorm] = block.collect(norm_statistic(method.published))
-        stored = self.work.tensors(f"gradients-{block.name}", dict)
+        stored = self.work.tensors(f"gradients-{block.name}")
         for name, linear in block.linears.items():
             pattern = method.pattern_for(linear.shape, linear.name)
             if not reached(linear, norms[name]):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from budwood.checkpoints.reader import Shards
 from budwood.errors import UsageError
 from budwood.methods.method import Step
 from budwood.methods.option import option
@@ -200,7 +199,7 @@ class TyrStep(Step):
     refused: Mapping[str, str]
 
     def __call__(self, block: "Block") -> None:
-        shards = Shards([self.work.file(f"{CHOSEN}-{block.index:04d}.safetensors")])
+        shards = self.work.shards(f"{CHOSEN}-{block.index:04d}")
         names = [key.removesuffix("|kept") for key in shards.names() if key.endswith("|kept")]
         block.keep({name: shards.read(f"{name}|kept") for name in names})
         for name in names:

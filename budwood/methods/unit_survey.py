@@ -47,7 +47,7 @@ def survey(
     if not all(work.file(f"{prefix}-{index}.safetensors").is_file() for index in range(len(names))):
         for block in blocks():
             work.tensors(f"{prefix}-{block.index}", partial(_examined, examine, block))
-    return {name: _nested(work.tensors(f"{prefix}-{index}", dict)) for index, name in enumerate(names)}
+    return {name: _nested(work.tensors(f"{prefix}-{index}")) for index, name in enumerate(names)}
 
 
 def _examined(examine: Callable[["Block"], Findings], block: "Block") -> dict[str, Tensor]:

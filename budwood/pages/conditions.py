@@ -12,15 +12,17 @@ class Footnotes:
     """Lines with numbers from 1, in the order of their first use."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self._numbers: dict[str, int] = {}
+
+    @property
+    def lines(self) -> list[str]:
+        return list(self._numbers)
 
     def mark(self, line: str | None) -> int | None:
         """The number of a line; None for no line."""
         if not line:
             return None
-        if line not in self.lines:
-            self.lines.append(line)
-        return self.lines.index(line) + 1
+        return self._numbers.setdefault(line, len(self._numbers) + 1)
 
 
 def joined(*parts: object) -> str:

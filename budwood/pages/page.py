@@ -14,7 +14,7 @@ from budwood.humanize import printable
 from budwood.pages import conditions, tables
 from budwood.pages.conditions import Footnotes
 from budwood.pages.gather import Gathered, gather
-from budwood.pages.pictures import Picture, pictures
+from budwood.pages.pictures import DRAWN, Picture, pictures
 from budwood.pages.shown import Shown, mapping
 from budwood.pages.tiles import tiles
 
@@ -125,4 +125,6 @@ def notes_of(models: Sequence[Shown]) -> list[str]:
             found.setdefault(printable(note), []).append(printable(model.label))
     if len(models) == 1:
         return list(found)
+    if len(models) > DRAWN:
+        found[f"the pictures show the first {DRAWN} of {len(models)} models"] = [""] * len(models)
     return [f"{note} ({labels[0] if len(labels) == 1 else f'{len(labels)} models'})" for note, labels in found.items()]

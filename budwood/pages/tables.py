@@ -52,8 +52,8 @@ def figure_keys(models: Sequence[Shown]) -> list[str]:
                     return group, index, 0 if key != name else 1
         return len((FIRST, THEN, LAST)), 0, 0
 
-    order = list(dict.fromkeys(key for model in models for key in model.figures))
-    return sorted(present, key=lambda key: (place(key), order.index(key)))
+    order = {key: index for index, key in enumerate(dict.fromkeys(key for model in models for key in model.figures))}
+    return sorted(present, key=lambda key: (place(key), order[key]))
 
 
 def meaning(key: str) -> str:
@@ -172,10 +172,14 @@ def pair_table(models: Sequence[Shown], notes: Footnotes) -> Table | None:
 def published_table(figures: Sequence[PublishedFigure], models: Sequence[Shown]) -> Table | None:
     """Figures of papers, and beside each what was measured for the row that it belongs to."""
     rows = []
+    families: dict[str, list[Shown]] = {}
+    for model in models:
+        families.setdefault(model.family, []).append(model)
     for figure in figures:
         found: Mapping[str, Any] = mapping(figure)
         key, value = str(found.get("figure")), number(found.get("value"))
-        measured = next((model.figures.get(key) for model in models if belongs(model, found)), None)
+        same = families.get(str(found.get("row")), ())
+        measured = next((model.figures.get(key) for model in same if belongs(model, found)), None)
         rows.append(
             [
                 text_cell(found.get("table")),

@@ -1,6 +1,5 @@
 """Figures as text, and foreign text made visible: what a page shows is what its reader can see."""
 
-import math
 from typing import Any
 
 from budwood import humanize
@@ -11,11 +10,16 @@ LOWER_IS_BETTER = ("perplexity", "D", "KL", "bits per weight", "bytes", "share o
 SHARES = ("density", "recovered", "share of dense", "same top", "accuracy", "repetition")
 
 
+LEAST, MOST = 1e-15, 1e15  # figures between them can be drawn on any axis
+
+
 def number(value: Any) -> float | None:
-    """`value` as a float where it is a finite number, else None: reports come from files."""
+    """`value` as a float where it is a number that can be shown, else None: reports come from files."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    if not -MOST < value < MOST:  # nor is NaN
+        return None
+    return float(value) if abs(value) > LEAST else 0.0
 
 
 def text_of(key: str, value: float | None) -> str:

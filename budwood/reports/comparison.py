@@ -13,13 +13,16 @@ explains; one that was not measured is absent, never 0.
 `Results.published` holds figures of papers, which no run measured.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from budwood.checkpoints.files import write_json
+from budwood.checkpoints.schema import COUNT, NONE, NUMBER, Each, fault, shown
+from budwood.checkpoints.sidecars import read_object
 from budwood.errors import RunError, UsageError
+from budwood.reports.record import SCHEMA as REPORT
+from budwood.reports.record import SPEED
 
 FILE = "results.json"
 SCHEMA = 1
@@ -106,21 +109,65 @@ class Results(TypedDict):
     notes: list[str]
 
 
+MOST_RUNS = 2000  # of a comparison
+COLUMNS = 200  # of one kind, in a table
+LARGEST = 64 * 2**20  # bytes; a row with all its records has some 100 kB
+ROW: dict[str, Any] = {
+    **dict.fromkeys(("name", "row", "label", "kind", "source", "status"), str),
+    **dict.fromkeys(("method", "error", "folder?"), (str, NONE)),
+    "settings": dict,
+    "draw": COUNT,
+    "seconds": Each(NUMBER),
+    "figures": Each(NUMBER),
+    "report": (REPORT, NONE),
+    "results": [dict],
+    "speed": (SPEED, NONE),
+    "machine": dict,
+}
+PUBLISHED: dict[str, Any] = {
+    **dict.fromkeys(("table", "model", "method", "figure"), str),
+    **dict.fromkeys(("row?", "source?", "conditions?"), (str, NONE)),
+    "settings?": dict,
+    "value": NUMBER,
+}
+CONTENT: dict[str, Any] = {
+    "title": str,
+    "description": str,
+    "complete": bool,
+    "rows": [ROW],
+    "published": [PUBLISHED],
+    "notes": [str],
+}
+
+
 def read_results(folder: str | Path) -> Results:
     """The results in a folder or a file. Raises UsageError where there are none, RunError where they are damaged."""
     file = Path(folder).expanduser()
     file = file / FILE if file.is_dir() else file
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
-            raise TypeError("it holds no rows")
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no {file}; give a folder that budwood compare wrote") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{file} is damaged ({error}); give the command budwood compare again") from error
+    advice = "give the command budwood compare again"
+    content = read_object(file, {}, advice, most=LARGEST)
+    if content is None:
+        raise UsageError(f"there is no {file}; give a folder that budwood compare wrote")
     if content.get("schema") != SCHEMA:
-        raise UsageError(f"{file} has the schema {content.get('schema')}, and this version reads {SCHEMA}")
+        raise UsageError(f"{file} has the schema {shown(content.get('schema'))}, and this version reads {SCHEMA}")
+    found = fault(content, CONTENT) or too_many(content)
+    if found:
+        raise RunError(f"{file} is damaged: {found}; {advice}")
     return cast(Results, content)
+
+
+def too_many(content: dict[str, Any]) -> str | None:
+    """What a table of the results would have too much of, as part of a sentence; None where it can be made."""
+    rows = content["rows"]
+    counts = {
+        "rows": (len(rows), MOST_RUNS),
+        "published figures": (len(content["published"]), 4 * MOST_RUNS),
+        "figures": (len({name for row in rows for name in row["figures"]}), COLUMNS),
+        "settings": (len({name for row in rows for name in row["settings"]}), COLUMNS),
+    }
+    return next(
+        (f"it has {count} {name}, at most {most}" for name, (count, most) in counts.items() if count > most), None
+    )
 
 
 def write_results(folder: Path, results: Results) -> None:

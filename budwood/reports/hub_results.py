@@ -18,6 +18,7 @@ from budwood.reports.results import Divergence, Perplexity, Result, TaskScore
 
 FILE = ".eval_results/budwood.yaml"  # in the folder of the model
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+LONGEST, DEEPEST = 1 << 16, 20  # characters of a card's metadata, and sections inside sections
 TASK = {"type": "text-generation"}
 
 
@@ -149,26 +150,40 @@ def with_index(card: str, results: Sequence[Result], name: str) -> str:
 
     A card whose metadata cannot be read is left alone: it is the user's.
     """
-    import yaml
-
     front = FRONT.match(card)
     new = index_entries(results)
-    if front is None or not new:
-        return card
-    try:
-        data = yaml.safe_load(front[1])
-    except yaml.YAMLError:
-        return card
-    if not isinstance(data, dict):
+    data = metadata_of(front[1]) if front and new else None
+    if front is None or data is None:
         return card
     index = data.get("model-index") or [{"name": printable(name), "results": []}]
+    if not isinstance(index, list) or not isinstance(index[0], dict):
+        return card
     try:
         measured = {identity(entry) for entry in new}
         kept = [entry for entry in index[0]["results"] if identity(entry) not in measured]
-    except (TypeError, KeyError, IndexError):
+    except (AttributeError, TypeError, KeyError, IndexError):
         return card
     data["model-index"] = [{**index[0], "results": [*kept, *new]}, *index[1:]]
     return f"---\n{dumped(data)}---\n{card[front.end() :]}"
+
+
+def metadata_of(text: str) -> dict[str, Any] | None:
+    """The metadata of a model card; None where it is no mapping, or where it would cost more to write than to read.
+
+    The card is foreign: aliases stand for copies, of which a few lines can make gigabytes.
+    """
+    import yaml
+
+    depth = 0
+    try:
+        for event in yaml.parse(text[: LONGEST + 1], Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                return None
+        data = yaml.safe_load(text) if len(text) <= LONGEST else None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError):  # such as of a date that is none
+        return None
+    return data if isinstance(data, dict) else None
 
 
 def identity(entry: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -109,6 +109,16 @@ SECTIONS: dict[str, Any] = {
     "seconds": SECONDS,
     "notes": [str],
 }
+SPEED: dict[str, Any] = {
+    "machine?": dict,
+    "versions?": dict,
+    "model?": dict,
+    "matrices?": [
+        {"shape": MATRIX, "rows": POSITIVE, "seconds": Each(Each(NUMBER)), "times_dense": NUMBER},
+    ],
+    "peak_memory?": (COUNT, NONE),
+    "warnings?": [str],
+}
 SCHEMA: dict[str, Any] = {
     **SECTIONS,
     "method": str,
@@ -130,9 +140,11 @@ SCHEMA: dict[str, Any] = {
             "steps?": COUNT,
             "best_step?": COUNT,
             "held_out?": [STEP_AND_LOSS],
+            "loss?": [NUMBER],
+            "steps_per_loss?": NUMBER,
         }
     ],
-    "speed?": dict,
+    "speed?": SPEED,
     "results?": list,  # each is checked by `result_json.from_json`
 }
 

@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any
 
+from budwood.checkpoints.schema import COUNT, NUMBER
 from budwood.errors import RunError
 from budwood.reports.results import KINDS, Result
 
@@ -27,12 +28,19 @@ def plain(value: Any) -> Any:
 def from_json(content: Any, where: str = "the result") -> Result:
     """The result that `content` describes; fields that this version does not know are ignored.
 
-    where: the place that an error names. Raises RunError where a field is missing or of another type.
+    where: the place that an error names. Raises RunError where a field is missing or of another type, or nothing
+    follows from the fields, as from a mean over no windows.
     """
     kind = content.get("kind") if isinstance(content, Mapping) else None
     if kind not in KINDS:
         raise RunError(f"{where} is no result: its kind is {kind!r}, and known are {', '.join(KINDS)}")
-    return build(KINDS[kind], content, where)
+    result: Result = build(KINDS[kind], content, where)
+    try:
+        for name in result.derived:
+            getattr(result, name)
+    except (ArithmeticError, ValueError, StopIteration) as error:
+        raise RunError(f"{where} is damaged: its {name} cannot be computed from its fields") from error
+    return result
 
 
 def build(record: type, content: Any, where: str) -> Any:
@@ -69,8 +77,8 @@ def converted(value: Any, hint: Any, where: str) -> Any:
         return {str(key): converted(part, inner[1], where) for key, part in value.items()}
     if is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
-    if hint is float and type(value) in (int, float):
+    if hint is float and NUMBER.holds(value):
         return float(value)
-    if isinstance(hint, type) and type(value) is hint:
+    if isinstance(hint, type) and type(value) is hint and (hint is not int or COUNT.holds(value)):
         return value
     raise RunError(f"{where} is damaged: {str(value)[:40]!r} is no {getattr(hint, '__name__', hint)}")

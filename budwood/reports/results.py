@@ -43,7 +43,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.mean_loss)
+        return exp(self.mean_loss)
 
     @property
     def error(self) -> float | None:
@@ -84,11 +84,11 @@ class Divergence:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(math.fsum(self.losses) / len(self.losses))
+        return exp(math.fsum(self.losses) / len(self.losses))
 
     @property
     def dense_perplexity(self) -> float:
-        return math.exp(math.fsum(self.dense_losses) / len(self.dense_losses))
+        return exp(math.fsum(self.dense_losses) / len(self.dense_losses))
 
     @property
     def ln_ratio(self) -> float:
@@ -229,6 +229,14 @@ def mean_score(scores: Sequence[TaskScore]) -> tuple[float, float | None]:
     known = [error for error in errors if error is not None]
     whole = math.sqrt(math.fsum(error**2 for error in known)) / len(scores) if len(known) == len(errors) else None
     return math.fsum(score.value for score in scores) / len(scores), whole
+
+
+def exp(loss: float) -> float:
+    """The perplexity of a mean loss; infinity where no float holds it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def error_of_mean(values: Sequence[float]) -> float | None:

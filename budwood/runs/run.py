@@ -25,6 +25,8 @@ from budwood.checkpoints.companions import companions, copy_companions, left_out
 from budwood.checkpoints.description import describe
 from budwood.checkpoints.files import TEMPORARY, write_json, write_text
 from budwood.checkpoints.reader import shard_files
+from budwood.checkpoints.shard_digests import FILE as SHARDS
+from budwood.checkpoints.shard_digests import ShardDigests
 from budwood.checkpoints.source import Source
 from budwood.checkpoints.work import Work
 from budwood.checkpoints.writer import Writer
@@ -152,7 +154,7 @@ class Run:
     def _clear_if_empty(self) -> None:
         """A run that failed before anything was finished leaves nothing behind."""
         kept = list(self.folder.glob("*.safetensors")) + list(self.work.folder.rglob("*.*"))
-        if all(file.name.endswith((TEMPORARY, READS)) for file in kept):
+        if all(file.name.endswith((TEMPORARY, READS, SHARDS)) for file in kept):
             self.target.discard()
 
     @property
@@ -179,7 +181,9 @@ class Run:
         """The model whose blocks are written from here on: the one that the run started with, or a reduced one."""
         self.model = model
         model.progress = self.progress
-        self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format, self._keep_reads)
+        indices = [self.folder / f"{stem}.safetensors.index.json" for stem in ("sparse", "model")]
+        digests = ShardDigests(self.target.work / SHARDS, indices)
+        self.writer = Writer(self.folder, self.recipe.id, len(model), self.recipe.format, self._keep_reads, digests)
         # Rewritten shards have an id of their own: without the work folder that says how far the rewriting came, their
         # blocks are done again from the start.
         self.writer.accepted |= {self._rewrite_id(file.stem) for file in self.work.folder.glob("rewrite-*.ready")}
@@ -229,7 +233,9 @@ class Run:
         if done.is_file():
             return
         layout = self.recipe.format
-        second = Writer(self.work.file(name), self._rewrite_id(name), len(self.model), layout, self._keep_reads)
+        second = Writer(
+            self.work.file(name), self._rewrite_id(name), len(self.model), layout, self._keep_reads, self.writer.digests
+        )
         if not ready.is_file():
             second.folder.mkdir(exist_ok=True)
             yield from self.model.rewrite(self.writer, second)

@@ -135,7 +135,6 @@ def dense_states(model: "Model", windows: Tensor, work: Work) -> Shards:
         stored = torch.bfloat16 if large or hidden.dtype == torch.bfloat16 else torch.float16
         return {str(index): window.to(stored) for index, window in enumerate(hidden)}
 
-    file = work.file(f"{DENSE}.safetensors")
-    if not file.is_file():
+    if not work.file(f"{DENSE}.safetensors").is_file():
         work.save(DENSE, make())
-    return Shards([file])
+    return work.shards(DENSE)

@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from budwood.checkpoints.files import write_json
-from budwood.checkpoints.schema import COUNT
-from budwood.checkpoints.sidecars import read_object
 from budwood.checkpoints.work import Work
-from budwood.errors import RunError
 from budwood.progress import tracked
 from budwood.sparsity.level_search import Progress, Settings, Space, Stage, State, begin, search
 from budwood.supernet.supernet import Supernet
@@ -85,19 +81,15 @@ def choose_levels(
     settings = Settings(size.generations, size.children, stages, published=published)
     levels = [range(min(counts), max(counts) + 1) for counts in supernet.levels]
     space = Space(levels, [site.group for site in supernet.sites])
-    file = work.file(f"{supernet.name}-search.json")
-    advice = "delete it and give the same command again"
-    kept = read_object(file, {"progress": dict, "block_tokens": COUNT}, advice)
-    try:
-        progress = begin(space, seed) if kept is None else Progress.from_json(kept["progress"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise RunError(f"{file} is damaged ({error}); {advice}") from error
+    name = f"{supernet.name}-search"
+    kept = work.record(name) if work.file(f"{name}.json").is_file() else None
+    progress = begin(space, seed) if kept is None else Progress.from_json(kept["progress"])
     fitness.block_tokens = 0 if kept is None else kept["block_tokens"]
     generations = search(space, settings, len(pool), fitness, progress)
     for _ in tracked(
         model.progress, generations, size.generations, "search, generations", lambda each: str(each.generation)
     ):
-        write_json(file, {"progress": progress.to_json(), "block_tokens": fitness.block_tokens})
+        work.write(name, {"progress": progress.to_json(), "block_tokens": fitness.block_tokens})
     states = [space.centre, progress.parent]
     centre, winner = fitness(states, len(stages) - 1, range(samples[-1]))
     passes = fitness.passes * pool.numel() / windows.numel()

@@ -105,7 +105,7 @@ class Supernet:
             file.unlink()
 
     def _shards(self, block: int) -> Shards:
-        return Shards([self.work.file(f"{self.file(block)}.safetensors")])
+        return self.work.shards(self.file(block))
 
 
 def build(

@@ -7,16 +7,20 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from budwood.errors import RunError
 from budwood.progress import Progress, Silent
 from budwood.training.trainable import Trainable
 
 if TYPE_CHECKING:
     from budwood.checkpoints.work import Work
+
+PARTS = ("now", "best", "exp_avg", "exp_avg_sq")  # of a checkpoint: one tensor of each for every trained tensor
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,14 @@ class Checkpoints:
     def __init__(self, work: "Work", name: str, every: int, beside: Resumable | None = None):
         self.work, self.name, self.every, self.beside = work, name, every, beside
 
+    @property
+    def file(self) -> Path:
+        return self.work.file(f"{self.name}.safetensors")
+
     def read(self) -> dict[str, Tensor] | None:
-        if not self.work.file(f"{self.name}.safetensors").is_file():
+        if not self.file.is_file():
             return None
-        return self.work.tensors(self.name, dict)
+        return self.work.tensors(self.name)
 
     def write(self, curve: Curve, masters: Mapping[str, Tensor], best: Mapping[str, Tensor], adam: Any) -> None:
         tensors = {f"now/{key}": master for key, master in masters.items()}
@@ -109,6 +117,22 @@ def curve_of(tensors: Mapping[str, Tensor]) -> Curve:
     held = tensors["held"].tolist() if "held" in tensors else []
     losses = tensors["losses"].tolist() if "losses" in tensors else []
     return Curve(losses, [(int(step), loss) for step, loss in held], int(best), seconds, bool(done))
+
+
+def check_state(found: Mapping[str, Tensor], masters: Mapping[str, Tensor], checkpoints: "Checkpoints | None") -> None:
+    """Raises RunError where a checkpoint is not of a training of these tensors."""
+    shapes = {f"{part}/{key}": master.shape for key, master in masters.items() for part in ("now", "best")}
+    wanted = shapes | {f"{part}/{key}": m.shape for key, m in masters.items() for part in ("exp_avg", "exp_avg_sq")}
+    known = {name: tensor.shape for name, tensor in found.items() if name.partition("/")[0] in PARTS}
+    numbers = found.get("numbers")
+    if (
+        numbers is None
+        or numbers.shape != (3,)
+        or not known.items() <= wanted.items()
+        or not shapes.keys() <= known.keys()
+    ):
+        where = checkpoints.file if checkpoints else "the checkpoint"
+        raise RunError(f"{where} is of another training; delete it and give the same command again")
 
 
 def part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -139,6 +163,7 @@ def descend(
     adam = torch.optim.AdamW(masters.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=together)
     found = checkpoints.read() if checkpoints else None
     if found is not None:
+        check_state(found, masters, checkpoints)
         curve, best = curve_of(found), part_of(found, "best")
         trainable.load(part_of(found, "now"))
         if checkpoints is not None and checkpoints.beside is not None:

@@ -18,6 +18,7 @@ from budwood.inspection import inspect
 from budwood.planning import plan
 from budwood.pruning import prune
 from budwood.repacking import repack
+from budwood.retraining import retrain
 
 NOTHING = 'magnitude("0%")'
 IDS = token_ids(1, 200) % 90 + 3
@@ -198,6 +199,7 @@ def test_an_adapter_beside_a_model_is_refused_by_every_verb(copy, tmp_path, name
         "stream": lambda: evaluate(str(folder), IDS, stream=True),
         "inspect": lambda: inspect(folder),
         "bench": lambda: bench(folder),
+        "retrain": lambda: retrain(folder, tmp_path / "out", IDS, num_samples=4, seq_length=24, steps=1),
         "load": lambda: load(folder),
     }
     for verb, call in verbs.items():

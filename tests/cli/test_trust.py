@@ -8,6 +8,8 @@ import sys
 import pytest
 from families import save_model
 
+from budwood.checkpoints.loading import load
+from budwood.checkpoints.source import open_source
 from budwood.cli.printable import UNSAFE, Escaping, one_line, printable, printable_json
 from budwood.cli.progress import LineProgress
 from budwood.cli.terminal import console, print_notes, print_result, stdout_to_stderr, table
@@ -145,3 +147,14 @@ def test_the_answer_of_a_model_is_escaped(folders, run_here, monkeypatch):
         result = run_here("generate", folders / "dense", "--prompt", "a", "--max-new-tokens", 1, *extra)
         assert result.status == 0, result.stderr
         assert not UNSAFE.search(result.stdout.replace("\n", ""))
+
+
+@pytest.mark.parametrize("name", ["kernels-community/flash-attn", "flash_attention_2", "none", 3, {"": "other/code"}])
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_code_of_the_hub_that_a_configuration_names_is_not_fetched(folders, tmp_path, name, field):
+    """transformers would load a kernel of that name, as it would run a package that is not installed."""
+    own = shutil.copytree(folders / "dense", tmp_path / "own")
+    content = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**content, field: name}))
+    assert load(own).config._attn_implementation == load(folders / "dense").config._attn_implementation
+    assert open_source(own).config._attn_implementation is None

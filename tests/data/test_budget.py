@@ -12,6 +12,7 @@ from pyarrow import parquet
 from budwood.data import budget, files
 from budwood.data.sources import read
 from budwood.errors import UsageError
+from budwood.evaluation.task_rows import json_rows, table
 
 ROW = json.dumps({"text": "so much"}).encode() + b"\n"
 
@@ -122,3 +123,20 @@ def test_an_array_that_promises_more_than_the_file_has_is_refused(tmp_path):
         numpy.savez(file, ids=numpy.arange(4))
     with pytest.raises(UsageError, match="archive of arrays"):
         read(path, "calibration")
+
+
+def test_rows_of_tasks_are_read_as_texts_are(tmp_path):
+    """Line by line; packed, nested or long without end they are refused."""
+    (tmp_path / "rows.jsonl").write_text('\ufeff{"a": 1}\n\n{"a": 2}\n')
+    assert list(json_rows(tmp_path / "rows.jsonl")) == [{"a": 1}, {"a": 2}]
+    bomb(tmp_path / "bomb.jsonl.gz")
+    (tmp_path / "deep.jsonl").write_text("[" * 50_000)
+    (tmp_path / "long.jsonl").write_text('{"a": "' + "x" * 2**17)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(ROW * 100)[:-9])
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"a": "\xff"}\n')
+    for name in ("bomb.jsonl.gz", "deep.jsonl", "long.jsonl", "cut.jsonl.gz", "bytes.jsonl"):
+        with pytest.raises(UsageError, match=name):
+            list(json_rows(tmp_path / name))
+    (tmp_path / "mixed.jsonl").write_text('{"a": 1}\n{"a": {"b": 2}}\n')
+    with pytest.raises(UsageError, match="do not fit together"):
+        table(tmp_path / "mixed.jsonl")

@@ -90,6 +90,7 @@ def test_prose_in_scripts_without_spaces_is_text(tmp_path):
         ("{{ messages[7].content }}", "line 1: the chat template of the model refuses it"),
         ("{% for %}", "line 1: the chat template of the model refuses it"),
         ("{# nothing #}", "makes no text"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "it does not end"),
     ],
 )
 def test_a_template_that_fails_is_one_sentence(tmp_path, tokenizer, template, found):

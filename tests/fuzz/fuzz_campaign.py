@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for families.py
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for budwood, where it is not installed
 
 import torch
 from fuzz_folders import Unsound
@@ -187,6 +188,11 @@ def make(seeds: Seeds) -> None:
         for layout in LAYOUTS:
             seeds.packed(layout)
         assert seeds.gguf
+        assert seeds.compared
+        assert seeds.measured
+        assert seeds.interrupted
+        assert seeds.retrained
+        assert seeds.half_trained
         assert seeds.data
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from families import token_ids
 from fuzz_mutate import json_bytes, mutated, shard_mutated
-from fuzz_seeds import FAMILIES, LAYOUTS, Seeds
+from fuzz_seeds import FAMILIES, INTERRUPTED, LAYOUTS, Seeds
 
 from budwood.checkpoints.checksums import INDEX_NAME, sha256, verify
 from budwood.checkpoints.loading import load
@@ -160,19 +160,45 @@ def manifest(chance: Random, seeds: Seeds, folder: Path) -> None:
 
 
 def unfinished(chance: Random, seeds: Seeds, folder: Path) -> None:
-    """A run that was interrupted, with a mutated shard or recipe: continued to the same bytes, or refused."""
-    origin, method = seeds.packed("two_four"), f'magnitude("{LAYOUTS["two_four"]}")'
-    inner = copied(origin, folder / "m")
-    for name in ("config.json", INDEX_NAME):
-        (inner / name).unlink()
-    file = chance.choice([inner / "recipe.json", *sorted(inner.glob("*.safetensors"))])
-    if file.suffix == ".json":
-        rewrite(file, json_bytes(chance, json.loads(file.read_bytes()), 1))
+    """A run that was interrupted, with one mutated file: continued to the same bytes, or refused."""
+    origin, inner = seeds.packed("two_four"), copied(seeds.interrupted, folder / "m")
+    damaged(chance, inner)
+    prune(seeds.family("llama"), inner, INTERRUPTED, format="two_four")
+    same_files(origin, inner)
+
+
+def retraining(chance: Random, seeds: Seeds, folder: Path) -> None:
+    """The same for a training: its checkpoint and the state of its optimiser too."""
+    inner = copied(seeds.half_trained, folder / "m")
+    damaged(chance, inner)
+    seeds.train(inner)
+    same_files(seeds.retrained, inner)
+
+
+def damaged(chance: Random, folder: Path) -> None:
+    """Mutates one file of an unfinished run, or takes it away."""
+    names = sorted(file for file in folder.rglob("*") if file.is_file())
+    file = chance.choice([file for file in names if file.suffix in (".json", ".safetensors")])
+    data = file.read_bytes()
+    if chance.random() < 0.1:
+        file.unlink()
+    elif file.suffix == ".json":
+        rewrite(file, json_bytes(chance, json.loads(data), 2))
+    elif chance.random() < 0.4:
+        changed = bytearray(data)
+        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+        rewrite(file, bytes(changed))
     else:
-        rewrite(file, state_mutated(chance, file.read_bytes()))
-    prune(seeds.family("llama"), inner, method, format="two_four")
+        rewrite(file, state_mutated(chance, data))
+
+
+def same_files(origin: Path, folder: Path) -> None:
+    """Raises Unsound where a run ended with other bytes, unless it says that it computed otherwise."""
+    said, meant = (json.loads((place / "recipe.json").read_bytes())["arithmetic"] for place in (folder, origin))
+    if said != meant:
+        return
     for name in ("config.json", INDEX_NAME):
-        if (inner / name).read_bytes() != (origin / name).read_bytes():
+        if (folder / name).read_bytes() != (origin / name).read_bytes():
             raise Unsound(f"continued, {name} is another than without the interruption")
 
 
@@ -183,6 +209,8 @@ def state_mutated(chance: Random, data: bytes) -> bytes:
     if chance.random() < 0.3:
         return shard_mutated(chance, data)
     header, tensors = split_shard(data)
+    if "budwood" not in header["__metadata__"]:
+        return join_shard(json_bytes(chance, header, 2), tensors)
     about: dict[str, Any] = json.loads(header["__metadata__"]["budwood"])
     header["__metadata__"]["budwood"] = json_bytes(chance, about, 2).decode(errors="replace")
     return join_shard(json.dumps(header).encode(), tensors)
@@ -196,4 +224,5 @@ FOLDER_TARGETS = (
     ("index", 40, index),
     ("manifest", 40, manifest),
     ("unfinished run", 4, unfinished),
+    ("unfinished training", 1, retraining),
 )

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from budwood.formats import FORMATS
+from budwood.progress import Silent
 from budwood.pruning import prune
+from budwood.retraining import retrain
 
+INTERRUPTED = 'magnitude("2:4")'
 FAMILIES = ("llama", "gpt2", "mixtral", "gemma2")
 LAYOUTS = {"two_four": "2:4", "bitmask": "3:4", "two_four_compact": "3:4", "two_four_csr": "3:4", "auto_int8": "2:4"}
 EXPRESSIONS = (
@@ -32,6 +37,24 @@ EXPRESSIONS = (
     "reap(drop=0.25)",
     "drop_blocks(count=1)",
 )
+RECIPE = """\
+title: Fuzzed
+variables: {share: 0.5}
+sources: {tiny: "${here}/llama"}
+calibration: {data: "${here}/text.txt", num_samples: 4, seq_length: 24}
+prune: {compute_dtype: float32, sparse_products: "off", attention: fused}
+draws: 1
+methods:
+- dense
+- {name: WRP, method: "wrp(alpha={0.1,0.25})", draws: [0, 1]}
+- magnitude("2:4")
+evaluate:
+  texts:
+    words: {data: "${here}/text.txt", seq_length: 24, limit: 2}
+  divergence: true
+keep_models: false
+"""
+TRAINING = {"num_samples": 4, "seq_length": 24, "steps": 4, "batch": 2, "rank": 2, "save_every": 1}
 SPEED = {
     "machine": {"processor": "p", "instructions": "i", "threads": 2},
     "model": {"pruned": {"decode_tokens_per_second": 1.5, "prefill_tokens_per_second": 2.5}},
@@ -70,6 +93,68 @@ class Seeds:
         return folder
 
     @cached_property
+    def text(self) -> Path:
+        file = self.folder / "text.txt"
+        file.write_text("the quick brown fox jumps over the lazy dog and runs away. " * 12)
+        return file
+
+    @cached_property
+    def recipe(self) -> Path:
+        assert self.family("llama")
+        assert self.text
+        file = self.folder / "recipe.yaml"
+        file.write_text(RECIPE)
+        return file
+
+    @cached_property
+    def compared(self) -> Path:
+        """A finished comparison."""
+        from budwood.comparison.compare import compare
+
+        folder = self.folder / "compared"
+        if not folder.is_dir():
+            compare(self.recipe, folder, jobs=0)
+        return folder
+
+    @cached_property
+    def measured(self) -> Path:
+        """A folder whose report has every section: results, times, training."""
+        folder = self.folder / "measured"
+        if not folder.is_dir():
+            content = self.json(self.packed("two_four") / "report.json")
+            content["results"] = self.json(self.compared / "results.json")["rows"][1]["results"]
+            content["training"] = [{"trained": 5, "trained_share": 0.5, "held_out": [[0, 1.5]], "loss": [2.0, 1.0]}]
+            folder.mkdir()
+            (folder / "report.json").write_text(json.dumps({**content, "speed": SPEED}))
+        return folder
+
+    @cached_property
+    def interrupted(self) -> Path:
+        """A run of `prune` that ended after its second block."""
+        folder = self.folder / "interrupted"
+        if not folder.is_dir():
+            ends(lambda: prune(self.family("llama"), folder, INTERRUPTED, format="two_four", progress=Ending(2)))
+        return folder
+
+    @cached_property
+    def retrained(self) -> Path:
+        folder = self.folder / "retrained"
+        if not folder.is_dir():
+            self.train(folder)
+        return folder
+
+    @cached_property
+    def half_trained(self) -> Path:
+        """A run of `retrain` that ended after its second step."""
+        folder = self.folder / "half-trained"
+        if not folder.is_dir():
+            ends(lambda: self.train(folder, Ending(2, "step")))
+        return folder
+
+    def train(self, target: Path, progress: Silent | None = None) -> None:
+        retrain(self.packed("two_four"), target, str(self.text), compute_dtype="float32", progress=progress, **TRAINING)
+
+    @cached_property
     def gguf(self) -> bytes:
         from fuzz_gguf import small_gguf
 
@@ -93,6 +178,22 @@ class Seeds:
 
     def json(self, file: Path) -> Any:
         return json.loads(file.read_text("utf-8"))
+
+
+class Ending(Silent):
+    """Ends a run after so many blocks, or steps."""
+
+    def __init__(self, after: int, what: str = ""):
+        self.after, self.what = after, what
+
+    def block(self, index: int, name: str, *_: Any, **__: Any) -> None:
+        if name.startswith(self.what) and index + 1 == self.after + (self.what == "step"):
+            raise KeyboardInterrupt
+
+
+def ends(run: Callable[[], object]) -> None:
+    with suppress(KeyboardInterrupt):
+        run()
 
 
 def matrix(format: str, shape: tuple[int, int], dtype: torch.dtype, seed: int) -> dict[str, Tensor]:

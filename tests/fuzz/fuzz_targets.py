@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from fuzz_compare import COMPARE_TARGETS
 from fuzz_folders import FOLDER_TARGETS, Unsound, placed
 from fuzz_mutate import bytes_mutated, json_bytes, shard_mutated, text_mutated
 from fuzz_packed import packed_tensors
@@ -211,5 +212,5 @@ TARGETS = (
     Target("gguf header", 20, gguf_header),
     Target("gguf model", 2, gguf_model),
     Target("tokenizer", 10, tokenizer_file),
-    *(Target(name, share, run) for name, share, run in FOLDER_TARGETS),
+    *(Target(name, share, run) for name, share, run in (*FOLDER_TARGETS, *COMPARE_TARGETS)),
 )

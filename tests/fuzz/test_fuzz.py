@@ -14,9 +14,9 @@ from fuzz_seeds import Seeds
 from fuzz_targets import TARGETS
 
 INPUTS = {"shard": 40, "packed tensors": 80, "recipe": 40, "report": 25, "expression": 80, "option": 60, "data": 30}
-INPUTS |= {"index": 15, "manifest": 30}
+INPUTS |= {"index": 15, "manifest": 30, "compare recipe": 40}
 SLOW = {"config", "config, loaded", "packed config", "packed folder", "unfinished run", "gguf header", "gguf model"}
-SLOW |= {"tokenizer"}
+SLOW |= {"tokenizer", "compare records", "page", "page, drawn", "unfinished training"}
 
 
 @pytest.fixture(scope="module")

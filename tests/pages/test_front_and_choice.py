@@ -2,12 +2,15 @@
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from budwood.pages.pictures.density import BLOCKS, fits
 from budwood.pages.pictures.front import front_of
 from budwood.pages.pictures.kinds import chosen, place_of
 from budwood.pages.shown import Shown
+from budwood.pages.text import number
 
 COORDINATE = st.integers(0, 6).map(float)
 
@@ -41,3 +44,19 @@ def test_experts_of_one_name_are_one_kind():
     assert place_of("model.layers.7.mlp.up_proj") == (7, "mlp.up_proj")
     assert place_of("model.layers.11.mlp.experts.3.up_proj") == (11, "mlp.experts.*.up_proj")
     assert place_of("lm_head") is None
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e300, float("nan"), float("inf"), True, None, "3", [1]])
+def test_a_value_that_cannot_be_drawn_is_no_number(value):
+    assert number(value) is None
+    assert number(0.25) == 0.25
+    assert number(1e-320) == 0
+
+
+def test_maps_that_no_picture_holds_are_left_out():
+    """A picture of a million blocks would take all memory; a name with that many digits is no place."""
+    assert fits({(block, "mlp"): 0.5 for block in range(BLOCKS)})
+    assert not fits({(block, "mlp"): 0.5 for block in range(BLOCKS + 1)})
+    assert not fits({(0, str(kind)): 0.5 for kind in range(1000)})
+    assert place_of(f"model.layers.{'9' * 5000}.mlp") is None
+    assert place_of("model.layers.7.mlp.up_proj") == (7, "mlp.up_proj")

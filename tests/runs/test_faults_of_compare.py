@@ -2,14 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import malformed
 import pytest
 from disk import crash_states
 from families import save_model
+from safetensors.torch import load_file, save_file
 
 from budwood.comparison import execute
-from budwood.comparison.compare import compare
-from budwood.errors import UsageError
+from budwood.comparison.compare import Comparison, compare
+from budwood.comparison.task import FILE, STEPS, begin
+from budwood.errors import RunError, UsageError
+from budwood.progress import Silent
 from budwood.runs.target import Target
 
 RECIPE = """\
@@ -91,3 +96,68 @@ def test_two_processes_do_not_fill_one_folder(recipe, tmp_path):
             compare(recipe, tmp_path / "out", jobs=0)
     finally:
         held.release()
+
+
+@pytest.fixture
+def begun(recipe, tmp_path):
+    """A comparison of a source of its own, of which every run is noted in its folder."""
+    source = shutil.copytree(recipe.parent / "dense", tmp_path / "dense")
+    (tmp_path / "recipe.yaml").write_text(recipe.read_text().replace(f"{recipe.parent}/dense", str(source)))
+
+    def read():
+        found = Comparison.read(tmp_path / "recipe.yaml", tmp_path / "out", jobs=0)
+        found.find_tasks()
+        return found
+
+    for task in read().tasks.values():
+        begin(task)
+    return read
+
+
+def test_a_source_that_changed_behind_the_first_bytes_is_another_run(begun, tmp_path):
+    """Finished figures would be those of another model."""
+    begun()
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    assert tensors["model.embed_tokens.weight"].nbytes > 2 * 4096
+    tensors["model.embed_tokens.weight"][-1, -1] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UsageError, match="holds another run: its content is"):
+        begun()
+
+
+def test_a_companion_that_changed_is_another_source(begun, tmp_path):
+    (tmp_path / "dense" / "generation_config.json").write_text('{"temperature": 0.5}')
+    with pytest.raises(UsageError, match="holds another run"):
+        begun()
+
+
+def test_a_source_that_changes_during_a_comparison_gives_no_figures(begun):
+    task = begun().tasks["tiny-wanda-2-4-0"]
+    source = {**task.identity["source"], "content": "another"}
+    changed = replace(task, identity={**task.identity, "source": source})
+    assert "was changed during the comparison" in execute.execute(changed, Silent())
+    assert changed.missing()[0] == "prune"
+
+
+@pytest.mark.parametrize("content", [*malformed.WHOLE, '{"identity": []}', '{"id": 3}'], ids=lambda text: text[:6])
+def test_a_record_that_is_damaged_is_one_sentence(begun, content):
+    task = begun().tasks["tiny-wanda-2-4-0"]
+    (task.folder / FILE).write_text(content)
+    with pytest.raises(RunError, match=r"run\.json is damaged.*delete it"):
+        begun()
+    (task.folder / STEPS).mkdir()
+    (task.folder / STEPS / "prune.json").write_text(content)
+    with pytest.raises(RunError, match=r"prune\.json is damaged.*delete it"):
+        task.missing()
+
+
+def test_a_record_of_its_step_with_other_content_is_one_sentence(begun):
+    task = begun().tasks["tiny-wanda-2-4-0"]
+    sound = {"seconds": 1.0, "machine": {}, "results": []}
+    task.write("perplexity words", sound)
+    assert task.record("perplexity words")
+    for change in ({"seconds": "x"}, {"machine": None}, {"results": [3]}, {"results": {}}, {"seconds": 10**400}):
+        task.write("perplexity words", sound | change)
+        with pytest.raises(RunError, match=r"perplexity-words\.json is damaged"):
+            task.record("perplexity words")

@@ -1,6 +1,7 @@
 """The pictures of a page: each a function of the models that yields what their data allows, or nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from budwood.pages.pictures.alpha import alpha
 from budwood.pages.pictures.density import density_maps
@@ -26,10 +27,12 @@ PICTURES: tuple[Callable[[Sequence[Shown]], Iterator[Picture]], ...] = (
     density_maps,
 )
 
+DRAWN, MOST = 200, 12  # models in all pictures, and pictures of one kind
+
 
 def pictures(models: Sequence[Shown]) -> list[Picture]:
     """All pictures that the data of the models allows. Raises UsageError where matplotlib is not installed."""
     check_matplotlib()
-    done = [model for model in models if model.status == "done"]
+    done = [model for model in models if model.status == "done"][:DRAWN]
     with drawing():
-        return [picture for draw in PICTURES for picture in draw(done)]
+        return [picture for draw in PICTURES for picture in islice(draw(done), MOST)]

@@ -8,6 +8,8 @@ from budwood.pages.pictures.drawing import INK, MUTED, Picture, figure, legend, 
 from budwood.pages.shown import Shown
 from budwood.pages.text import short
 
+CURVES = 8  # in one picture
+
 
 def alpha(models: Sequence[Shown]) -> Iterator[Picture]:
     """One picture for each row of WRP, on each source, with two or more alphas."""
@@ -23,7 +25,9 @@ def alpha(models: Sequence[Shown]) -> Iterator[Picture]:
 
 
 def alpha_picture(points: Sequence[Shown], dense: Sequence[Shown], source: str, number: int) -> Picture:
-    keys = list(dict.fromkeys(key for model in points for key in model.figures if key.startswith("perplexity ")))
+    keys = list(dict.fromkeys(key for model in points for key in model.figures if key.startswith("perplexity ")))[
+        :CURVES
+    ]
     made, axes = figure(4.6 if keys else 2.6, rows=2 if keys else 1, sharex=True, squeeze=False)
     upper, lower = axes[0][0], axes[-1][0]
     said = []

@@ -1,6 +1,6 @@
 """Which matrices keep how much: blocks down, kinds of matrix across, the share of non-zero weights in each cell."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from budwood.pages import conditions
 from budwood.pages.pictures.drawing import PAPER, Picture, figure, picture
@@ -9,16 +9,23 @@ from budwood.pages.shown import Shown
 from budwood.pages.text import short
 
 MAPS = 6
+BLOCKS, KINDS = 200, 40  # that a map can hold
 UNEVEN = 0.003  # a difference of densities below it is no pattern to look at
 
 
 def density_maps(models: Sequence[Shown]) -> Iterator[Picture]:
     """Maps of the models whose matrices differ in density; of all where none does and there is one model."""
     found = [(model, cells) for model in models if model.kind == "pruned" and (cells := by_place(model, "density"))]
+    found = [(model, cells) for model, cells in found if fits(cells)]
     uneven = [(model, cells) for model, cells in found if max(cells.values()) - min(cells.values()) > UNEVEN]
     chosen = uneven or (found if len(found) == 1 else [])
     for number, (model, cells) in enumerate(chosen[:MAPS]):
         yield density_map(model, cells, number, len(chosen))
+
+
+def fits(cells: Mapping[tuple[int, str], float]) -> bool:
+    """Whether a picture can hold the map."""
+    return len({block for block, _ in cells}) <= BLOCKS and len({kind for _, kind in cells}) <= KINDS
 
 
 def density_map(model: Shown, cells, number: int, count: int) -> Picture:  # type: ignore[no-untyped-def]

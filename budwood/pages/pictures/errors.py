@@ -9,6 +9,8 @@ from budwood.pages.pictures.kinds import by_kind, chosen
 from budwood.pages.shown import Shown
 from budwood.pages.text import number, short
 
+KINDS = 40  # in one picture
+
 
 def errors_by_block(models: Sequence[Shown]) -> Iterator[Picture]:
     curves = {}
@@ -49,7 +51,7 @@ def errors_by_kind(models: Sequence[Shown]) -> Iterator[Picture]:
     if not found:
         return
     shown = [found[model.label] for model in chosen([model for model, _ in found.values()], 4)]
-    kinds = list(dict.fromkeys(kind for _, changes in shown for kind in changes))
+    kinds = list(dict.fromkeys(kind for _, changes in shown for kind in changes))[:KINDS]
     step = 0.8 / len(shown)
     made, axes = figure(1.2 + max(0.3, 0.13 * len(shown)) * len(kinds) + 0.16 * len(shown))
     for index, (model, changes) in enumerate(shown):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from budwood.pages.shown import Shown
 from budwood.pages.text import number
 
-PLACE = re.compile(r"^(?P<path>.*?)\.(?P<block>\d+)\.(?P<kind>.+)$")
+PLACE = re.compile(r"^(?P<path>.*?)\.(?P<block>\d{1,6})\.(?P<kind>.+)$")
 MOST = 6  # models in one picture
 
 

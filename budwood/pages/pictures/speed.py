@@ -10,6 +10,8 @@ from budwood.pages.pictures.kinds import chosen
 from budwood.pages.shown import Shown, mapping
 from budwood.pages.text import number, short
 
+SHAPES, TIMED = 24, 1000  # shapes in one picture, and products that are looked at
+
 
 def decoding(models: Sequence[Shown]) -> Iterator[Picture]:
     """Tokens a second, bars from the tenth to the ninetieth percentile."""
@@ -65,7 +67,7 @@ def products(models: Sequence[Shown]) -> Iterator[Picture]:
     found = [(model, timed) for model in models if (timed := timed_of(model))]
     best = [model.label for model in chosen([model for model, _ in found], 2)]
     for index, (model, timed) in enumerate(each for each in found if each[0].label in best):
-        shapes = list(dict.fromkeys(shape for shape, *_ in timed))
+        shapes = list(dict.fromkeys(shape for shape, *_ in timed))[:SHAPES]
         made, axes = figure(3.2 + 0.16 * ((len(shapes) + 2) // 3))
         for place, shape in enumerate(shapes):
             points = [each for each in timed if each[0] == shape]
@@ -85,7 +87,7 @@ def products(models: Sequence[Shown]) -> Iterator[Picture]:
         axes.annotate("dense", (0, 1), (3, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
                       fontsize=8, color=MUTED)  # fmt: skip
         axes.set_xscale("log", base=2)
-        rows_seen = sorted({rows for _, rows, *_ in timed})
+        rows_seen = sorted({rows for _, rows, *_ in timed})[:SHAPES]
         axes.set_xticks(rows_seen, [f"{rows:g}" for rows in rows_seen])
         axes.set_xlabel("rows of activations (tokens at once)")
         axes.set_ylabel("times as fast as dense")
@@ -107,7 +109,7 @@ def products(models: Sequence[Shown]) -> Iterator[Picture]:
 def timed_of(model: Shown) -> list[tuple[str, float, float, float, float]]:
     """Shape, rows, times dense with its low and high of every timed product."""
     found = []
-    for matrix in mapping(model.speed).get("matrices") or []:
+    for matrix in (mapping(model.speed).get("matrices") or [])[:TIMED]:
         seconds = mapping(mapping(matrix).get("seconds"))
         pruned, dense = mapping(seconds.get("pruned")), mapping(seconds.get("dense"))
         known = [number(dense.get("median")), *(number(pruned.get(key)) for key in ("median", "high", "low"))]
