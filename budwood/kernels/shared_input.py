@@ -142,6 +142,8 @@ class SharedInput:
                     return product if used is matrix and versions == parameter_versions(layer) else None
         elif layer is self.layers[0]:
             return self._first(matrix, input)
+        elif waiting.input is None:  # this thread was between the layers when another one formed the group
+            return None
         waiting.products.clear()
         self.observer.dissolve(self)
         return None

@@ -26,29 +26,6 @@ INLINE const uint8_t* mask_bytes(const Matrix& a, int64_t row, uint8_t* room, co
     return room;
 }
 
-INLINE void transpose(__m256 r[8]) {
-    __m256 t[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-        t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) r[i] = t[i];
-}
-
 // Parts are ordered by block, then by tile: [column][token].
 void tabulate(const Input& in, char* table, int64_t first, int64_t last) {
     const int64_t tiles = tiles_of(in);
@@ -138,10 +115,8 @@ void many(const Matrix& a, const Input& in, const char* table, const Output& out
                 }
             }
             for (int64_t tile = 0; tile < here; ++tile) {
-                const int64_t token = (pass + tile) * TOKENS;
-                for (int64_t t = 0; t < TOKENS && token + t < in.rows; ++t) {
-                    for (int r = 0; r < rows; ++r) store(out, token + t, row + r, sums[(tile * ROWS + r) * TOKENS + t]);
-                }
+                store_tile(out, sums + tile * ROWS * TOKENS, rows, (pass + tile) * TOKENS, in.rows,
+                           [&](int r) { return row + r; });
             }
         }
     }

@@ -141,13 +141,8 @@ void multiply(const Matrix& a, const Input& in, const char* table, const Output&
                 }
             }
             for (int64_t tile = 0; tile < here; ++tile) {
-                const int64_t token = (pass + tile) * TOKENS;
-                for (int64_t t = 0; t < TOKENS && token + t < in.rows; ++t) {
-                    for (int r = 0; r < rows; ++r) {
-                        const int32_t row = rows_of(h, begin)[r];
-                        if (row >= 0) store(out, token + t, row, sums[(tile * ROWS + r) * TOKENS + t]);
-                    }
-                }
+                with_avx2::store_tile(out, sums + tile * ROWS * TOKENS, rows, (pass + tile) * TOKENS, in.rows,
+                                      [&](int r) { return int64_t(rows_of(h, begin)[r]); });
             }
         }
     }

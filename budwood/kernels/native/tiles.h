@@ -26,7 +26,7 @@ enum Kind : int32_t { GROUPS = 0, ROTATED = 1 };
 
 constexpr int TILE = 32, STRIP = 8, SLOTS = 16;  // columns, rows, slots of one row
 constexpr int GROUP_COUNT = SEGMENT / 4;         // groups of a whole segment
-constexpr int SORTED = 256;                      // rows that are sorted by their number of extras
+constexpr int SORTED = 64;                       // rows that are sorted by their number of extras
 constexpr int LINE = 64;                         // bytes: alignment of strips
 constexpr int AWAY[2][4] = {{}, {0, 1, 3, 7}};
 constexpr int CODE = 13, WIDE_CODE = 29;  // the bits of the code in bfloat16 and in float32
