@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -26,7 +26,7 @@ def tried_once(trial: Callable[Options, Result]) -> Callable[Options, Result]:
     """
 
     @cache
-    def kept(threads: int, kernels: str, *args: Options.args, **kwargs: Options.kwargs) -> Result:
+    def kept(threads: int, kernels: str, *args: Any, **kwargs: Any) -> Result:
         return trial(*args, **kwargs)
 
     @wraps(trial)
