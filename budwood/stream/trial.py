@@ -31,7 +31,7 @@ def tried_once(trial: Callable[Options, Result]) -> Callable[Options, Result]:
 
     @wraps(trial)
     def tried(*args: Options.args, **kwargs: Options.kwargs) -> Result:
-        return kept(torch.get_num_threads(), native.active(), *args, **kwargs)
+        return kept(torch.get_num_threads(), native.active(), *args, **kwargs)  # type: ignore[arg-type]
 
     return tried
 
