@@ -44,6 +44,7 @@ SHAPE = Rule(
 )
 MATRIX = Rule("a shape [out, in]", lambda value: SHAPE.holds(value) and len(value) == 2)
 PAIR = Rule("two counts", lambda value: type(value) is list and len(value) == 2 and all(map(COUNT.holds, value)))
+FIVE = Rule("five counts", lambda value: type(value) is list and len(value) == 5 and all(map(COUNT.holds, value)))
 FILE_NAME = Rule(
     "the name of a file in the same folder",
     lambda value: type(value) is str and value not in ("", ".", "..") and not set(value) & set("/\\\0"),

@@ -6,7 +6,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from budwood.checkpoints.files import write_json, write_text
 from budwood.checkpoints.lock import alone
-from budwood.checkpoints.schema import COUNT, MATRIX, NONE, NUMBER, PAIR, POSITIVE, Each, Rule
+from budwood.checkpoints.schema import COUNT, FIVE, MATRIX, NONE, NUMBER, PAIR, POSITIVE, Each, Rule
 from budwood.checkpoints.sidecars import read_object
 from budwood.errors import RunError
 from budwood.reports.card import with_speed
@@ -103,7 +103,7 @@ SECTIONS: dict[str, Any] = {
             "bytes": COUNT,
             "rounding_error?": (NUMBER, NONE),
             "change?": (NUMBER, NONE),
-            "x4?": ([COUNT], NONE),
+            "x4?": (FIVE, NONE),
         }
     ),
     "seconds": SECONDS,

@@ -17,7 +17,7 @@ from budwood.checkpoints.loading import load
 from budwood.checkpoints.reader import shard_files
 from budwood.checkpoints.source import open_source
 from budwood.errors import BudwoodError
-from budwood.evaluation.perplexity import streamed_losses
+from budwood.evaluation.perplexity import checked, streamed_losses
 from budwood.evaluation.subject import window_loss
 from budwood.inspection import inspect
 from budwood.planning import plan
@@ -52,12 +52,14 @@ def placed(origin: Path, folder: Path, name: str, chance: Random) -> Path:
 
 
 def resident_loss(folder: Path) -> float:
+    """As `evaluate` gives it: a loss that is not finite is refused."""
     with torch.no_grad():
-        return window_loss(load(folder, dtype=torch.float32)(IDS, use_cache=False).logits, IDS)
+        loss = window_loss(load(folder, dtype=torch.float32)(IDS, use_cache=False).logits, IDS)
+    return checked([loss], str(folder))[0]
 
 
 def streamed_loss(folder: Path) -> float:
-    return streamed_losses(Model(open_source(folder)), IDS)[0]
+    return checked(streamed_losses(Model(open_source(folder)), IDS), str(folder))[0]
 
 
 def same_losses(folder: Path) -> None:
