@@ -5,7 +5,7 @@ namespace budwood::tiles {
 namespace {
 
 // Factors of x, so that products stay far from the ends of float32.
-constexpr float INPUT_SCALE[] = {0x1p32f, 0x1p32f, 1, 0x1p-24f};
+constexpr float INPUT_SCALE[] = {0x1p32f, 0x1p32f, 1, 0x1p-24f, 0.25f, 0.25f};
 
 constexpr int64_t PREFETCH = 1024;  // bytes
 
@@ -23,10 +23,19 @@ struct Views {
     const float* columns;      // [column][8 rows of x], for extras; null where there are none, or for one row of x
 };
 
-// `tiles` tiles of R strips: sums[strip][half][m] += products; with int8 values, times the scales in front.
+// The scales of rows 0 to 3, or 4 to 7, of a strip for both halves of a vector.
+template <int TYPE>
+INLINE __m256 scales_of_half(const char* scales, int half) {
+    if (TYPE == INT8) return _mm256_broadcast_ps(at<const __m128>(scales, 16 * half));
+    if (TYPE != INT4) return _mm256_set1_ps(1);
+    const __m256 all = group_scales(scales);
+    return half ? _mm256_permute2f128_ps(all, all, 0x11) : _mm256_permute2f128_ps(all, all, 0);
+}
+
+// `tiles` tiles of R strips: sums[strip][half][m] += products, times the scales of integers.
 template <int TYPE, int M, int R, int PASS, int PASSES>
-INLINE void multiply_tiles(const char* const* from, const int64_t* ahead, int64_t tiles, const float* x,
-                           const float* rotated, __m256 (*sums)[2][M]) {
+INLINE void multiply_tiles(const char* const* from, const char* const* scales, const int64_t* ahead, int64_t tiles,
+                           const float* x, const float* rotated, __m256 (*sums)[2][M]) {
     constexpr int BYTES = tile_bytes(TYPE), HALVES = 2 / PASSES, STRIDE = M == 1 ? 0 : Blocking<M>::STRIDE;
     __m256 s[R][HALVES][M];
     UNROLLED(r, R) UNROLLED(half, HALVES) UNROLLED(m, M) s[r][half][m] = _mm256_setzero_ps();
@@ -51,22 +60,57 @@ INLINE void multiply_tiles(const char* const* from, const int64_t* ahead, int64_
     }
     UNROLLED(r, R) UNROLLED(half, HALVES) {
         const int to = PASSES == 2 ? PASS : half;
-        const __m256 scale = TYPE == INT8 ? _mm256_broadcast_ps(at<const __m128>(from[r], 16 * to - 32)) : _mm256_set1_ps(1);
+        const __m256 scale = scales_of_half<TYPE>(scales[r], to);
         UNROLLED(m, M) sums[r][to][m] = _mm256_fmadd_ps(s[r][half][m], scale, sums[r][to][m]);
+    }
+}
+
+// The same of a DENSE matrix, whose rows are lanes: the sums of even and of odd columns.
+template <int M, int R>
+INLINE void multiply_whole(const char* const* from, const char* const* scales, const int64_t* ahead, int64_t tiles,
+                           const float* x, __m256 (*sums)[2][M]) {
+    constexpr int BYTES = tile_bytes(WHOLE), STRIDE = M == 1 ? 0 : Blocking<M>::STRIDE, PARTS = M <= 4 ? 2 : 1;
+    __m256 s[R][PARTS][M];
+    UNROLLED(r, R) UNROLLED(part, PARTS) UNROLLED(m, M) s[r][part][m] = _mm256_setzero_ps();
+    for (int64_t i = 0; i < tiles; ++i, x += TILE) {
+        UNROLLED(line, 4) {
+            UNROLLED(r, R) {
+                if (line % 2) _mm_prefetch(from[r] + i * BYTES + ahead[r] + 32 * line, _MM_HINT_T0);
+                const __m256i word = load_line(from[r] + i * BYTES + 32 * line);
+                UNROLLED(k, 8) {
+                    const __m256 weight = whole_column(word, k);
+                    UNROLLED(m, M) {
+                        __m256& sum = s[r][k % PARTS][m];
+                        sum = _mm256_fmadd_ps(weight, _mm256_broadcast_ss(x + STRIDE * m + 8 * line + k), sum);
+                    }
+                }
+            }
+        }
+    }
+    UNROLLED(r, R) UNROLLED(part, PARTS) UNROLLED(m, M) {
+        sums[r][part][m] = _mm256_fmadd_ps(s[r][part][m], group_scales(scales[r]), sums[r][part][m]);
     }
 }
 
 // Tiles [first, last) of R strips.
 template <int TYPE, int M, int R>
-INLINE void multiply_block(const char* const* strips, const int64_t* ahead, int64_t first, int64_t last, const float* x,
-                           const float* rotated, __m256 (*sums)[2][M]) {
-    constexpr int STEP = TYPE == INT8 ? SEGMENT / TILE : 65536, PASSES = Blocking<M>::PASSES;
-    for (int64_t tile = first; tile < last; tile += STEP, x += SEGMENT, rotated += SEGMENT) {
-        const char* from[R];
-        UNROLLED(r, R) from[r] = strips[r] + tile_offset(TYPE, tile);
-        const int64_t tiles = std::min<int64_t>(last - tile, STEP);
-        multiply_tiles<TYPE, M, R, 0, PASSES>(from, ahead, tiles, x, rotated, sums);
-        if (PASSES == 2) multiply_tiles<TYPE, M, R, 1, PASSES>(from, ahead, tiles, x, rotated, sums);
+INLINE void multiply_block(const Head& h, const char* const* strips, const int64_t* ahead, int64_t first, int64_t last,
+                           const float* x, const float* rotated, __m256 (*sums)[2][M]) {
+    const int64_t step = TYPE == INT8 ? SEGMENT / TILE : has_scales(TYPE) ? h.group / TILE : 65536;
+    constexpr int PASSES = Blocking<M>::PASSES;
+    for (int64_t tile = first; tile < last; tile += step, x += step * TILE, rotated += step * TILE) {
+        const char *from[R], *scales[R];
+        UNROLLED(r, R) {
+            from[r] = strips[r] + tile_offset(TYPE, tile, h.group);
+            scales[r] = strips[r] + scales_offset(TYPE, tile * TILE, h.group);
+        }
+        const int64_t tiles = std::min<int64_t>(last - tile, step);
+        if constexpr (TYPE == WHOLE) {
+            multiply_whole<M, R>(from, scales, ahead, tiles, x, sums);
+        } else {
+            multiply_tiles<TYPE, M, R, 0, PASSES>(from, scales, ahead, tiles, x, rotated, sums);
+            if (PASSES == 2) multiply_tiles<TYPE, M, R, 1, PASSES>(from, scales, ahead, tiles, x, rotated, sums);
+        }
     }
 }
 
@@ -154,12 +198,12 @@ void multiply_strips(const Head& h, const Views& in, const Output& out, int64_t 
                 int64_t ahead[R];
                 for (int r = 0; r < R; ++r) {
                     const int64_t strip = first + r * part + begin + i;
-                    const int64_t to = begins[again ? strip - i : strip + 1] + tile_offset(TYPE, next * PER);
+                    const int64_t to = begins[again ? strip - i : strip + 1] + tile_offset(TYPE, next * PER, h.group);
                     strips[r] = strip_of(h, strip);
-                    ahead[r] = blocks == 1 ? PREFETCH : to - begins[strip] - tile_offset(TYPE, block * PER);
+                    ahead[r] = blocks == 1 ? PREFETCH : to - begins[strip] - tile_offset(TYPE, block * PER, h.group);
                 }
                 const int64_t column = block * M * Blocking<M>::STRIDE, last = std::min((block + 1) * PER, h.tiles);
-                multiply_block<TYPE, M, R>(strips, ahead, block * PER, last, in.x + column, in.rotated + column, sums[i]);
+                multiply_block<TYPE, M, R>(h, strips, ahead, block * PER, last, in.x + column, in.rotated + column, sums[i]);
             }
         }
         for (int64_t i = 0; i < group * R; ++i) {
@@ -173,7 +217,8 @@ void multiply_strips(const Head& h, const Views& in, const Output& out, int64_t 
             }
             const int64_t rows = std::min<int64_t>(STRIP, h.out - STRIP * strip);
             for (int m = 0; m < M; ++m) {
-                const __m256 sum = joined(folded(sums[i / R][i % R][0][m]), folded(sums[i / R][i % R][1][m]));
+                const __m256 one = sums[i / R][i % R][0][m], two = sums[i / R][i % R][1][m];
+                const __m256 sum = TYPE == WHOLE ? _mm256_add_ps(one, two) : joined(folded(one), folded(two));
                 const __m256 whole = _mm256_fmadd_ps(sum, main, _mm256_mul_ps(extra[m], beside));
                 store_strip(out, m, whole, rows_of(h, strip), rows);
             }
@@ -187,9 +232,30 @@ INLINE int64_t place_in_view(int64_t column, int m) {
     return (column / COLUMNS * M + m) * Blocking<M>::STRIDE + column % COLUMNS;
 }
 
-// x [M, in] as Blocking wants it, times `scale`. `rotated` and `columns` may be null.
+// `rotated` from `view`, within `ring` columns each.
+template <int M>
+void rotate(int64_t in, int64_t ring, const float* view, float* rotated) {
+    const int64_t whole = round_up(in, TILE);
+    for (int64_t begin = 0; begin < whole; begin += ring) {
+        const int size = int(std::min<int64_t>(whole - begin, ring));
+        for (int m = 0; m < M; ++m) {
+            const float* segment = view + place_in_view<M>(begin, m);
+            float* to = rotated + place_in_view<M>(begin, m);
+            for (int c = 0; c < size; c += 4) {
+                const auto away = [&](int k) {
+                    const int from = c - 4 * AWAY[ROTATED][k];
+                    return _mm_load_ps(segment + (from < 0 ? from + size : from));
+                };
+                const __m128 low = _mm_blend_ps(away(0), away(1), 2), high = _mm_blend_ps(away(2), away(3), 8);
+                _mm_store_ps(to + c, _mm_blend_ps(low, high, 12));
+            }
+        }
+    }
+}
+
+// x [M, in] as Blocking wants it, times `scale`. `columns` may be null.
 template <int TYPE, int M>
-void arrange(const void* x, int64_t in, float scale, float* view, float* rotated, float* columns) {
+void arrange(const void* x, int64_t in, float scale, float* view, float* columns) {
     const int64_t whole = round_up(in, TILE);
     const __m256 by = _mm256_set1_ps(scale);
     for (int m = 0; m < M; ++m) {
@@ -207,21 +273,6 @@ void arrange(const void* x, int64_t in, float scale, float* view, float* rotated
         UNROLLED(m, 8) r[m] = m < M ? _mm256_load_ps(view + place_in_view<M>(c, m)) : _mm256_setzero_ps();
         transpose(r);
         UNROLLED(k, 8) _mm256_store_ps(columns + (c + k) * 8, r[k]);
-    }
-    for (int64_t begin = 0; rotated && begin < whole; begin += SEGMENT) {
-        const int size = int(std::min<int64_t>(whole - begin, SEGMENT));
-        for (int m = 0; m < M; ++m) {
-            const float* segment = view + place_in_view<M>(begin, m);
-            float* to = rotated + place_in_view<M>(begin, m);
-            for (int c = 0; c < size; c += 4) {
-                const auto away = [&](int k) {
-                    const int from = c - 4 * AWAY[ROTATED][k];
-                    return _mm_load_ps(segment + (from < 0 ? from + size : from));
-                };
-                const __m128 low = _mm_blend_ps(away(0), away(1), 2), high = _mm_blend_ps(away(2), away(3), 8);
-                _mm_store_ps(to + c, _mm_blend_ps(low, high, 12));
-            }
-        }
     }
 }
 
@@ -245,10 +296,12 @@ void few_of(const Matrix* matrices, int32_t count, const void* x, int32_t type, 
     float* view = static_cast<float*>(scratch(6, size_t((2 * M * whole + columns) * 4)));
     float *second = rotates ? view + M * whole : nullptr, *third = columns ? view + 2 * M * whole : nullptr;
     const auto bring = type == FLOAT32 ? arrange<FLOAT32, M> : type == BFLOAT16 ? arrange<BFLOAT16, M> : arrange<FLOAT16, M>;
-    bring(x, in, INPUT_SCALE[TYPE], view, second, third);
+    bring(x, in, INPUT_SCALE[TYPE], view, third);
+    int64_t ring = 0;
     for (int32_t i = 0; i < count; ++i) {
         constexpr int R = Blocking<M>::STRIPS;
         const Head& h = head_of(matrices[i]);
+        if (h.kind == ROTATED && h.group != ring) rotate<M>(in, ring = h.group, view, second);
         const Views views = {view, h.kind == ROTATED ? second : view, third};
         const int64_t first = border(matrices[i], part, parts), last = border(matrices[i], part + 1, parts);
         const int64_t each = (last - first) / R;
@@ -271,11 +324,19 @@ int64_t border(const Matrix& a, int part, int parts) {
 
 void few(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs, int part,
          int parts) {
+    const int32_t own = type_of(head_of(matrices[0]));
+    for (int32_t i = 1; i < count; ++i) {
+        if (type_of(head_of(matrices[i])) == own) continue;
+        few(matrices, i, x, type, rows, outputs, part, parts);
+        return few(matrices + i, count - i, x, type, rows, outputs + i, part, parts);
+    }
     by_rows(rows, [&](auto m) {
-        switch (matrices[0].type) {
+        switch (own) {
             case FLOAT32: return few_of<FLOAT32, m()>(matrices, count, x, type, outputs, part, parts);
             case BFLOAT16: return few_of<BFLOAT16, m()>(matrices, count, x, type, outputs, part, parts);
             case FLOAT16: return few_of<FLOAT16, m()>(matrices, count, x, type, outputs, part, parts);
+            case INT4: return few_of<INT4, m()>(matrices, count, x, type, outputs, part, parts);
+            case WHOLE: return few_of<WHOLE, m()>(matrices, count, x, type, outputs, part, parts);
             default: return few_of<INT8, m()>(matrices, count, x, type, outputs, part, parts);
         }
     });
