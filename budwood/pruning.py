@@ -70,8 +70,8 @@ def prune(
     need none run nothing forward. values: "int8" or "int4" rounds the kept weights, which later blocks see. dtype: of
     the written weights. compute_dtype, sparse_products ("on", "off"), attention ("fused", "blocked"): how the forward
     passes compute; "auto" tries what is fastest here, and the recipe records it. activation_memory: bytes, or text such
-    as "4GB". overwrite: replace what budwood wrote to `target` before, once the new folder is complete. like: the recipe
-    that the folder is to repeat (see `recipe_options`); another source or text than its own is noted.
+    as "4GB". overwrite: replace what budwood wrote to `target` before, once the new folder is complete. like: the
+    recipe that the folder is to repeat (see `recipe_options`); another source or text than its own is noted.
 
     Raises UsageError for what cannot be (nothing is written), RunError when the run fails (finished blocks stay).
     """
