@@ -84,6 +84,9 @@ int64_t bytes(const Matrix& a);
 int64_t border(const Matrix& a, int part, int parts);
 void few(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs, int part,
          int parts);
+// The same for matrices of INT4 values, all of one `type_of`.
+void few_int4(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs, int part,
+              int parts);
 extern const Many by_sparse;
 
 }  // namespace budwood::tiles
