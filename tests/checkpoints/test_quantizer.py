@@ -42,7 +42,7 @@ def opened(folder, **kwargs) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(scope="module", params=["two_four_compact", "two_four_compact_int8", "bitmask_int8"])
+@pytest.fixture(scope="module", params=["two_four_compact", "two_four_compact_int8", "bitmask_int8", "dense_int4"])
 def written(tmp_path_factory, request):
     """A packed llama with a tokenizer, and the pruned model itself."""
     folder, model = write_packed(tmp_path_factory.mktemp("llama"), format=request.param)

@@ -23,7 +23,7 @@ from budwood.formats.bits import raw
 from budwood.kernels import native, tiles
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import FEW_ROWS, PANELS, SPARSE
-from budwood.kernels.native_matrix import NativeMatrix, native_matrix
+from budwood.kernels.native_matrix import IN_TILES_ONLY, NativeMatrix, native_matrix
 
 SHAPES = [(9, 64), (8, 260), (3, 520), (5, 36), (16, 256), (4, 4)]
 ROWS = (1, 3, 8, 17)
@@ -110,7 +110,7 @@ def multiply_all(format: str, shape: tuple[int, int], tensors: dict[str, Tensor]
         matrices = []
         with contextlib.suppress(RunError):
             matrices = [native_matrix(format, shape, tensors)]
-            if native.has_tiles() and matrices[0] is not None:
+            if format in IN_TILES_ONLY or (native.has_tiles() and matrices[0] is not None):
                 packed = tiles.pack(format, shape, tensors)
                 if packed is not None:
                     back = packed.unpack()
