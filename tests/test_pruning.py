@@ -75,7 +75,7 @@ def test_dense_folders_stream_as_they_run(name, tmp_path):
 @pytest.mark.usefixtures("reference")
 @pytest.mark.parametrize("layout", FORMATS)
 def test_every_format_gives_the_logits_of_the_dense_folder(llama, tmp_path, layout):
-    method = 'wanda("2:4")' if layout in ("two_four", "two_four_int8") else "wrp(block=16, k=1)"
+    method = 'wanda("2:4")' if layout in ("two_four", "two_four_int8", "two_four_int4") else "wrp(block=16, k=1)"
     report = prune(llama, tmp_path / "packed", method, TEXT, format=layout, **CALIBRATION)
     if layout in LOSSLESS:
         prune(llama, tmp_path / "dense", method, TEXT, format="dense", **CALIBRATION)
@@ -135,10 +135,24 @@ def test_rounded_folders_are_one_model_however_they_are_read(llama, tmp_path):
     assert losses[0] == losses[1] == losses[2] == losses[3]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
-def test_transposed_and_fused_matrices_are_rounded(name, tmp_path):
+@pytest.mark.usefixtures("reference")
+def test_a_whole_model_in_four_bits_loads_saves_and_is_exported(llama, tmp_path):
+    prune(llama, tmp_path / "int4", "dense()", values="int4", dtype="bfloat16")
+    ids = torch.arange(3, 60)[None]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "int4")
+    model.save_pretrained(tmp_path / "saved")
+    repack(tmp_path / "int4", tmp_path / "dense", "dense")
+    for folder in ("saved", "dense"):
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert torch.equal(other(ids).logits, model(ids).logits)
+    with pytest.raises(UsageError, match="are int4 already"):
+        repack(tmp_path / "int4", tmp_path / "again", values="int8")
+
+
+@pytest.mark.parametrize(("name", "values"), [("gpt2", "int8"), ("mixtral", "int8"), ("gpt2", "int4")])
+def test_transposed_and_fused_matrices_are_rounded(name, values, tmp_path):
     save_model(name, tmp_path / "dense")
-    report = prune(tmp_path / "dense", tmp_path / "out", "wrp(alpha=0.5)", IDS, values="int8", **CALIBRATION)
+    report = prune(tmp_path / "dense", tmp_path / "out", "wrp(alpha=0.5)", IDS, values=values, **CALIBRATION)
     assert all(matrix["rounding_error"] > 0 for matrix in report["linears"].values())
     assert all(math.isfinite(loss) for loss in evaluate(str(tmp_path / "out"), IDS, seq_length=24, limit=2)["losses"])
 
@@ -151,11 +165,17 @@ def test_transposed_and_fused_matrices_are_rounded(name, tmp_path):
         ('magnitude("4:8")', "auto", "bitmask_int8"),
         ("wrp(density=0.02, metric='magnitude')", "bitmask", "bitmask_int8"),
         ("wrp(density=0.02, metric='magnitude')", "auto", "two_four_compact_int8"),
+        ('magnitude("2:4")', "auto", "two_four_int4"),
+        ('magnitude("50%")', "auto", "bitmask_int4"),
+        ("wrp(density=0.02, metric='magnitude')", "auto", "two_four_compact_int4"),
+        ("dense()", "auto", "dense_int4"),
+        ("dense()", "dense", "dense_int4"),
     ],
 )
 def test_plan_forecasts_the_rounded_bytes(llama, tmp_path, method, format, found):
-    planned = plan(llama, method, format=format, values="int8")
-    report = prune(llama, tmp_path / "out", method, format=format, values="int8")
+    values = found[-4:]
+    planned = plan(llama, method, format=format, values=values)
+    report = prune(llama, tmp_path / "out", method, format=format, values=values)
     assert planned["chosen"] == found
     assert {matrix["format"] for matrix in report["linears"].values()} == {found}
     assert planned["bytes_after"] == pytest.approx(report["totals"]["bytes"], rel=0.005)

@@ -42,7 +42,7 @@ def opened(folder, **kwargs) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(scope="module", params=["two_four_compact", "two_four_compact_int8", "bitmask_int8"])
+@pytest.fixture(scope="module", params=["two_four_compact", "two_four_compact_int8", "bitmask_int8", "dense_int4"])
 def written(tmp_path_factory, request):
     """A packed llama with a tokenizer, and the pruned model itself."""
     folder, model = write_packed(tmp_path_factory.mktemp("llama"), format=request.param)
@@ -59,7 +59,7 @@ def own(tmp_path):
 @pytest.mark.parametrize("format", SPARSE)
 def test_the_logits_are_those_of_the_dense_model_bit_for_bit(tmp_path, format):
     folder, model = write_packed(
-        tmp_path, format=format, recovered=0.0 if format in ("two_four", "two_four_int8") else 0.03
+        tmp_path, format=format, recovered=0.0 if format in ("two_four", "two_four_int8", "two_four_int4") else 0.03
     )
     packed = opened(folder)
     assert torch.equal(logits(packed), logits(model))

@@ -86,7 +86,7 @@ def check_again(format: str, shape: tuple[int, int], tensors: dict[str, Tensor])
         again = (kind.plain if rounded else kind).pack(weight, base)  # type: ignore[attr-defined]
     except Refusal as error:
         raise Unsound(f"{format} does not take back what it unpacks: {error}") from error
-    values = [tensor for suffix, tensor in tensors.items() if suffix.endswith("values")]
+    values = kind.kept(tensors, shape)
     if all(bool((raw(value) != 0).all()) for value in values) and stored_everywhere(again):
         for suffix, tensor in again.items():
             if rounded and suffix.endswith("values"):

@@ -23,7 +23,7 @@ from budwood.formats.bits import raw
 from budwood.kernels import native, tiles
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import FEW_ROWS, PANELS, SPARSE
-from budwood.kernels.native_matrix import NativeMatrix, native_matrix
+from budwood.kernels.native_matrix import IN_TILES_ONLY, NativeMatrix, native_matrix
 
 SHAPES = [(9, 64), (8, 260), (3, 520), (5, 36), (16, 256), (4, 4)]
 ROWS = (1, 3, 8, 17)
@@ -37,7 +37,7 @@ def honest(format: str, shape: tuple[int, int], dtype: torch.dtype, random: rand
     out, width = shape
     weight = torch.randn(shape, generator=generator) * 0.1
     keep = torch.rand(out, width // 4, 4, generator=generator).argsort(-1).argsort(-1).view(shape) < 2
-    if format not in ("two_four", "two_four_int8"):
+    if format not in ("two_four", "two_four_int8", "two_four_int4"):
         keep |= torch.rand(shape, generator=generator) < random.choice((0.02, 0.3))
         keep[random.randrange(out)] |= random.random() < 0.5
     return FORMATS[format].nearest(torch.where(keep, weight, 0).to(dtype))
@@ -110,7 +110,7 @@ def multiply_all(format: str, shape: tuple[int, int], tensors: dict[str, Tensor]
         matrices = []
         with contextlib.suppress(RunError):
             matrices = [native_matrix(format, shape, tensors)]
-            if native.has_tiles() and matrices[0] is not None:
+            if format in IN_TILES_ONLY or (native.has_tiles() and matrices[0] is not None):
                 packed = tiles.pack(format, shape, tensors)
                 if packed is not None:
                     back = packed.unpack()

@@ -63,7 +63,7 @@ def shards(folder):
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("layout", ["dense", "auto", "auto_int8"])
+@pytest.mark.parametrize("layout", ["dense", "auto", "auto_int8", "auto_int4"])
 def test_finished_blocks_are_replayed_and_not_yielded(llama, tmp_path, layout):
     ids = token_ids()
     model = Model(open_source(llama))

@@ -11,26 +11,28 @@
 
 namespace budwood {
 
-enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
-enum Coding : int32_t { BITMASK = 0, NIBBLES = 1, TILES = 2 };
+enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, INT4 = 4 };
+enum Coding : int32_t { BITMASK = 0, NIBBLES = 1, TILES = 2, DENSE = 3 };
 
 constexpr int SEGMENT = 256;  // columns that share a scale of int8 values
 constexpr int FEW = 8;        // rows of x of the kernel for few rows; more of them use a table
 constexpr int LANE = 32;      // columns of activations that are contiguous, for few rows
 
 // One packed matrix [out, in]. Filled by the caller (Python, ctypes): the order of the fields is the interface.
-// TILES: `values` points to a tiles::Head, and out, in, type and coding are all that is read besides.
+// TILES: `values` points to a tiles::Head, and out, in, type and coding are all that is read besides. INT4 is only multiplied
+// in tiles; DENSE, which has no places, too.
 struct Matrix {
-    const void* values;          // [count] of `type`, row-major
+    const void* values;          // [count] of `type`, row-major; INT4: a code in each byte
     const uint8_t* places;       // [out, stride]: BITMASK one bit a column, NIBBLES two 2-bit places a group of four
     const int32_t* starts;       // [out + 1]: where each row's values begin
-    const float* scales;         // INT8: [out, ceil(in / SEGMENT)]
+    const float* scales;         // INT8: [out, ceil(in / SEGMENT)]; INT4: [out, ceil(in / group)]
     const uint8_t* more_counts;  // with int8 values, recovered weights: the number in each segment of a row,
     const uint8_t* more_columns;  // their columns inside it,
     const void* more_values;      // and values of `more_type`, row-major
     const int32_t* more_starts;  // [out + 1], or null
     int64_t out, in, count, stride;
     int32_t type, coding, more_type;
+    int32_t group;               // INT4: columns with one scale, 64 or 128
 };
 
 // Activations, in the dtype that the path multiplies in: [rows, stride], padded with zeros. Few rows are
@@ -233,10 +235,12 @@ struct Path {
     // A dense bfloat16 matrix [out, in].
     void (*dense)(const uint16_t* weight, int64_t in, const Input&, const Output&, int64_t first, int64_t last);
     const Tiled* tiled;
+    bool prefers_tiles;  // for values of all types, and not only for INT4
 };
 
 extern const Path scalar;
 #ifdef BUDWOOD_X86
+extern const Tiled tiled_with_avx2;  // of all wider paths too: none has another kernel for INT4
 extern const Path avx2;
 extern const Path avx512;
 #endif
