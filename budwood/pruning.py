@@ -21,7 +21,7 @@ from budwood.evaluation.subject import context
 from budwood.formats import known_layout
 from budwood.humanize import parse_bytes
 from budwood.methods import parse_method
-from budwood.methods.method import Method, layout_of
+from budwood.methods.method import Method, layout_of, values_of
 from budwood.models.linears import unmatched, unsplit
 from budwood.progress import Progress
 from budwood.reports.record import Report
@@ -75,11 +75,12 @@ def prune(
 
     Raises UsageError for what cannot be (nothing is written), RunError when the run fails (finished blocks stay).
     """
+    method = parse_method(method) if isinstance(method, str) else method
     job = Job.of(
         source,
         target,
-        parse_method(method) if isinstance(method, str) else method,
-        known_layout(format, values),
+        method,
+        known_layout(format, values_of(method, values)),
         dtype,
         {"compute_dtype": compute_dtype, "sparse_products": sparse_products, "attention": attention},
         known_device(device),

@@ -13,7 +13,7 @@ from torch import Tensor
 from budwood.errors import UsageError
 from budwood.formats import predict
 from budwood.methods.allocation import kept_counts
-from budwood.methods.fitting import Inputs, check_fit, fit, inputs_of
+from budwood.methods.fitting import VALUES, Inputs, check_fit, check_values, fit, inputs_of
 from budwood.methods.method import PatternMethod, PatternOf, Step, naming
 from budwood.methods.option import option
 from budwood.methods.reconstruction import LOSS, MOVE, RATE, TARGET, TOKENS, BlockFit, check_block_fit
@@ -68,6 +68,7 @@ class Graft(PatternMethod):
     sensitivities: bool = option(
         False, "the error of a row counts by how much the loss depends on its output, when masks are chosen"
     )
+    values: str | None = option(None, VALUES)
 
     def __post_init__(self) -> None:
         one_of("pattern", self.pattern, ("2:4", "free"))
@@ -81,6 +82,14 @@ class Graft(PatternMethod):
         whole("rounds", self.rounds, 1)
         check_block_fit(self.steps, 0, self.rate, self.target, self.move, self.loss, self.tokens)
         check_fit(self.damp, self.iterations, self.tolerance)
+        check_values(self.values)
+        if self.values is not None and (not self.fit or self.steps):
+            reason = "needs fit=True" if not self.fit else "cannot be kept by steps, which move the weights off their grid"
+            raise UsageError(f"graft: values={self.values!r} {reason}; leave one of them out")
+
+    @property
+    def fitted_values(self) -> str | None:
+        return self.values
 
     @property
     def base(self) -> NM | None:
@@ -115,7 +124,8 @@ class Graft(PatternMethod):
         return shape[0] * (shape[1] // 4) * 2 if self.base else 0
 
     def _bytes(self, shape: Shape, count: int) -> int:
-        return predict(shape, self._forecast(shape, count), ITEMSIZE)[1]
+        layout = "auto" if self.values is None else f"bitmask_{self.values}"
+        return predict(shape, self._forecast(shape, count), ITEMSIZE, layout)[1]
 
     def _forecast(self, shape: Shape, count: int) -> Forecast:
         return Forecast(count, count - self._least(shape) if self.base else None)
@@ -156,7 +166,8 @@ class Graft(PatternMethod):
             with naming(linear.name):
                 keep, start = self.choose(weight, known, pattern, rows.get(linear.name))
             if self.fit and known is not None:
-                fit(linear, start, keep, weight, known.moments, self.damp, self.iterations, self.tolerance)
+                options = (self.damp, self.iterations, self.tolerance)
+                fit(linear, start, keep, weight, known.moments, *options, values=self.values, factor=known.factor)
             else:
                 linear.weight = torch.where(keep.to(weight.device), weight, 0)
             if self.base:
