@@ -4,7 +4,7 @@ from pathlib import Path
 
 from budwood.checkpoints.source import open_source
 from budwood.errors import UsageError
-from budwood.formats import known_layout, rounds
+from budwood.formats import known_layout, rounds, values_of
 from budwood.progress import Progress
 from budwood.reports.record import Report
 from budwood.runs.origin import recipe_of, recovered
@@ -27,8 +27,8 @@ def repack(
     """Writes the pruned model of `folder` into `target` in another layout; returns the report that is also written.
 
     The same call continues where an earlier one was interrupted. format="dense" gives a folder that loads anywhere,
-    with zeros in place. With values="int8" every matrix is rounded as it is; in `prune` later blocks see the rounding
-    of earlier ones.
+    with zeros in place. With values="int8" or "int4" every matrix is rounded as it is; in `prune` later blocks see
+    the rounding of earlier ones.
     Raises UsageError where `folder` was not pruned by budwood or is rounded already, or where `target` is taken;
     RunError where a shard is damaged.
     """
@@ -39,8 +39,10 @@ def repack(
     made = recipe_of(opened)
     if layout == "dense" and not opened.packed and not hasattr(opened.config, "quantization_config"):
         raise UsageError(f"{folder} is stored dense already, so there is nothing to unpack; give a packed folder")
-    if rounds(layout) and any(rounds(entry["format"]) for entry in opened.packed.values()):
-        raise UsageError(f"the values of {folder} are int8 already; export the folder that they were rounded from")
+    kinds = {kind for entry in opened.packed.values() if (kind := values_of(entry["format"])) is not None}
+    if rounds(layout) and kinds:
+        kind = " and ".join(sorted(kinds))
+        raise UsageError(f"the values of {folder} are {kind} already; export the folder that they were rounded from")
     opened.check()
     model = Model(opened, skip=made.skip)
     recipe = Recipe(

@@ -71,7 +71,7 @@ def test_dense_folders_stream_as_they_run(name, tmp_path):
 @pytest.mark.usefixtures("reference")
 @pytest.mark.parametrize("layout", FORMATS)
 def test_every_format_gives_the_logits_of_the_dense_folder(llama, tmp_path, layout):
-    method = 'wanda("2:4")' if layout in ("two_four", "two_four_int8") else "wrp(block=16, k=1)"
+    method = 'wanda("2:4")' if layout in ("two_four", "two_four_int8", "two_four_int4") else "wrp(block=16, k=1)"
     report = prune(llama, tmp_path / "packed", method, TEXT, format=layout, **CALIBRATION)
     if layout in LOSSLESS:
         prune(llama, tmp_path / "dense", method, TEXT, format="dense", **CALIBRATION)

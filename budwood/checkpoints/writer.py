@@ -44,8 +44,8 @@ class ShardNotes:
 class Writer:
     """Writes the shards of one run into `folder`, and reads back those that are finished.
 
-    run: the id of the run. blocks: number of decoder blocks. layout: a format's name, "auto" or "auto_int8". Shards of
-    a dense layout have the usual file names. before: is called before a shard is written.
+    run: the id of the run. blocks: number of decoder blocks. layout: a format's name, "auto", "auto_int8" or
+    "auto_int4". Shards of a dense layout have the usual file names. before: is called before a shard is written.
     """
 
     def __init__(self, folder: Path, run: str, blocks: int, layout: str, before: Callable[[], None] | None = None):

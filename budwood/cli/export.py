@@ -21,7 +21,7 @@ def export(
             "--format",
             metavar="NAME",
             help="dense: with explicit zeros, loads in plain transformers; or a format as for prune. By default dense, "
-            "and auto with int8 values.",
+            "and auto with --values.",
         ),
     ] = None,
     values: options.Values = None,
@@ -32,8 +32,8 @@ def export(
 ) -> None:
     """Write the pruned MODEL as an ordinary dense folder, or in another format.
 
-    A dense folder loads without budwood and is as large as before pruning. --values int8 rounds the weights of MODEL
-    without calibration.
+    A dense folder loads without budwood and is as large as before pruning. --values int8 or int4 rounds the
+    weights of MODEL without calibration.
 
     \b
     Examples:

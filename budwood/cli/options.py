@@ -33,10 +33,10 @@ FormatName = Annotated[
     ),
 ]
 Values = Annotated[
-    Literal["int8"] | None,
+    Literal["int8", "int4"] | None,
     typer.Option(
-        help="int8: kept weights as 8-bit integers with scales (recovered weights of 2:4 are not rounded); "
-        "by default all have the dtype of the written weights."
+        help="int8, int4: kept weights as integers of 8 or 4 bits with scales (recovered weights of 2:4 are not "
+        "rounded); by default all have the dtype of the written weights."
     ),
 ]
 Trust = Annotated[

@@ -38,7 +38,7 @@ class PruneFields(Part):
     """How models are written and computed, as the options of `budwood prune`."""
 
     format: str = "auto"
-    values: Literal["int8"] | None = None
+    values: Literal["int8", "int4"] | None = None
     dtype: Dtype | None = None
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     sparse_products: Literal["auto", "on", "off"] = "auto"

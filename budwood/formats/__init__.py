@@ -1,7 +1,7 @@
 """Storage formats of one sparse matrix, without loss: a format reads the zeros and never prunes.
 
-Formats with int8 values are lossless for matrices that are rounded already, and `store` rounds. A layout is the name of
-a format, or "auto" or "auto_int8", which choose one for each matrix.
+Formats with int8 or int4 values are lossless for matrices that are rounded already, and `store` rounds. A layout is the
+name of a format, or "auto", "auto_int8" or "auto_int4", which choose one for each matrix.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,9 @@ from budwood.formats.bitmask import Bitmask
 from budwood.formats.bits import slabs, stored
 from budwood.formats.dense import Dense
 from budwood.formats.format import Format, Refusal, by_name
+from budwood.formats.int4 import BitmaskInt4, DenseInt4, TwoFourCompactInt4, TwoFourInt4
 from budwood.formats.int8 import BitmaskInt8, TwoFourCompactInt8, TwoFourInt8
+from budwood.formats.rounded import Rounded
 from budwood.formats.two_four import TwoFour
 from budwood.formats.two_four_compact import TwoFourCompact
 from budwood.formats.two_four_csr import TwoFourCsr
@@ -31,12 +33,19 @@ LOSSLESS: dict[str, type[Format]] = by_name(
     TwoFourCsr,
     TwoFourEll,
 )
-WITH_INT8: dict[str, type[Format]] = {  # by the lossless format with the same positions
-    "two_four": TwoFourInt8,
-    "bitmask": BitmaskInt8,
-    "two_four_compact": TwoFourCompactInt8,
+ROUNDED: dict[str, dict[str, type[Rounded]]] = {  # by kind of values, and by the lossless format of the same positions
+    "int8": {"two_four": TwoFourInt8, "bitmask": BitmaskInt8, "two_four_compact": TwoFourCompactInt8},
+    "int4": {
+        "two_four": TwoFourInt4,
+        "bitmask": BitmaskInt4,
+        "two_four_compact": TwoFourCompactInt4,
+        "dense": DenseInt4,
+    },
 }
-FORMATS: dict[str, type[Format]] = LOSSLESS | by_name(*WITH_INT8.values())
+FORMATS: dict[str, type[Format]] = LOSSLESS | by_name(
+    *(format for kind in ROUNDED.values() for format in kind.values())
+)
+AUTO = {f"auto_{kind}": kind for kind in ROUNDED}  # layouts that choose among the formats of one kind
 
 FULL = 0.99  # least share of a 2:4 part's positions with a nonzero weight: a model may have a few zeros of its own
 FEW = 1 / 8  # largest share of recovered weights that are kept in 16 bits
@@ -59,19 +68,26 @@ def store(weight: Tensor, layout: str) -> tuple[str, dict[str, Tensor]]:
 
 def rounds(layout: str) -> bool:
     """Whether a layout changes the values that it stores."""
-    return layout == "auto_int8" or FORMATS.get(layout) in WITH_INT8.values()
+    return values_of(layout) is not None
+
+
+def values_of(layout: str) -> str | None:
+    """The kind of values of a layout that rounds them, "int8" or "int4"; None of others."""
+    format = FORMATS.get(layout)
+    return AUTO.get(layout) or (format.kind if format is not None and issubclass(format, Rounded) else None)
 
 
 def candidates(layout: str, shape: tuple[int, int], forecast: Forecast) -> Mapping[str, type[Format]]:
     """The formats of which a layout chooses the smallest.
 
-    With int8 values the recovered weights of a 2:4 part keep their dtype, although a bitmask would be smaller.
+    With rounded values the recovered weights of a 2:4 part keep their dtype, although a bitmask would be smaller.
     """
     if layout == "auto":
         return LOSSLESS
-    if layout == "auto_int8":
-        formats = (TwoFourInt8, TwoFourCompactInt8) if has_base(shape, forecast) else (BitmaskInt8,)
-        return {format.name: format for format in formats}
+    if layout in AUTO:
+        kind = ROUNDED[AUTO[layout]]
+        names = ("two_four", "two_four_compact") if has_base(shape, forecast) else ("bitmask", "dense")
+        return {kind[name].name: kind[name] for name in names if name in kind}
     return {layout: named(layout)}
 
 
@@ -118,20 +134,30 @@ def named(name: str) -> type[Format]:
 
 
 def known_layout(name: str, values: str | None = None) -> str:
-    """The layout for the name of a format or "auto", with `values` in the dtype of the model (None) or in "int8".
+    """The layout for the name of a format or "auto", with `values` in the dtype of the model (None), "int8" or "int4".
 
     Raises `UsageError` where there is none.
     """
-    if values not in (None, "int8"):
-        raise UsageError(f"there are no values '{values}'; choose int8, or leave it out to keep those of the model")
-    if name in ("auto", "auto_int8"):
-        return "auto" if name == "auto" and values is None else "auto_int8"
-    format = named(name)
-    if values is None or rounds(name):
-        return format.name
-    if name not in WITH_INT8:
-        raise UsageError(f"{name} holds no int8 values; choose --format auto, or one of {', '.join(WITH_INT8)}")
-    return WITH_INT8[name].name
+    if values is not None and values not in ROUNDED:
+        raise UsageError(
+            f"there are no values '{values}'; choose {' or '.join(ROUNDED)}, or leave it out to keep those of the model"
+        )
+    if name == "auto" or name in AUTO:
+        own = AUTO.get(name)
+        found = name if values is None else f"auto_{values}"
+    else:
+        format = named(name)
+        own = values_of(name)
+        if values is None or own is not None:
+            found = name
+        elif format.name in ROUNDED[values]:
+            found = ROUNDED[values][format.name].name
+        else:
+            others = ", ".join(ROUNDED[values])
+            raise UsageError(f"{name} holds no {values} values; choose --format auto, or one of {others}")
+    if own is not None and values not in (None, own):
+        raise UsageError(f"{name} has {own} values; leave --values out, or choose --format auto")
+    return found
 
 
 def smallest(

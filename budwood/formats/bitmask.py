@@ -43,6 +43,11 @@ class Bitmask(Format):
         bits = tensors["bitmask"]  # [out, ceil(in/8)]
         if shape[1] % 8 and bool((bits[:, -1] >> shape[1] % 8).any()):
             return "its bitmask marks columns beyond the last"
-        if int(look_up(_ONES, bits).sum()) != tensors["values"].numel():
+        if marked(bits) != tensors["values"].numel():
             return "its bitmask does not mark as many weights as there are values"
         return None
+
+
+def marked(bits: Tensor) -> int:
+    """The number of positions that a bitmask marks."""
+    return int(look_up(_ONES, bits).sum())

@@ -31,6 +31,11 @@ class Format(Protocol):
         """The tensors of the nearest matrix that the format can store: `pack`, except in formats that round values."""
         return cls.pack(weight, base)
 
+    @classmethod
+    def kept(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> list[Tensor]:
+        """The values that are stored, one element each."""
+        return [tensor for suffix, tensor in tensors.items() if suffix.endswith("values")]
+
     @staticmethod
     @abstractmethod
     def pack(weight: Tensor, base: Tensor | None = None) -> dict[str, Tensor]:

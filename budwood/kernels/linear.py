@@ -254,7 +254,7 @@ class SparseLinear(nn.Linear):
         text = f"{super().extra_repr()}, format={self.format}"
         if self._tiles is None and self._values().is_meta:
             return text
-        kept = sum(int(stored(part).sum()) for suffix, part in self.packed().items() if suffix.endswith("values"))
+        kept = sum(int(stored(part).sum()) for part in FORMATS[self.format].kept(self.packed(), self.shape))
         return f"{text}, density={kept / (self.in_features * self.out_features):.4f}"
 
     def _values(self) -> Tensor:

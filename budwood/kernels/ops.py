@@ -74,8 +74,8 @@ def _unpack(packed: Sequence[Tensor], format: str, out_features: int, in_feature
 
 @_unpack.register_fake
 def _(packed: Sequence[Tensor], format: str, out_features: int, in_features: int) -> Tensor:
-    values = packed[FORMATS[format].suffixes.index("values")]
-    return values.new_empty(out_features, in_features)
+    typed = packed[FORMATS[format].suffixes.index(FORMATS[format].typed)]
+    return typed.new_empty(out_features, in_features)
 
 
 @torch.library.custom_op("budwood::linear", mutates_args=())

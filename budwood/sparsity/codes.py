@@ -1,9 +1,9 @@
 """Weights as 4-bit codes and a scale for each row and group of columns: round to the nearest level of the best scale.
 
 A code is an integer from -8 to 7. A scale has 5 significant bits and either sign: the largest weight of a group is on
-the side of -8, so that a group uses all 16 levels, which saves a fifth of the squared error of -7 to 7. A product of code
-and scale has at most 8 significant bits. So it is exact in bfloat16, float16 and float32, no rounding follows, and
-quantising it again gives the same weights. 5 bits instead of 11 add a hundredth to the squared error.
+the side of -8, so that a group uses all 16 levels, which saves a fifth of the squared error of -7 to 7. A product of
+code and scale has at most 8 significant bits. So it is exact in bfloat16, float16 and float32, no rounding follows,
+and quantising it again gives the same weights. 5 bits instead of 11 add a hundredth to the squared error.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-GROUP = 128  # columns with one scale
+GROUP, FINE = 128, 64  # columns with one scale; the other number of them that formats store
 LOWEST, HIGHEST = -8, 7  # codes
 LEADING = -1 << 19  # mask of the first 5 of the 24 significant bits of a float32
 RANGE = (2.0**-120, 2.0**120)  # the magnitudes of scales in bfloat16 and float32

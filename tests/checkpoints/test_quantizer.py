@@ -59,7 +59,7 @@ def own(tmp_path):
 @pytest.mark.parametrize("format", SPARSE)
 def test_the_logits_are_those_of_the_dense_model_bit_for_bit(tmp_path, format):
     folder, model = write_packed(
-        tmp_path, format=format, recovered=0.0 if format in ("two_four", "two_four_int8") else 0.03
+        tmp_path, format=format, recovered=0.0 if format in ("two_four", "two_four_int8", "two_four_int4") else 0.03
     )
     packed = opened(folder)
     assert torch.equal(logits(packed), logits(model))

@@ -14,7 +14,7 @@ from budwood.formats.format import Format, by_name
 from budwood.formats.two_four import covered
 
 SHAPE = (32, 72)
-PURE = ("two_four", "two_four_int8")  # cannot store recovered weights
+PURE = ("two_four", "two_four_int8", "two_four_int4")  # cannot store recovered weights
 
 
 def packed(format, shape=SHAPE):

@@ -1,4 +1,4 @@
-"""Formats with int8 values: which weights are rounded, which format is chosen, and that casts change nothing."""
+"""Formats with rounded values: which weights are rounded, which format is chosen, and that casts change nothing."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from budwood.kernels.linear import SparseLinear
 from budwood.sparsity.forecast import Forecast
 from budwood.sparsity.integers import dequantise
 
-INT8 = [name for name in FORMATS if rounds(name)]
+ROUNDED = [name for name in FORMATS if rounds(name)]
 
 
 def test_the_tensors_of_each():
@@ -53,7 +53,7 @@ def test_recovered_weights_are_not_rounded():
     )
 
 
-@pytest.mark.parametrize("name", INT8)
+@pytest.mark.parametrize("name", ROUNDED)
 def test_matrices_that_are_not_rounded_are_refused(name):
     weight = skeleton(4, 64)
     with pytest.raises(Refusal, match=f"{name} cannot hold this 4 x 64 matrix: .* round them first"):
@@ -65,14 +65,14 @@ def test_matrices_that_are_not_rounded_are_refused(name):
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -0.0])
-@pytest.mark.parametrize("name", INT8)
+@pytest.mark.parametrize("name", ROUNDED)
 def test_values_that_no_integer_represents_are_refused(name, odd):
     weight = torch.tensor([[odd, 1.0, 0.0, 0.0]])
     with pytest.raises(Refusal, match="1 x 4"):
         FORMATS[name].pack(weight)
 
 
-@pytest.mark.parametrize("name", INT8)
+@pytest.mark.parametrize("name", ROUNDED)
 def test_casts_change_nothing(name):
     """Scales in the dtype of the module would be rounded; a weight keeps the rounding of its checkpoint."""
     weight = skeleton(16, 512, dtype=torch.bfloat16)
@@ -94,8 +94,12 @@ def test_the_layout_of_a_format_and_of_values():
         known_layout("two_four_csr", "int8")
     with pytest.raises(UsageError, match="dense holds no int8 values"):
         known_layout("dense", "int8")
-    with pytest.raises(UsageError, match="no values 'int4'"):
-        known_layout("auto", "int4")
+    assert known_layout("auto", "int4") == known_layout("auto_int4", "int4") == "auto_int4"
+    assert known_layout("dense", "int4") == known_layout("dense_int4") == "dense_int4"
+    with pytest.raises(UsageError, match="no values 'int3'; choose int8 or int4"):
+        known_layout("auto", "int3")
+    with pytest.raises(UsageError, match="bitmask_int8 has int8 values"):
+        known_layout("bitmask_int8", "int4")
     with pytest.raises(UsageError, match="did you mean bitmask"):
         known_layout("bitmaks", "int8")
 
@@ -108,9 +112,9 @@ def test_two_four_keeps_its_recovered_weights_and_unstructured_is_a_bitmask():
     assert store(scattered(16, 255, 0.5), "auto_int8")[0] == "bitmask_int8"
 
 
-@pytest.mark.parametrize("layout", ["auto_int8", *INT8])
+@pytest.mark.parametrize("layout", ["auto_int8", "auto_int4", *ROUNDED])
 def test_the_bytes_are_predicted(layout):
-    weight = skeleton(32, 520, 0.0 if layout == "two_four_int8" else 0.02, torch.bfloat16)
+    weight = skeleton(32, 520, 0.0 if layout in ("two_four_int8", "two_four_int4") else 0.02, torch.bfloat16)
     name, tensors = store(weight, layout)
     assert predict((32, 520), count(weight), 2, layout) == (name, size(tensors))
 

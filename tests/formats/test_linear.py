@@ -14,7 +14,7 @@ from budwood.kernels.linear import SparseLinear
 
 pytestmark = pytest.mark.usefixtures("reference")  # bit-equality with the dense layer
 SPARSE = sorted(set(FORMATS) - {"dense"})
-PURE = ("two_four", "two_four_int8")  # cannot store recovered weights
+PURE = ("two_four", "two_four_int8", "two_four_int4")  # cannot store recovered weights
 
 
 def layers(format: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[SparseLinear, nn.Linear]:

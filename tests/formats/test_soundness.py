@@ -16,8 +16,8 @@ from budwood.formats.checks import check_layout, check_positions
 from budwood.formats.two_four import covered
 from budwood.formats.two_four_ell import TwoFourEll
 
-PURE = ("two_four", "two_four_int8")  # cannot store recovered weights
-SPARSE = [name for name in FORMATS if name != "dense"]
+PURE = ("two_four", "two_four_int8", "two_four_int4")  # cannot store recovered weights
+SPARSE = [name for name in FORMATS if not name.startswith("dense")]  # with positions
 SHAPE = (16, 264)
 
 
@@ -28,16 +28,18 @@ def honest(format, share=0.1, shape=SHAPE):
     return FORMATS[format].nearest(weight)
 
 
-def positions(format, tensors):
+def positions(format, tensors, shape):
     """The tensors that say where weights are; no value that is stored is zero."""
     plain = getattr(FORMATS[format], "plain", FORMATS[format])
     ones = {"values": torch.ones_like, "rec_values": torch.ones_like}
     parts = {suffix: tensors[suffix] for suffix in plain.suffixes}
+    if hasattr(FORMATS[format], "numbers"):
+        parts["values"] = FORMATS[format].numbers(tensors, shape)
     return plain, {suffix: ones[suffix](part.float()) if suffix in ones else part for suffix, part in parts.items()}
 
 
 def assert_sound(format, tensors, shape=SHAPE):
-    plain, parts = positions(format, tensors)
+    plain, parts = positions(format, tensors, shape)
     if "ell_values" in parts:
         parts["ell_values"] = parts["ell_values"].float()
     base = covered(parts["places"], shape[1]) if "places" in parts else None
@@ -78,7 +80,7 @@ def test_what_passes_is_sound(format):
     assert accepted(format, whole)
     assert_sound(format, whole)
     places = [suffix for suffix, part in whole.items() if part.dtype in (torch.uint8, torch.int32) and part.numel()]
-    places = [suffix for suffix in places if suffix != "scales"] + [*FORMATS[format].placing]
+    places = [suffix for suffix in places if suffix not in ("scales", "values")] + [*FORMATS[format].placing]
     for _ in range(300):
         tensors = dict(whole)
         for _ in range(chance.randint(1, 2)):

@@ -101,6 +101,6 @@ def matrix(format: str, shape: tuple[int, int], dtype: torch.dtype, seed: int) -
     weight = torch.randn(shape, generator=chance).to(dtype)
     groups = weight.float().abs().view(shape[0], -1, 4)
     keep = groups.argsort(dim=-1).argsort(dim=-1) >= 2
-    if format not in ("two_four", "two_four_int8"):
+    if format not in ("two_four", "two_four_int8", "two_four_int4"):
         keep |= torch.rand(keep.shape, generator=chance) < 0.1
     return FORMATS[format].nearest(weight.masked_fill(~keep.view(shape), 0))

@@ -37,7 +37,7 @@ def honest(format: str, shape: tuple[int, int], dtype: torch.dtype, random: rand
     out, width = shape
     weight = torch.randn(shape, generator=generator) * 0.1
     keep = torch.rand(out, width // 4, 4, generator=generator).argsort(-1).argsort(-1).view(shape) < 2
-    if format not in ("two_four", "two_four_int8"):
+    if format not in ("two_four", "two_four_int8", "two_four_int4"):
         keep |= torch.rand(shape, generator=generator) < random.choice((0.02, 0.3))
         keep[random.randrange(out)] |= random.random() < 0.5
     return FORMATS[format].nearest(torch.where(keep, weight, 0).to(dtype))

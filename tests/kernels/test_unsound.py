@@ -29,7 +29,7 @@ def weight(seed: int, dtype: torch.dtype = torch.float32, share: float = 0.05) -
 
 
 def packed_layer(format: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> SparseLinear:
-    found = weight(seed, dtype, 0.0 if format in ("two_four", "two_four_int8") else 0.05)
+    found = weight(seed, dtype, 0.0 if format in ("two_four", "two_four_int8", "two_four_int4") else 0.05)
     return SparseLinear.from_packed(format, SHAPE, FORMATS[format].nearest(found))
 
 
@@ -68,7 +68,9 @@ def test_hostile_columns_are_refused_before_they_are_multiplied(path, format, ch
 
 @pytest.mark.parametrize("format", sorted(set(FORMATS) - {"dense"}))
 def test_from_packed_takes_only_tensors_of_the_right_number_size_and_dtype(format):
-    tensors = FORMATS[format].nearest(weight(0, share=0.0 if format in ("two_four", "two_four_int8") else 0.05))
+    tensors = FORMATS[format].nearest(
+        weight(0, share=0.0 if format in ("two_four", "two_four_int8", "two_four_int4") else 0.05)
+    )
     for suffix, tensor in tensors.items():
         for other in (tensor.reshape(-1)[:-1].clone(), tensor[None], tensor.to(torch.complex64)):
             with pytest.raises(RunError, match=r"SparseLinear.* (does not fit|is damaged)"):

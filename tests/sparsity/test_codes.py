@@ -1,4 +1,4 @@
-"""4-bit codes: a matrix of levels is kept exactly, in every dtype; other weights take the nearest level of a good scale."""
+"""4-bit codes: a matrix of levels is kept exactly, in every dtype; other weights take the nearest level."""
 
 import pytest
 import torch

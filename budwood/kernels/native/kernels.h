@@ -11,8 +11,8 @@
 
 namespace budwood {
 
-enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
-enum Coding : int32_t { BITMASK = 0, NIBBLES = 1, TILES = 2 };
+enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, INT4 = 4 };
+enum Coding : int32_t { BITMASK = 0, NIBBLES = 1, TILES = 2, DENSE = 3 };
 
 constexpr int SEGMENT = 256;  // columns that share a scale of int8 values
 constexpr int FEW = 8;        // rows of x of the kernel for few rows; more of them use a table
@@ -21,16 +21,17 @@ constexpr int LANE = 32;      // columns of activations that are contiguous, for
 // One packed matrix [out, in]. Filled by the caller (Python, ctypes): the order of the fields is the interface.
 // TILES: `values` points to a tiles::Head, and out, in, type and coding are all that is read besides.
 struct Matrix {
-    const void* values;          // [count] of `type`, row-major
+    const void* values;          // [count] of `type`, row-major; INT4: two in a byte, DENSE ones [out, ceil(in / 2)] bytes
     const uint8_t* places;       // [out, stride]: BITMASK one bit a column, NIBBLES two 2-bit places a group of four
     const int32_t* starts;       // [out + 1]: where each row's values begin
-    const float* scales;         // INT8: [out, ceil(in / SEGMENT)]
+    const void* scales;          // INT8: float [out, ceil(in / SEGMENT)]; INT4: bits of bfloat16 [out, ceil(in / group)]
     const uint8_t* more_counts;  // with int8 values, recovered weights: the number in each segment of a row,
     const uint8_t* more_columns;  // their columns inside it,
     const void* more_values;      // and values of `more_type`, row-major
     const int32_t* more_starts;  // [out + 1], or null
     int64_t out, in, count, stride;
     int32_t type, coding, more_type;
+    int32_t group;               // INT4: columns with one scale, 64 or 128
 };
 
 // Activations, in the dtype that the path multiplies in: [rows, stride], padded with zeros. Few rows are
