@@ -72,7 +72,7 @@ class Alps(PatternMethod):
                     self.iterations,
                     self.tolerance,
                     values=self.values,
-                    factor=known.factor,
+                    factor=known.factor_for(self.values),
                 )
                 kept = int(keep.sum())
             else:

@@ -34,6 +34,10 @@ class Inputs:
         """Of the moments as a fit to a grid damps them."""
         return factorise(self.moments.cpu(), PULL)
 
+    def factor_for(self, values: str | None) -> Factor | None:
+        """The factor, where values of this kind need it."""
+        return None if values is None else self.factor
+
     @cached_property
     def system(self) -> System:
         return System.of(self.moments, self.damp)
@@ -65,17 +69,16 @@ def fit(
     tolerance: float,
     cross: Tensor | None = None,
     values: str | None = None,
-    factor: Callable[[], Factor] = lambda: None,
+    factor: Factor | None = None,
 ) -> None:
     """Gives `linear` the weights on `keep` whose outputs are nearest to those of `dense`, from `start`; all [out, in].
 
     moments: XᵀX [in, in]. cross: X₀ᵀ X [in, in] where those are outputs for other inputs X₀. values: "int4" for weights
-    on the grid of 4-bit codes. factor: makes that of `moments` damped by PULL, by default here.
+    on the grid of 4-bit codes. factor: that of `moments` damped by PULL, where it is known.
     """
     found = refit(start, keep, dense, moments, cross, damp=damp, iterations=iterations, tolerance=tolerance).weight
     if values is not None:
-        made = None if factor is None else factor()
-        found = fit_to_grid(found, keep, dense, moments, factor=made, dtype=linear.stored.dtype, cross=cross)
+        found = fit_to_grid(found, keep, dense, moments, factor=factor, dtype=linear.stored.dtype, cross=cross)
     linear.weight = found
 
 

@@ -33,14 +33,16 @@ if TYPE_CHECKING:
     from budwood.stream.model import Model
 
 WINDOWS, TOKENS_EACH = 8, 256  # of the calibration windows: for the sensitivities of rows
-ITEMSIZE = 2  # bytes of a value: bits are counted as the 16-bit types store them
+ITEMSIZE = 2  # bytes of a value that is no code: bits are counted as the 16-bit types store them
 
 
 @dataclass(frozen=True)
 class Graft(PatternMethod):
     """Spend a budget of bits on 2:4 and the weights that reduce the error most; fit all to the dense outputs."""
 
-    bits: float = option(9.75, "stored bits per weight of the pruned matrices, 16-bit values and index together")
+    bits: float = option(
+        9.75, "stored bits per weight of the pruned matrices: index, values of 16 bits, or codes and scales of `values`"
+    )
     pattern: Literal["2:4", "free"] = option(
         "2:4", '"2:4" with recovered weights in addition, or "free": any positions'
     )
@@ -84,7 +86,9 @@ class Graft(PatternMethod):
         check_fit(self.damp, self.iterations, self.tolerance)
         check_values(self.values)
         if self.values is not None and (not self.fit or self.steps):
-            reason = "needs fit=True" if not self.fit else "cannot be kept by steps, which move the weights off their grid"
+            reason = (
+                "needs fit=True" if not self.fit else "cannot be kept by steps, which move the weights off their grid"
+            )
             raise UsageError(f"graft: values={self.values!r} {reason}; leave one of them out")
 
     @property
@@ -167,7 +171,8 @@ class Graft(PatternMethod):
                 keep, start = self.choose(weight, known, pattern, rows.get(linear.name))
             if self.fit and known is not None:
                 options = (self.damp, self.iterations, self.tolerance)
-                fit(linear, start, keep, weight, known.moments, *options, values=self.values, factor=known.factor)
+                factor = known.factor_for(self.values)
+                fit(linear, start, keep, weight, known.moments, *options, values=self.values, factor=factor)
             else:
                 linear.weight = torch.where(keep.to(weight.device), weight, 0)
             if self.base:

@@ -65,7 +65,7 @@ class Method(Step):
 
     @property
     def fitted_values(self) -> str | None:
-        """The kind of values that the weights have once the method is done, such as "int4"; None: those of the dtype."""
+        """The kind of values that the method leaves, such as "int4"; None: those of the dtype."""
         return None
 
     def check(self, linears: Mapping[str, Shape]) -> None:

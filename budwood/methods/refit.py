@@ -1,7 +1,6 @@
 """refit: least-squares values for the weights that another method kept."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -92,7 +91,7 @@ class RefitStep(Step):
                     method.tolerance,
                     cross,
                     method.values,
-                    partial(gram.factor, PULL),
+                    gram.factor(PULL) if method.values else None,
                 )
 
     def finish(self, run: "Run") -> None:

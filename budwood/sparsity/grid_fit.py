@@ -40,9 +40,7 @@ class Objective:
     aim: Tensor  # [out, in]
 
     @classmethod
-    def of(
-        cls, start: Tensor, dense: Tensor, moments: Tensor, pull: float, cross: Tensor | None = None
-    ) -> "Objective":
+    def of(cls, start: Tensor, dense: Tensor, moments: Tensor, pull: float, cross: Tensor | None = None) -> "Objective":
         """pull: ρ as a share of the mean of the diagonal of `moments`. cross: see `fit_to_grid`."""
         ridge = pull * moments.diagonal().mean()
         matrix = moments.clone()
@@ -73,8 +71,8 @@ def fit_to_grid(
     """Weights on the grid, float32 [out, in], zero where `keep` [out, in] is False.
 
     start: weights that are fitted under the mask [out, in]. dense: W₀ [out, in], whose outputs are the target. moments:
-    XᵀX [in, in]; all is computed on their device. cross: X₀ᵀX [in, in] where the target is X₀ w₀. factor: that of `moments` damped by `pull`, where it is known. dtype:
-    that the weights will be stored in.
+    XᵀX [in, in]; all is computed on their device. cross: X₀ᵀX [in, in] where the target is X₀ w₀. factor: that of
+    `moments` damped by `pull`, where it is known. dtype: that the weights will be stored in.
     """
     moments = moments.float()
     start = torch.where(keep.to(moments.device), start.to(moments), 0)
