@@ -22,7 +22,7 @@ from budwood.checkpoints.loading import load
 from budwood.environment import machine
 from budwood.formats import FORMATS, pack_as
 from budwood.kernels import dispatch, native, tiles
-from budwood.kernels.arena import Arena, size_in_arena
+from budwood.kernels.arena import Arena
 from budwood.kernels.head import multiply
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import BY_ROWS, FEW_ROWS, PANELS, SPARSE, TILES
@@ -64,6 +64,9 @@ class Case:
             "2:4 alone": self.forms("two_four", [only_two_four(weight) for weight in weights]),
             "int8": self.forms("two_four_compact_int8", weights),
             "int8, recovered too": self.forms("bitmask_int8", weights),
+            "int4": self.forms("two_four_compact_int4", weights),
+            "int4, recovered too": self.forms("bitmask_int4", weights),
+            "int4, unpruned": self.forms("dense_int4", weights),
         }
         self.memory = torch.zeros(2 * COLD, dtype=torch.uint8)
 
@@ -71,8 +74,8 @@ class Case:
         """In the layout that a loaded layer has: in tiles on AVX2, unless they would take too much memory."""
         matrices = []
         kinds = [FORMATS[format].nearest(weight) for weight in weights]
-        size = sum(size_in_arena(tensor) for kind in kinds for tensor in kind.values())
-        arena = Arena(int(tiles.LIMIT * size) * (1 + self.copies // len(kinds)))
+        size = sum(tiles.room(format, kind.values()) for kind in kinds)
+        arena = Arena(size * (1 + self.copies // len(kinds)))
         for i in range(self.copies):
             kind = kinds[i % len(kinds)]
             in_tiles = tiles.pack(format, self.shape, kind, arena)
@@ -190,8 +193,11 @@ def main() -> None:
             ours = times["2:4 + recovered"]
             line = [f"x {name} {ratio(times[name], ours):.2f}" for name in ("torch bf16", "torch fp32")]
             line.append(f"recovered +{100 * (ratio(ours, times['2:4 alone']) - 1):.0f} %")
-            for name in ("int8", "int8, recovered too"):
+            for name in ("int8", "int8, recovered too", "int4", "int4, recovered too", "int4, unpruned"):
                 line.append(f"{name} x torch bf16 {ratio(times['torch bf16'], times[name]):.2f}")
+            for name in ("int8", "int8, recovered too"):
+                other = name.replace("8", "4")
+                line.append(f"{other} x {name} {ratio(times[name], times[other]):.2f}")
             line.append(f"fp32 x torch fp32 {ratio(times['torch fp32'], times['2:4 + recovered, fp32']):.2f}")
             if asked.onnx:
                 gain = ratio(times["onnxruntime fp32"], times["2:4 + recovered, fp32"])

@@ -21,10 +21,11 @@ VARIABLE = "BUDWOOD_KERNELS"
 LIBRARY = "BUDWOOD_LIBRARY"  # a library to open in place of the installed one, as `make sanitize` does
 CHOICES = ("auto", "amx", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
-INTERFACE = 5  # version of the library interface that this file calls
+INTERFACE = 6  # version of the library interface that this file calls
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 INT8 = TYPES[torch.int8]
-BITMASK, NIBBLES, TILES = 0, 1, 2  # how the columns are coded
+INT4 = 4
+BITMASK, NIBBLES, TILES, DENSE = 0, 1, 2, 3  # how the columns are coded
 MAX_FEW_ROWS = 8  # rows of x that the kernel for few rows takes at a time
 
 # Kernels: chosen by the number of rows, for few rows, sparse (skips zeros), in panels (multiplies zeros; bfloat16).
@@ -50,6 +51,7 @@ class Matrix(Structure):
         ("type", c_int32),
         ("coding", c_int32),
         ("more_type", c_int32),
+        ("group", c_int32),
     ]
 
 
@@ -147,7 +149,13 @@ def has_dense() -> bool:
 def has_tiles() -> bool:
     """Whether loaded weights are repacked into tiles for this path."""
     native = library()
-    return native is not None and bool(native.budwood_has_tiles())
+    return native is not None and native.budwood_has_tiles() == 2
+
+
+def has_int4_tiles() -> bool:
+    """Whether the path multiplies matrices of 4-bit codes, which it does in tiles only."""
+    native = library()
+    return native is not None and native.budwood_has_tiles() > 0
 
 
 def why() -> str:

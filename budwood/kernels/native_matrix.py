@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from budwood.errors import RunError
-from budwood.formats import FORMATS
+from budwood.formats import FORMATS, ROUNDED
 from budwood.formats.checks import check_layout
+from budwood.formats.int4 import Int4, group_of
 from budwood.kernels import native
-from budwood.kernels.native import BITMASK, BY_ROWS, INT8, NIBBLES, TYPES, Matrix, Output
+from budwood.kernels.native import BITMASK, BY_ROWS, DENSE, INT4, INT8, NIBBLES, TYPES, Matrix, Output
 
 # Format: how positions are coded, and in which tensor. Scales and recovered weights are found by their suffixes.
 CODINGS = {
@@ -20,7 +21,12 @@ CODINGS = {
     "bitmask_int8": (BITMASK, "bitmask"),
     "two_four_int8": (NIBBLES, "places"),
     "two_four_compact_int8": (NIBBLES, "places"),
+    "bitmask_int4": (BITMASK, "bitmask"),
+    "two_four_int4": (NIBBLES, "places"),
+    "two_four_compact_int4": (NIBBLES, "places"),
+    "dense_int4": (DENSE, ""),
 }
+IN_TILES_ONLY = {format.name for format in ROUNDED["int4"].values()}
 
 
 REMEDY = "give the tensors of one packed matrix, all of them"
@@ -70,6 +76,13 @@ def native_matrix(format: str, shape: tuple[int, int], tensors: Mapping[str, Ten
 
     Raises RunError where the tensors do not describe a matrix `[out, in]`: all that kernels index by is checked here.
     """
+    return None if format in IN_TILES_ONLY else readable(format, shape, tensors)
+
+
+def readable(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> NativeMatrix | None:
+    """The same for products or for packing into tiles: 4-bit codes, in a byte each, are not multiplied otherwise."""
+    if format in IN_TILES_ONLY:
+        return None if native.library() is None else int4_matrix(format, shape, tensors)
     coded, library = CODINGS.get(format), native.library()
     values = tensors["values"]
     if coded is None or library is None or values.dtype not in TYPES or not shape[0] or not shape[1]:
@@ -104,17 +117,66 @@ def native_matrix(format: str, shape: tuple[int, int], tensors: Mapping[str, Ten
         matrix.scales = tensors["scales"].data_ptr()  # int32, the bits of float32
         held.append(tensors["scales"])
     if recovered is not None:
-        counts, columns = tensors["rec_counts"], tensors["rec_columns"]
-        begins = F.pad(counts.sum(1, dtype=torch.int64).cumsum(0), (1, 0))
+        begins = F.pad(tensors["rec_counts"].sum(1, dtype=torch.int64).cumsum(0), (1, 0))
         if int(begins[-1]) != recovered.numel():
             raise unsound(format, shape, tensors)
-        begins = begins.int()
-        matrix.more_counts, matrix.more_columns = counts.data_ptr(), columns.data_ptr()
-        matrix.more_values, matrix.more_type = recovered.data_ptr(), TYPES[recovered.dtype]
-        matrix.more_starts = begins.data_ptr()
-        held += [counts, columns, recovered, begins]
+        held += add_recovered(matrix, tensors, begins.int())
     if not library.budwood_sound(addressof(matrix)):
         raise unsound(format, shape, tensors)
+    return NativeMatrix(library, matrix, shape, held)
+
+
+def add_recovered(matrix: Matrix, tensors: Mapping[str, Tensor], begins: Tensor) -> list[Tensor]:
+    """Points the matrix to the recovered weights; returns the tensors that it then reads. begins: int32 [out + 1]."""
+    counts, columns, recovered = tensors["rec_counts"], tensors["rec_columns"], tensors["rec_values"]
+    matrix.more_counts, matrix.more_columns = counts.data_ptr(), columns.data_ptr()
+    matrix.more_values, matrix.more_type = recovered.data_ptr(), TYPES[recovered.dtype]
+    matrix.more_starts = begins.data_ptr()
+    return [counts, columns, recovered, begins]
+
+
+def int4_matrix(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> NativeMatrix | None:
+    """A matrix of 4-bit codes to be packed into tiles; None where the library cannot read it.
+
+    Raises RunError where the tensors do not describe a matrix `[out, in]`.
+    """
+    kind, (coding, suffix), (out, width) = FORMATS[format], CODINGS[format], shape
+    if not out or not width or any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors.values()):
+        return None
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    check_layout("SparseLinear", format, shape, found, REMEDY)
+    recovered = tensors.get("rec_values")
+    if recovered is not None and (recovered.dtype not in TYPES or recovered.numel() >= 2**31):
+        return None
+    if kind.fault(tensors, shape):
+        raise unsound(format, shape, tensors)
+    assert issubclass(kind, Int4)
+    codes, scales = kind.numbers(tensors, shape).contiguous(), (tensors["scales"].int() << 16).view(torch.float32)
+    places = tensors.get(suffix)
+    if places is not None:
+        starts = native.starts(places, out, width, coding)
+    else:
+        starts = torch.arange(out + 1).mul_(width).int() if out * width < 2**31 else None
+    if starts is None:
+        return None
+    matrix = Matrix(
+        values=codes.data_ptr(),
+        places=None if places is None else places.data_ptr(),
+        starts=starts.data_ptr(),
+        scales=scales.data_ptr(),
+        out=out,
+        in_=width,
+        count=codes.numel(),
+        stride=0 if places is None else places.shape[1],
+        type=INT4,
+        coding=coding,
+        group=group_of(width, scales.shape[1]),
+    )
+    held = [codes, starts, scales] + ([] if places is None else [places])
+    if recovered is not None:
+        held += add_recovered(matrix, tensors, F.pad(tensors["rec_counts"].sum(1).cumsum(0), (1, 0)).int())
+    library = native.library()
+    assert library is not None, "asked before"
     return NativeMatrix(library, matrix, shape, held)
 
 

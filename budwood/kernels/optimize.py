@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from budwood.kernels import dispatch, native, tiles
-from budwood.kernels.arena import Arena, file_mappings, release_file_pages, size_in_arena
+from budwood.kernels.arena import Arena, file_mappings, release_file_pages
 from budwood.kernels.head import accelerate_head
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.shared_input import observe_inputs
@@ -23,8 +23,8 @@ def optimize(model: nn.Module) -> dict[str, str]:
     before = {name: layer.format for name, layer in resident.items()}
     for layer in resident.values():
         layer.to_native_format()
-    size = sum(size_in_arena(tensor) for layer in resident.values() for tensor in layer.packed().values())
-    arena = Arena(int(size * tiles.LIMIT) if native.has_tiles() else size)  # pages that stay unused take no memory
+    size = sum(tiles.room(layer.format, layer.packed().values()) for layer in resident.values())
+    arena = Arena(size)  # pages that stay unused take no memory
     files = file_mappings()
     for layer in resident.values():
         copied = layer.packed().values()

@@ -2,6 +2,7 @@
 
 from budwood.methods.allocate import Allocate
 from budwood.methods.alps import Alps
+from budwood.methods.dense import Dense
 from budwood.methods.drop_blocks import DropBlocks
 from budwood.methods.flap import Flap
 from budwood.methods.gblm import Gblm
@@ -43,4 +44,5 @@ METHODS: dict[str, type[Method]] = {
     "loraprune": LoRAPrune,
     "perp": Perp,
     "tyr": Tyr,
+    "dense": Dense,
 }

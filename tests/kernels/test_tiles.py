@@ -17,6 +17,7 @@ from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import FEW_ROWS, SPARSE
 from budwood.kernels.native_matrix import MatrixGroup
 from budwood.kernels.tiles import Tiles
+from budwood.sparsity.codes import dequantise4, quantise4
 
 # Widths and numbers of rows around the sizes of tiles, strips, segments and blocks of columns.
 SHAPES = [(1, 1), (3, 5), (9, 33), (17, 100), (40, 260), (25, 1028), (264, 520), (7, 4100)]
@@ -135,6 +136,51 @@ def test_int8_values_and_recovered_weights(format, shape):
     assert_exact(found, tensors)
     for rows, kernel in ((1, FEW_ROWS), (2, FEW_ROWS), (4, FEW_ROWS), (7, FEW_ROWS), (20, FEW_ROWS), (600, SPARSE)):
         assert_products(found, dense, torch.randn(rows, shape[1]), kernel)
+
+
+INT4 = ["bitmask_int4", "two_four_int4", "two_four_compact_int4", "dense_int4"]
+
+
+def int4_tensors(format: str, shape: tuple[int, int], group: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random weights on levels of groups of this many columns."""
+    mask = masks(*shape)[{"two_four_int4": "2:4", "two_four_compact_int4": "2:4 and recovered"}.get(format, "half")]
+    if format == "dense_int4":
+        mask |= True
+    weight = torch.where(mask, torch.randn(shape) * 0.05, 0).to(dtype)
+    levels = dequantise4(*quantise4(weight, mask, group), dtype, group)
+    return FORMATS[format].nearest(weight if format == "two_four_compact_int4" else levels)
+
+
+@pytest.mark.parametrize("format", INT4)
+@pytest.mark.parametrize("shape", [(1, 4), (9, 64), (40, 300), (33, 576), (264, 1028)], ids=str)
+def test_int4_values_and_recovered_weights(format, shape):
+    torch.manual_seed(7)
+    for group, dtype in ((128, torch.bfloat16), (64, torch.float32), (128, torch.float16)):
+        tensors = int4_tensors(format, shape, group, dtype)
+        found, dense = packed(format, shape, tensors), FORMATS[format].unpack(tensors, shape)
+        assert_exact(found, tensors)
+        for rows in range(1, 10):
+            assert_products(found, dense, torch.randn(rows, shape[1]), FEW_ROWS, torch.randn(shape[0]))
+        x = torch.randn(70, shape[1])
+        if format == "dense_int4":
+            assert found.matrix.linear(x, None, SPARSE) is None  # unpacked and multiplied densely instead
+        else:
+            assert_products(found, dense, x, SPARSE)
+
+
+def test_int4_matrices_of_several_layouts_in_one_call():
+    torch.manual_seed(8)
+    kinds = [("bitmask_int4", 128), ("bitmask_int4", 64), ("dense_int4", 64), ("two_four_int4", 128)]
+    for rows in (1, 3, 8):
+        tensors = [int4_tensors(format, (40, 576), group, torch.bfloat16) for format, group in kinds]
+        found = [packed(format, (40, 576), each) for (format, _), each in zip(kinds, tensors, strict=True)]
+        x = torch.randn(rows, 576)
+        products = MatrixGroup([each.matrix for each in found]).linear(x, [None] * len(found), FEW_ROWS)
+        assert products is not None
+        for (format, _), each, product in zip(kinds, tensors, products, strict=True):
+            dense = FORMATS[format].unpack(each, (40, 576))
+            size = F.linear(x.abs(), dense.float().abs())
+            assert ((product - F.linear(x, dense.float())).abs() <= 1e-5 * size).all()
 
 
 def test_extras_in_late_rows_only():

@@ -123,7 +123,7 @@ def test_fixed_counts_are_forecast_exactly(text):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_only_magnitude_methods_need_no_text(name):
-    assert METHODS[name].calibrated == (name not in ("magnitude", "magnitude_sp"))
+    assert METHODS[name].calibrated == (name not in ("magnitude", "magnitude_sp", "dense"))
     assert not parse_method('wrp(metric="magnitude")').calibrated
 
 

@@ -24,6 +24,19 @@ INLINE void lanes(const char* tile, int v, __m256& weight, __m256i& code) {
         const __m256i one = load_line(tile + 32 * v);
         code = _mm256_srli_epi32(one, WIDE_CODE);
         weight = _mm256_castsi256_ps(_mm256_and_si256(one, _mm256_set1_epi32(int(~(3u << WIDE_CODE)))));
+    } else if (TYPE == INT4) {  // a field becomes the lower bits of a number of 2^23 and more, from which that is subtracted
+        const __m256i high = v == 15 ? load_line(tile + 32) : _mm256_setzero_si256();
+        const __m256i word = load_line(tile + 32 * (v % 15 / 5)), field = _mm256_srli_epi32(word, v == 15 ? 30 : 6 * (v % 5));
+        __m256i bits = _mm256_and_si256(field, _mm256_set1_epi32(15 << 2));
+        if (v == 15) {
+            const __m256i lower = _mm256_and_si256(_mm256_srli_epi32(high, 28), _mm256_set1_epi32(3 << 2));
+            bits = _mm256_or_si256(
+                lower, _mm256_and_si256(_mm256_srli_epi32(load_line(tile + 64), 26), _mm256_set1_epi32(3 << 4)));
+        }
+        code = field;
+        // The sign bit is turned: two's complement, plus 8.
+        const __m256 number = _mm256_castsi256_ps(_mm256_xor_si256(bits, _mm256_set1_epi32(0x4b000000 | 8 << 2)));
+        weight = _mm256_sub_ps(number, _mm256_set1_ps(0x1p23f + (8 << 2)));
     } else {
         code = _mm256_srli_epi32(load_line(tile), 2 * v);
         if (TYPE == FLOAT16) {
@@ -39,6 +52,18 @@ INLINE void lanes(const char* tile, int v, __m256& weight, __m256i& code) {
                                     : v % 4 == 3 ? _mm256_and_si256(four, _mm256_set1_epi32(int(0xff000000)))
                                                  : _mm256_shuffle_epi8(four, to));
     }
+}
+
+// 8 bfloat16 scales of a group of columns, one for each row of a strip.
+INLINE __m256 group_scales(const char* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_load_si128(at<const __m128i>(p, 0))), 16));
+}
+
+// Column `column` of eight of a tile of a DENSE matrix, from the word of its rows.
+INLINE __m256 whole_column(__m256i word, int column) {
+    const __m256i bits = _mm256_and_si256(_mm256_srli_epi32(word, 4 * column), _mm256_set1_epi32(15));
+    const __m256 number = _mm256_castsi256_ps(_mm256_xor_si256(bits, _mm256_set1_epi32(0x4b000008)));
+    return _mm256_sub_ps(number, _mm256_set1_ps(0x1p23f + 8));
 }
 
 INLINE void transpose(__m256 r[8]) {
@@ -59,6 +84,9 @@ int64_t bytes(const Matrix& a);
 int64_t border(const Matrix& a, int part, int parts);
 void few(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs, int part,
          int parts);
+// The same for matrices of INT4 values, all of one `type_of`.
+void few_int4(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs, int part,
+              int parts);
 extern const Many by_sparse;
 
 }  // namespace budwood::tiles

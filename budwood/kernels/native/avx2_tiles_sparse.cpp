@@ -37,7 +37,8 @@ template <int TYPE, int HALF>
 INLINE void fill_half(List (*lists)[STRIPS * STRIP], const Head& h, const char* strip, int64_t segment,
                       const with_avx2::Tables& tables) {
     const int tiles = int(std::min<int64_t>(h.tiles - 8 * segment, 8)), groups = 8 * tiles;
-    const char* first = strip + tile_offset(TYPE, 8 * segment);
+    const char* first = strip + tile_offset(TYPE, 8 * segment, h.group);
+    const int ring = int(h.group / 4);  // groups of four that rotate together
     alignas(32) float second[4][GROUP_COUNT][4];  // ROTATED, of second slots: [column][group of the slot][row]
     for (int t = 0; h.kind == ROTATED && t < tiles; ++t) {
         UNROLLED(k, 4) {
@@ -48,11 +49,14 @@ INLINE void fill_half(List (*lists)[STRIPS * STRIP], const Head& h, const char* 
         }
     }
     __m256 scale[4];
-    UNROLLED(r, 4) {
-        const float own = TYPE == INT8 ? at<float>(strip, scales_offset(segment))[4 * HALF + r] : 1;
-        scale[r] = _mm256_set1_ps(own / WEIGHT_SCALE[TYPE]);
-    }
     for (int t = 0; t < tiles; ++t) {
+        const char* scales = strip + scales_offset(TYPE, segment * SEGMENT + t * TILE, h.group);
+        UNROLLED(r, 4) {
+            float own = 1;
+            if (TYPE == INT8) own = at<float>(scales, 0)[4 * HALF + r];
+            if (TYPE == INT4) own = from_bfloat16(at<uint16_t>(scales, 0)[4 * HALF + r]);
+            scale[r] = _mm256_set1_ps(own / WEIGHT_SCALE[TYPE]);
+        }
         UNROLLED(k, 4) {
             const int group = 8 * t + 2 * k;
             __m256 weight, other;
@@ -65,9 +69,10 @@ INLINE void fill_half(List (*lists)[STRIPS * STRIP], const Head& h, const char* 
                 if (h.kind == GROUPS) {
                     more = with_code(other, other_code, c);
                 } else {
-                    const int one = group + AWAY[ROTATED][c], two = one + 1;
-                    more = joined(_mm_load_ps(second[c][one < groups ? one : one - groups]),
-                                  _mm_load_ps(second[c][two < groups ? two : two - groups]));
+                    const int begin = group / ring * ring, size = std::min(groups - begin, ring);
+                    const int one = group + AWAY[ROTATED][c], two = one + 1, end = begin + size;
+                    more = joined(_mm_load_ps(second[c][one < end ? one : one - size]),
+                                  _mm_load_ps(second[c][two < end ? two : two - size]));
                 }
                 by_column[c] = _mm256_or_ps(with_code(weight, code, c), more);
             }
@@ -93,7 +98,7 @@ void multiply(const Matrix& a, const Input& in, const char* table, const Output&
     const Head& h = head_of(a);
     const auto& bytes = with_avx2::tables_of_bytes();
     const auto fill_strip = a.type == FLOAT32 ? fill<FLOAT32> : a.type == BFLOAT16 ? fill<BFLOAT16>
-                          : a.type == FLOAT16 ? fill<FLOAT16> : fill<INT8>;
+                          : a.type == FLOAT16 ? fill<FLOAT16> : a.type == INT4 ? fill<INT4> : fill<INT8>;
     const int64_t token_tiles = (in.rows + TOKENS - 1) / TOKENS, segments = segments_of(a);
     const int64_t all_blocks = (a.in + COLUMNS - 1) / COLUMNS;
     constexpr int ROWS = STRIPS * STRIP;

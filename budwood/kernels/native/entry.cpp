@@ -104,7 +104,7 @@ void interleave(const void* x, int32_t type, int64_t in, const Input& to, int64_
     }
 }
 
-int64_t width(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
+int64_t width(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 || type == INT4 ? 1 : 2; }
 
 constexpr int64_t NEAR = 256 << 10;  // bytes of a matrix that stay in the L2 cache
 constexpr int64_t FEWEST = 64;       // rows: smaller chunks are not worth the overhead
@@ -230,6 +230,15 @@ int32_t threads_for(const Matrix* matrices, int32_t count, int64_t rows, int32_t
     return most < 1 ? 1 : most < threads ? int32_t(most) : threads;
 }
 
+// Whether a matrix in tiles has all its weights in them, for which there is a kernel for few rows only.
+bool tiles_are_whole(const Matrix& a) {
+#ifdef BUDWOOD_X86
+    return tiles::head_of(a).coding == DENSE;
+#else
+    return false;
+#endif
+}
+
 // Products with matrices in tiles, FEW rows of x at a time.
 void few_tiled(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs,
                int32_t threads) {
@@ -282,7 +291,7 @@ using namespace budwood;
 extern "C" {
 
 // Changes with every change of the functions below or of `Matrix`.
-EXPORT int32_t budwood_interface() { return 5; }
+EXPORT int32_t budwood_interface() { return 6; }
 
 EXPORT const char* budwood_path() { return path->name; }
 
@@ -368,8 +377,8 @@ EXPORT int32_t budwood_sound(const Matrix* matrix) {
     return sound;
 }
 
-// Whether the path multiplies matrices in tiles.
-EXPORT int32_t budwood_has_tiles() { return path->tiled != nullptr; }
+// Whether the path multiplies matrices in tiles: 0 none, 1 those with INT4 values, 2 all.
+EXPORT int32_t budwood_has_tiles() { return path->prefers_tiles ? 2 : path->tiled != nullptr; }
 
 #ifdef BUDWOOD_X86
 // tiles::plan, pack and unpack; only for a path that has tiles.
@@ -401,6 +410,9 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     if (way == AS_PANELS && !panels) return 0;
     if (way == AS_SPARSE && !path->sparse) return 0;
     if (tiled && (tiled < count || !path->tiled)) return 0;
+    for (int32_t i = 0; i < count; ++i) {
+        if (matrices[i].type == INT4 && (!tiled || (tiles_are_whole(matrices[i]) && way != AS_FEW))) return 0;
+    }
     if (tiled && way == AS_FEW) return few_tiled(matrices, count, x, type, rows, outputs, threads), 1;
     const Many* many = way == AS_PANELS ? path->panels : way != AS_SPARSE ? nullptr : tiled ? path->tiled->sparse : path->sparse;
     const bool integers = path->integers && !many && int8;

@@ -19,12 +19,13 @@ constexpr int FEW = 8;        // rows of x of the kernel for few rows; more of t
 constexpr int LANE = 32;      // columns of activations that are contiguous, for few rows
 
 // One packed matrix [out, in]. Filled by the caller (Python, ctypes): the order of the fields is the interface.
-// TILES: `values` points to a tiles::Head, and out, in, type and coding are all that is read besides.
+// TILES: `values` points to a tiles::Head, and out, in, type and coding are all that is read besides. INT4 is only multiplied
+// in tiles; DENSE, which has no places, too.
 struct Matrix {
-    const void* values;          // [count] of `type`, row-major; INT4: two in a byte, DENSE ones [out, ceil(in / 2)] bytes
+    const void* values;          // [count] of `type`, row-major; INT4: a code in each byte
     const uint8_t* places;       // [out, stride]: BITMASK one bit a column, NIBBLES two 2-bit places a group of four
     const int32_t* starts;       // [out + 1]: where each row's values begin
-    const void* scales;          // INT8: float [out, ceil(in / SEGMENT)]; INT4: bits of bfloat16 [out, ceil(in / group)]
+    const float* scales;         // INT8: [out, ceil(in / SEGMENT)]; INT4: [out, ceil(in / group)]
     const uint8_t* more_counts;  // with int8 values, recovered weights: the number in each segment of a row,
     const uint8_t* more_columns;  // their columns inside it,
     const void* more_values;      // and values of `more_type`, row-major
@@ -234,10 +235,12 @@ struct Path {
     // A dense bfloat16 matrix [out, in].
     void (*dense)(const uint16_t* weight, int64_t in, const Input&, const Output&, int64_t first, int64_t last);
     const Tiled* tiled;
+    bool prefers_tiles;  // for values of all types, and not only for INT4
 };
 
 extern const Path scalar;
 #ifdef BUDWOOD_X86
+extern const Tiled tiled_with_avx2;  // of all wider paths too: none has another kernel for INT4
 extern const Path avx2;
 extern const Path avx512;
 #endif

@@ -11,6 +11,10 @@
 //
 // bfloat16 and float32 hold the code in the upper two bits of the exponent, which are 01 for all magnitudes from 2^-62 up to
 // 2; others are extras. float16 and int8 have 16 codes for each lane in front of a tile.
+//
+// int4: a tile is three words for each lane, of five fields of 6 bits: the code in the lower two, the weight above. The
+// upper two bits of the words are the sixteenth field. ROTATED rotates within the columns of a scale. A DENSE matrix has no
+// codes: a lane is a row, and four words of it have eight columns each.
 #pragma once
 
 #include "kernels.h"
@@ -38,6 +42,7 @@ struct Head {
     int64_t starts, more_starts;  // int32 [out + 1]: as in Matrix, for the inverse
     int64_t begins, data;         // int64 [strips + 1]: offsets of the strips; the first of them
     int32_t type, coding, kind, extra_type;
+    int64_t group;  // columns with one scale, within which ROTATED rotates
 };
 
 namespace {
@@ -48,19 +53,30 @@ inline T* at(const void* base, int64_t offset) {
 }
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-constexpr int64_t size_of(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 ? 1 : 2; }
+constexpr int64_t size_of(int32_t type) { return type == FLOAT32 ? 4 : type == INT8 || type == INT4 ? 1 : 2; }
 constexpr bool has_code_words(int32_t type) { return type == FLOAT16 || type == INT8; }
+constexpr bool has_scales(int32_t type) { return type >= INT8; }
+constexpr int32_t WHOLE = 5;  // a type besides those of `kernels.h`: INT4 in DENSE matrices
 
-constexpr int tile_bytes(int32_t type) { return type == FLOAT32 ? 512 : type == BFLOAT16 ? 256 : type == FLOAT16 ? 288 : 160; }
+constexpr int tile_bytes(int32_t type) {
+    return type == FLOAT32 ? 512 : type == BFLOAT16 ? 256 : type == FLOAT16 ? 288 : type == INT8 ? 160 : type == INT4 ? 96 : 128;
+}
 constexpr int64_t extra_bytes(int32_t type) { return type == FLOAT32 ? 48 : 32; }  // 8 columns in 16 bits, 8 values
 
-// Offsets in a strip. With int8 values, 8 scales are in front of the tiles of each segment.
-constexpr int64_t tile_offset(int32_t type, int64_t tile) {
-    return (type == INT8 ? (tile / 8 + 1) * 32 : 0) + tile * tile_bytes(type);
+// Offsets in a strip. With integer values the scales of a segment are in front of its tiles: 8 in float32 with int8 values,
+// 8 in bfloat16 for each of its groups with int4 ones.
+constexpr int64_t scale_bytes(int32_t type, int64_t group) {
+    return type == INT8 ? 32 : has_scales(type) ? SEGMENT / group * 16 : 0;
 }
-constexpr int64_t scales_offset(int64_t segment) { return segment * (32 + 8 * tile_bytes(INT8)); }
-constexpr int64_t extras_offset(int32_t type, int64_t tiles) {
-    return (type == INT8 ? round_up(tiles, 8) / 8 * 32 : 0) + tiles * tile_bytes(type);
+constexpr int64_t tile_offset(int32_t type, int64_t tile, int64_t group) {
+    return (tile / 8 + 1) * scale_bytes(type, group) + tile * tile_bytes(type);
+}
+constexpr int64_t scales_offset(int32_t type, int64_t column, int64_t group) {
+    const int64_t segment = column / SEGMENT, inside = type == INT8 ? 0 : column % SEGMENT / group * 16;
+    return segment * (scale_bytes(type, group) + 8 * tile_bytes(type)) + inside;
+}
+constexpr int64_t extras_offset(int32_t type, int64_t tiles, int64_t group) {
+    return round_up(tiles, 8) / 8 * scale_bytes(type, group) + tiles * tile_bytes(type);
 }
 
 inline const Head& head_of(const Matrix& a) { return *static_cast<const Head*>(a.values); }
@@ -68,19 +84,18 @@ inline const int64_t* begins_of(const Head& h) { return at<int64_t>(&h, h.begins
 inline char* strip_of(const Head& h, int64_t strip) { return at<char>(&h, begins_of(h)[strip]); }
 inline const int32_t* rows_of(const Head& h, int64_t strip) { return at<int32_t>(&h, h.rows) + STRIP * strip; }
 inline const int32_t* extras_of(const Head& h, int64_t strip) { return at<int32_t>(&h, h.extras) + STRIP * strip; }
+inline int32_t type_of(const Head& h) { return h.coding == DENSE ? WHOLE : h.type; }
 inline char* extra_entry(const Head& h, int64_t strip, int64_t index) {
-    return strip_of(h, strip) + extras_offset(h.type, h.tiles) + index * extra_bytes(h.extra_type);
+    return strip_of(h, strip) + extras_offset(type_of(h), h.tiles, h.group) + index * extra_bytes(h.extra_type);
 }
 
-// The number of groups of a segment: the last one may have fewer.
-inline int groups_in(int64_t tiles, int64_t segment) {
-    return int(std::min<int64_t>(tiles * 8 - segment * GROUP_COUNT, GROUP_COUNT));
-}
+// The number of groups of four that rotate together: the last ones may be fewer. ring: the whole number.
+inline int groups_in(int64_t tiles, int64_t ring, int64_t index) { return int(std::min<int64_t>(tiles * 8 - index * ring, ring)); }
 
 }  // namespace
 
 // Vector v of a tile as float32, times WEIGHT_SCALE, and codes in the lowest two bits of each lane.
-constexpr float WEIGHT_SCALE[] = {0x1p-64f, 0x1p-64f, 1, 0x1p24f};
+constexpr float WEIGHT_SCALE[] = {0x1p-64f, 0x1p-64f, 1, 0x1p24f, 4, 1};
 
 int64_t plan(const Matrix& a, int32_t& kind, int32_t* extras);
 bool pack(const Matrix& a, int32_t kind, const int32_t* extras, void* to);

@@ -46,7 +46,7 @@ uint32_t as_bits(float value) {
 // Whether a lane can hold this weight. Zero says that a lane is empty.
 INLINE bool fits(uint32_t bits, int32_t type) {
     const uint32_t exponent = bits >> (type == FLOAT32 ? 23 : 7) & 255;
-    return has_code_words(type) ? bits != 0 : exponent >> 6 == 1 && exponent & 63;
+    return size_of(type) == 1 || has_code_words(type) ? bits != 0 : exponent >> 6 == 1 && exponent & 63;
 }
 
 // Vector and lane of a slot of row i of a strip.
@@ -63,7 +63,29 @@ struct Place {
     }
 };
 
+// int4: weight and code are a field of 6 bits; of the sixteenth, two bits are at the top of each word of the lane.
+INLINE void put_field(char* tile, Place place, uint32_t bits, uint32_t code) {
+    uint32_t *word = at<uint32_t>(tile, 4 * place.lane), field = (bits & 15) << 2 | code;
+    if (place.vector < 15) {
+        word[8 * (place.vector / 5)] |= field << 6 * (place.vector % 5);
+    } else {
+        for (int i = 0; i < 3; ++i) word[8 * i] |= (field >> 2 * i & 3) << 30;
+    }
+}
+
+// The byte that a nibble in two's complement is.
+INLINE uint32_t widened(uint32_t nibble) { return uint8_t(int8_t((nibble ^ 8) - 8)); }
+
+INLINE uint32_t get_field(const char* tile, Place place, uint32_t& code) {
+    const uint32_t* word = at<const uint32_t>(tile, 4 * place.lane);
+    const uint32_t field = place.vector < 15 ? word[8 * (place.vector / 5)] >> 6 * (place.vector % 5) & 63
+                                             : word[0] >> 30 | word[8] >> 30 << 2 | word[16] >> 30 << 4;
+    code = field & 3;
+    return widened(field >> 2);
+}
+
 INLINE void put(char* tile, int32_t type, Place place, uint32_t bits, uint32_t code) {
+    if (type == INT4) return put_field(tile, place, bits, code);
     if (has_code_words(type)) {
         *at<uint32_t>(tile, 4 * place.lane) |= code << 2 * place.vector;
     } else {
@@ -74,6 +96,7 @@ INLINE void put(char* tile, int32_t type, Place place, uint32_t bits, uint32_t c
 }
 
 INLINE uint32_t get(const char* tile, int32_t type, Place place, uint32_t& code) {
+    if (type == INT4) return get_field(tile, place, code);
     const uint32_t bits = bits_at(tile, place.index(type), type);
     if (has_code_words(type)) {
         code = *at<uint32_t>(tile, 4 * place.lane) >> 2 * place.vector & 3;
@@ -86,12 +109,15 @@ INLINE uint32_t get(const char* tile, int32_t type, Place place, uint32_t& code)
 }
 
 // The column of a slot, counted from the beginning of the row, with this code.
-INLINE int64_t column_of(int32_t kind, int64_t tiles, int64_t slot, int code) {
-    const int64_t segment = slot / (2 * GROUP_COUNT);
-    const int size = groups_in(tiles, segment), group = int(slot / 2 % GROUP_COUNT);
+INLINE int64_t column_of(int32_t kind, int64_t tiles, int64_t ring, int64_t slot, int code) {
+    const int64_t index = slot / 2 / ring;
+    const int size = groups_in(tiles, ring, index), group = int(slot / 2 % ring);
     const int seen = slot % 2 ? group - AWAY[kind][code] : group;
-    return segment * SEGMENT + (seen < 0 ? seen + size : seen) * 4 + code;
+    return (index * ring + (seen < 0 ? seen + size : seen)) * 4 + code;
 }
+
+// Columns with one scale; those that rotate together.
+int64_t group_of(const Matrix& a) { return a.type == INT4 ? a.group : SEGMENT; }
 
 // A row by its slots and extras.
 struct Row {
@@ -128,8 +154,9 @@ struct Row {
                 }
             }
         }
-        for (int64_t segment = 0; a.coding == BITMASK && segment < segments; ++segment) {
-            assign(segment, groups_in(tiles, segment), kind);
+        const int64_t ring = group_of(a) / 4;
+        for (int64_t i = 0; a.coding == BITMASK && i * ring < 8 * tiles; ++i) {
+            assign(i, ring, groups_in(tiles, ring, i), kind);
         }
         for (size_t word = 0; word < outside.size(); ++word) {
             for (uint64_t rest = outside[word]; rest; rest &= rest - 1) {
@@ -146,10 +173,12 @@ struct Row {
         }
     }
 
-    // Assigns as many weights of a segment as possible to slots: a matching in which every group has one slot of either view
+    // Assigns as many weights of a ring of groups (64 at most, whose first `size` there are) as possible to slots: a matching in which every group has one slot of either view
     // and a weight fits the two that see it. A slot that sees only one weight takes it, repeatedly; where no slot is like
     // that, any choice is as good as another. One bit for each group, all groups at once.
-    void assign(int64_t segment, int size, int32_t kind) {
+    void assign(int64_t index, int64_t ring, int size, int32_t kind) {
+        const int64_t first = index * ring / 16;  // word of columns
+        const int words = int(ring / 4);
         constexpr uint64_t FIRST = 0x1111111111111111ull;  // column 0 of each group
         const uint64_t all = ~0ull >> (64 - size);
         uint64_t open[4] = {}, free[2] = {all, all}, taken[2][4] = {};  // weights and slots without one another; pairs
@@ -176,19 +205,22 @@ struct Row {
             }
             return found;
         };
-        for (int i = 0; i < 16; ++i) open[i % 4] |= _pext_u64(placed[4 * segment + i / 4], FIRST << i % 4) << i / 4 * 16;
+        for (int i = 0; i < words; ++i) open[i % 4] |= _pext_u64(placed[first + i / 4], FIRST << i % 4) << i / 4 * 16;
         while (step(0, false) | step(1, false) || step(0, true) || step(1, true)) {
         }
-        for (int i = 0; i < 16; ++i) outside[4 * segment + i / 4] |= _pdep_u64(open[i % 4] >> i / 4 * 16, FIRST << i % 4);
+        for (int i = 0; i < words; ++i) outside[first + i / 4] |= _pdep_u64(open[i % 4] >> i / 4 * 16, FIRST << i % 4);
         for (int i = 0; i < 8; ++i) {
             for (uint64_t rest = taken[i / 4][i % 4]; rest; rest &= rest - 1) {
-                codes[2 * (segment * GROUP_COUNT + __builtin_ctzll(rest)) + i / 4] = int8_t(i % 4);
+                codes[2 * (index * ring + __builtin_ctzll(rest)) + i / 4] = int8_t(i % 4);
             }
         }
     }
 };
 
-int32_t extra_type(const Matrix& a) { return a.more_starts ? a.more_type : a.type == INT8 ? int32_t(FLOAT32) : a.type; }
+int32_t extra_type(const Matrix& a) {
+    if (a.more_starts) return a.more_type;
+    return a.type == INT8 ? int32_t(FLOAT32) : a.type == INT4 ? int32_t(BFLOAT16) : a.type;  // int4 * scale has 8 bits
+}
 
 // Where everything is: rows in the order of their extras, and the offsets of the strips.
 struct Plan {
@@ -199,7 +231,7 @@ struct Plan {
         Head& h = head;
         const int64_t row_bytes = round_up(4 * (a.out + 1), LINE);
         h.out = a.out, h.in = a.in, h.count = a.count, h.more_count = a.more_starts ? a.more_starts[a.out] : -1;
-        h.type = a.type, h.coding = a.coding, h.extra_type = extra_type(a);
+        h.type = a.type, h.coding = a.coding, h.extra_type = extra_type(a), h.group = group_of(a);
         h.tiles = round_up(a.in, TILE) / TILE, h.strips = round_up(a.out, STRIP) / STRIP;
         h.rows = round_up(sizeof(Head), LINE);
         h.extras = h.rows + round_up(4 * STRIP * h.strips, LINE);
@@ -216,7 +248,7 @@ struct Plan {
         begins.push_back(h.data);
         for (int64_t strip = 0; strip < h.strips; ++strip) {
             const int64_t longest = extras[rows[STRIP * strip]] * extra_bytes(h.extra_type);
-            begins.push_back(begins.back() + round_up(extras_offset(a.type, h.tiles) + longest, LINE));
+            begins.push_back(begins.back() + round_up(extras_offset(type_of(h), h.tiles, h.group) + longest, LINE));
         }
         h.bytes = begins.back();
     }
@@ -226,33 +258,62 @@ struct Plan {
 template <int TYPE>
 void pack_slots(const Row& row, const Head& h, int32_t kind, int64_t i) {
     for (int64_t t = 0; t < h.tiles; ++t) {
-        char* tile = strip_of(h, i / STRIP) + tile_offset(TYPE, t);
+        char* tile = strip_of(h, i / STRIP) + tile_offset(TYPE, t, h.group);
         for (int slot = 0; slot < SLOTS; ++slot) {
             const int code = row.codes[SLOTS * t + slot];
             if (code < 0) continue;
-            const uint32_t bits = row.bits[column_of(kind, h.tiles, SLOTS * t + slot, code)];
+            const uint32_t bits = row.bits[column_of(kind, h.tiles, h.group / 4, SLOTS * t + slot, code)];
             put(tile, TYPE, Place(slot, int(i % STRIP)), fits(bits, TYPE) ? bits : 0, uint32_t(code));
         }
     }
 }
 
-// Scales and extras of row i, in the order of the strips. False where a value would be lost.
+// Row i of a DENSE matrix, in the order of the strips.
+void pack_whole(const Matrix& a, const Head& h, int64_t i) {
+    const int8_t* values = static_cast<const int8_t*>(a.values) + int64_t(rows_of(h, i / STRIP)[i % STRIP]) * a.in;
+    for (int64_t column = 0; column < a.in; ++column) {
+        char* tile = strip_of(h, i / STRIP) + tile_offset(WHOLE, column / TILE, h.group);
+        at<uint32_t>(tile, 32 * (column % TILE / 8))[i % STRIP] |= (uint32_t(values[column]) & 15) << 4 * (column % 8);
+    }
+}
+
+void unpack_whole(const Head& h, int64_t i, int8_t* values) {
+    for (int64_t column = 0; column < h.in; ++column) {
+        const char* tile = strip_of(h, i / STRIP) + tile_offset(WHOLE, column / TILE, h.group);
+        values[column] = int8_t(widened(at<uint32_t>(tile, 32 * (column % TILE / 8))[i % STRIP] >> 4 * (column % 8) & 15));
+    }
+}
+
+// The scales of a row of a matrix with integer values, [ceil(in / group)].
+void pack_scales(const float* scales, const Head& h, int64_t i) {
+    for (int64_t column = 0; column < h.in; column += h.group) {
+        char* to = strip_of(h, i / STRIP) + scales_offset(type_of(h), column, h.group);
+        const float scale = scales[column / h.group];
+        h.type == INT8 ? void(at<float>(to, 0)[i % STRIP] = scale) : void(at<uint16_t>(to, 0)[i % STRIP] = to_bfloat16(scale));
+    }
+}
+
+void unpack_scales(const Head& h, int64_t i, float* scales) {
+    for (int64_t column = 0; column < h.in; column += h.group) {
+        const char* from = strip_of(h, i / STRIP) + scales_offset(type_of(h), column, h.group);
+        scales[column / h.group] = h.type == INT8 ? at<float>(from, 0)[i % STRIP] : from_bfloat16(at<uint16_t>(from, 0)[i % STRIP]);
+    }
+}
+
+// Extras of row i, in the order of the strips. False where a value would be lost.
 template <int TYPE>
 bool pack_extras(const Row& row, const Matrix& a, const Head& h, int64_t i) {
-    const int64_t segments = segments_of(a), r = rows_of(h, i / STRIP)[i % STRIP];
-    const float* scales = a.scales + r * segments;
+    const int64_t r = rows_of(h, i / STRIP)[i % STRIP];
+    const float* scales = has_scales(TYPE) ? a.scales + r * (round_up(a.in, h.group) / h.group) : nullptr;
     bool exact = true;
-    for (int64_t s = 0; TYPE == INT8 && s < segments; ++s) {
-        at<float>(strip_of(h, i / STRIP), scales_offset(s))[i % STRIP] = scales[s];
-    }
     at<int32_t>(&h, h.extras)[i] = int32_t(row.extras.size());
     for (size_t j = 0; j < row.extras.size(); ++j) {
         const uint32_t column = row.extras[j];
         uint32_t bits = a.more_starts ? row.more[j] : row.bits[column];
-        if (TYPE == INT8 && !a.more_starts) {  // as float32; the integer must follow from it
-            const float scale = scales[column / SEGMENT], value = float(int8_t(bits));
+        if (has_scales(TYPE) && !a.more_starts) {  // as a float; the integer must follow from it
+            const float scale = scales[column / h.group], value = float(int8_t(bits));
             exact = exact && (value == 0 || std::nearbyint(value * scale / scale) == value);
-            bits = as_bits(value * scale);
+            bits = as_bits(value * scale) >> (TYPE == INT4 ? 16 : 0);
         }
         char* entry = extra_entry(h, i / STRIP, int64_t(j));
         at<uint16_t>(entry, 0)[i % STRIP] = uint16_t(column);
@@ -268,6 +329,7 @@ void with_type(int32_t type, Use use) {
         case FLOAT32: return use(std::integral_constant<int, FLOAT32>());
         case BFLOAT16: return use(std::integral_constant<int, BFLOAT16>());
         case FLOAT16: return use(std::integral_constant<int, FLOAT16>());
+        case INT4: return use(std::integral_constant<int, INT4>());
         default: return use(std::integral_constant<int, INT8>());
     }
 }
@@ -279,6 +341,11 @@ void with_type(int32_t type, Use use) {
 int64_t plan(const Matrix& a, int32_t& kind, int32_t* extras) {
     constexpr int64_t NEGLIGIBLE = 40;  // one extra in this many weights: another kind would gain little
     if (a.in > 65536 || a.out < 1 || a.in < 1 || (a.coding == NIBBLES && a.in % 4)) return 0;
+    if (a.coding == DENSE) {
+        kind = GROUPS;
+        std::fill(extras, extras + a.out, 0);
+        return Plan(a, extras).head.bytes;
+    }
     std::vector<int32_t> counts(size_t(a.out), 0);
     int64_t fewest = -1;
     for (const int32_t tried : {GROUPS, ROTATED}) {
@@ -322,6 +389,11 @@ bool pack(const Matrix& a, int32_t kind, const int32_t* extras, void* to) {
 #pragma omp for schedule(static, STRIP)  // the rows of a strip share words of codes, so one thread packs them
             for (int64_t i = 0; i < STRIP * h.strips; ++i) {
                 if (plan.rows[i] < 0) continue;
+                if (has_scales(TYPE)) pack_scales(a.scales + plan.rows[i] * (round_up(a.in, h.group) / h.group), h, i);
+                if (h.coding == DENSE) {
+                    pack_whole(a, h, i);
+                    continue;
+                }
                 row.read<TYPE>(a, plan.rows[i], kind);
                 pack_slots<TYPE>(row, h, kind, i);
                 exact = pack_extras<TYPE>(row, a, h, i) && exact;
@@ -348,20 +420,23 @@ void unpack(const void* from, void* values, uint8_t* places, float* scales, uint
                 const int64_t row = at<int32_t>(from, h.rows)[i];
                 if (row < 0) continue;
                 const char* strip = strip_of(h, i / STRIP);
+                float* own_scales = scales ? scales + row * (round_up(h.in, h.group) / h.group) : nullptr;
+                if (scales) unpack_scales(h, i, own_scales);
+                if (h.coding == DENSE) {
+                    unpack_whole(h, i, static_cast<int8_t*>(values) + row * h.in);
+                    continue;
+                }
                 uint8_t* mask = places + row * stride;
                 std::memset(mask, 0, size_t(stride));
                 std::fill(kept.begin(), kept.end(), 0);
                 for (int64_t slot = 0; slot < SLOTS * h.tiles; ++slot) {
                     uint32_t code;
                     const Place place(int(slot % SLOTS), int(i % STRIP));
-                    const uint32_t value = get(strip + tile_offset(TYPE, slot / SLOTS), TYPE, place, code);
-                    const int64_t column = column_of(h.kind, h.tiles, slot, int(code));
+                    const uint32_t value = get(strip + tile_offset(TYPE, slot / SLOTS, h.group), TYPE, place, code);
+                    const int64_t column = column_of(h.kind, h.tiles, h.group / 4, slot, int(code));
                     if (h.coding == NIBBLES ? column >= h.in : !value) continue;
                     kept[column] = 1, bits[column] = value;
                     if (h.coding == NIBBLES) mask[slot / 4] |= uint8_t(code << 2 * (slot % 4));
-                }
-                for (int64_t s = 0; scales && s < segments; ++s) {
-                    scales[row * segments + s] = at<float>(strip, scales_offset(s))[i % STRIP];
                 }
                 if (more_counts) std::memset(more_counts + row * segments, 0, size_t(segments));
                 for (int64_t j = 0; j < at<int32_t>(from, h.extras)[i]; ++j) {
@@ -374,9 +449,9 @@ void unpack(const void* from, void* values, uint8_t* places, float* scales, uint
                         set_bits(more_values, more_starts[row] + j, h.extra_type, value);
                         continue;
                     }
-                    if (TYPE == INT8) {
-                        const float scale = scales[row * segments + column / SEGMENT];
-                        value = value << 1 ? uint32_t(int(std::nearbyint(as_float(value) / scale))) : 0;
+                    if (has_scales(TYPE)) {
+                        if (TYPE == INT4) value <<= 16;
+                        value = value << 1 ? uint32_t(int(std::nearbyint(as_float(value) / own_scales[column / h.group]))) : 0;
                     }
                     kept[column] = 1, bits[column] = value;
                 }
