@@ -74,8 +74,8 @@ def fit_to_grid(
     XᵀX [in, in]; all is computed on their device. cross: X₀ᵀX [in, in] where the target is X₀ w₀. factor: that of
     `moments` damped by `pull`, where it is known. dtype: that the weights will be stored in.
     """
-    moments = moments.float()
-    start = torch.where(keep.to(moments.device), start.to(moments), 0)
+    moments, keep = moments.float(), keep.to(moments.device)
+    start = torch.where(keep, start.to(moments), 0)
     objective = Objective.of(start, dense.to(moments), moments, pull, cross)
     codes, scales = quantise4(start, keep, group, dtype)
     plain = dequantise4(codes, scales, torch.float32, group)
@@ -87,7 +87,7 @@ def fit_to_grid(
             weight = chosen * spread(scales, group, weight.shape[1])
         weight = descended(weight, keep, scales, objective, SWEEPS, group)
     better = objective.change(weight, plain) < 0
-    return torch.where(better[:, None], weight, plain)
+    return torch.where(better[:, None], weight, plain) + 0.0  # code 0 of a negative scale is a negative zero
 
 
 def passed_on(weight: Tensor, keep: Tensor, scales: Tensor, factor: Factor, group: int = GROUP) -> Tensor:

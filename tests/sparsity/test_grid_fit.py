@@ -52,6 +52,7 @@ def test_on_the_grid_under_the_mask_and_not_above_plain_rounding(seed, tokens, d
     found = fit_to_grid(start, keep, dense, moments, pull=pull, dtype=dtype, group=GROUP)
     assert torch.isfinite(found).all()
     assert not found[~keep].any()
+    assert not found.view(torch.int32)[found == 0].any()  # a negative zero would take a place
     assert torch.equal(found.to(dtype).float(), found)  # exact in the dtype that it is stored in
     assert torch.equal(plain(found.to(dtype), found != 0), found)  # storing it changes nothing
     ridge = pull * moments.diagonal().mean() * torch.eye(len(moments))
