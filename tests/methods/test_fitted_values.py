@@ -49,10 +49,10 @@ def test_values_are_codes_and_the_format_follows(root, method, tmp_path):
 
 
 def test_a_budget_counts_codes_scales_and_places(root):
-    found = plan(root / "llama", FREE)
+    found = plan(root / "llama", FREE, dtype="bfloat16")
     assert found["chosen"] == "bitmask_int4"
     assert 3.9 < found["bits_per_weight"] <= 4.0
-    wide = plan(root / "llama", FREE.replace("4.0", "3.0"))
+    wide = plan(root / "llama", FREE.replace("4.0", "3.0"), dtype="bfloat16")
     assert wide["bits_per_weight"] <= 3.0
 
 
