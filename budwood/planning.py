@@ -19,7 +19,7 @@ from budwood.checkpoints.weights import storage_dtype
 from budwood.errors import UsageError
 from budwood.formats import FORMATS, known_layout, predict
 from budwood.methods.expression import parse_method
-from budwood.methods.method import Method, layout_of
+from budwood.methods.method import Method, layout_of, values_of
 from budwood.models.linears import skipped, unmatched, unsplit
 from budwood.stream.arithmetic import TYPES, dtype_named, name_of
 from budwood.stream.model import DEFAULT_LIMIT
@@ -49,7 +49,7 @@ def plan(
     matrix.
     """
     method = parse_method(method) if isinstance(method, str) else method
-    layout = known_layout(format, values)
+    layout = known_layout(format, values_of(method, values))
     structure, config, shards = open_model(source, skip, trust_remote_code)
     storage = storage_of(dtype, config, shards)
     predicted = prediction(structure, config, storage, method, layout, num_samples * seq_length)

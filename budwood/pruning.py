@@ -21,7 +21,7 @@ from budwood.evaluation.subject import context
 from budwood.formats import known_layout
 from budwood.humanize import parse_bytes
 from budwood.methods import parse_method
-from budwood.methods.method import Method, layout_of
+from budwood.methods.method import Method, layout_of, values_of
 from budwood.models.linears import unmatched, unsplit
 from budwood.progress import Progress
 from budwood.reports.record import Report
@@ -67,19 +67,21 @@ def prune(
 
     The same call continues where an earlier one was interrupted. source: folder or hub name. method: an expression
     such as 'wrp(alpha=0.25)', or the method itself. data: calibration text (see `calibration_windows`); methods that
-    need none run nothing forward. values: "int8" or "int4" rounds the kept weights, which later blocks see. dtype: of
-    the written weights. compute_dtype, sparse_products ("on", "off"), attention ("fused", "blocked"): how the forward
-    passes compute; "auto" tries what is fastest here, and the recipe records it. activation_memory: bytes, or text such
-    as "4GB". overwrite: replace what budwood wrote to `target` before, once the new folder is complete. like: the
-    recipe that the folder is to repeat (see `recipe_options`); another source or text than its own is noted.
+    need none run nothing forward. values: "int8" or "int4" rounds the kept weights, which later blocks see; a method
+    with `values` of its own has fitted them. dtype: of the written weights. compute_dtype, sparse_products ("on",
+    "off"), attention ("fused", "blocked"): how the forward passes compute; "auto" tries what is fastest here, and the
+    recipe records it. activation_memory: bytes, or text such as "4GB". overwrite: replace what budwood wrote to
+    `target` before, once the new folder is complete. like: the recipe that the folder is to repeat (see
+    `recipe_options`); another source or text than its own is noted.
 
     Raises UsageError for what cannot be (nothing is written), RunError when the run fails (finished blocks stay).
     """
+    method = parse_method(method) if isinstance(method, str) else method
     job = Job.of(
         source,
         target,
-        parse_method(method) if isinstance(method, str) else method,
-        known_layout(format, values),
+        method,
+        known_layout(format, values_of(method, values)),
         dtype,
         {"compute_dtype": compute_dtype, "sparse_products": sparse_products, "attention": attention},
         known_device(device),

@@ -10,6 +10,7 @@ from budwood.comparison.rounding import Rtn
 from budwood.comparison.runs import Run
 from budwood.comparison.sources import DenseModel
 from budwood.formats import known_layout
+from budwood.methods.method import values_of
 from budwood.planning import prediction, seconds_per_product
 
 ITEMS, CHOICES, TOKENS = 1000, 3, 80  # of a task, where nothing better is known: items, answers to each, tokens of one
@@ -71,7 +72,8 @@ def one(recipe: Recipe, run: Run, model: DenseModel) -> Estimate:
         if run.method is None:
             return Estimate(run, False, seconds, 0, 0)
         storage = model.storage(run.prune.dtype)
-        layout = "dense" if isinstance(run.method, Rtn) else known_layout(run.prune.format, run.prune.values)
+        values = values_of(run.method, run.prune.values)
+        layout = "dense" if isinstance(run.method, Rtn) else known_layout(run.prune.format, values)
         tokens = run.calibration.num_samples * run.calibration.seq_length
         predicted = prediction(structure, config, storage, run.method, layout, tokens)
         timing = TIMING if recipe.fields.speed and run.kind == "pruned" else 0.0

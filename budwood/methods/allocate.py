@@ -36,6 +36,10 @@ class Allocate(Wrapper):
             raise UsageError(f"allocate needs a method that keeps a share of each matrix, not {self.inner}")
         self.inner.kept_share()  # raises where the share is fixed
 
+    @property
+    def fitted_values(self) -> str | None:
+        return self.inner.fitted_values
+
     def pattern_of(self, shape: Shape, name: str) -> Pattern | None:
         return None
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from budwood.errors import UsageError
-from budwood.methods.fitting import check_fit, fit, inputs_of
+from budwood.methods.fitting import VALUES, check_fit, check_values, fit, inputs_of
 from budwood.methods.method import PatternMethod, PatternOf, naming, prune
 from budwood.methods.option import option
 from budwood.methods.validation import number, one_of, whole
@@ -30,11 +30,13 @@ class Alps(PatternMethod):
     damp: float = option(0.01, "pull towards the dense weights, as a share of the mean second moment")
     iterations: int = option(100, "most steps of conjugate gradients of the fit")
     tolerance: float = option(1e-3, "a row is fitted when its gradient has shrunk to this share")
+    values: str | None = option(None, VALUES)
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, ("row", "matrix"))
         whole("rounds", self.rounds, 1)
         check_fit(self.damp, self.iterations, self.tolerance)
+        check_values(self.values)
         pattern = parse_pattern(self.pattern)
         if isinstance(pattern, NM):
             number("extra", self.extra, 0, 1 - pattern.density)
@@ -42,6 +44,10 @@ class Alps(PatternMethod):
             raise UsageError(
                 f"extra is kept in addition to N:M, not to {self.pattern}; give a smaller share such as '45%'"
             )
+
+    @property
+    def fitted_values(self) -> str | None:
+        return self.values
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         pattern = parse_pattern(self.pattern, self.scope)
@@ -56,7 +62,18 @@ class Alps(PatternMethod):
             if known is not None:
                 with naming(linear.name):
                     keep, start = admm(dense, known.system, pattern, self.rounds)
-                fit(linear, start, keep, dense, known.moments, self.damp, self.iterations, self.tolerance)
+                fit(
+                    linear,
+                    start,
+                    keep,
+                    dense,
+                    known.moments,
+                    self.damp,
+                    self.iterations,
+                    self.tolerance,
+                    values=self.values,
+                    factor=known.factor_for(self.values),
+                )
                 kept = int(keep.sum())
             else:
                 kept = prune(linear, scores.magnitude(dense), pattern)

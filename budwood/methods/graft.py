@@ -13,7 +13,7 @@ from torch import Tensor
 from budwood.errors import UsageError
 from budwood.formats import predict
 from budwood.methods.allocation import kept_counts
-from budwood.methods.fitting import Inputs, check_fit, fit, inputs_of
+from budwood.methods.fitting import VALUES, Inputs, check_fit, check_values, fit, inputs_of
 from budwood.methods.method import PatternMethod, PatternOf, Step, naming
 from budwood.methods.option import option
 from budwood.methods.reconstruction import LOSS, MOVE, RATE, TARGET, TOKENS, BlockFit, check_block_fit
@@ -33,14 +33,16 @@ if TYPE_CHECKING:
     from budwood.stream.model import Model
 
 WINDOWS, TOKENS_EACH = 8, 256  # of the calibration windows: for the sensitivities of rows
-ITEMSIZE = 2  # bytes of a value: bits are counted as the 16-bit types store them
+ITEMSIZE = 2  # bytes of a value that is no code: bits are counted as the 16-bit types store them
 
 
 @dataclass(frozen=True)
 class Graft(PatternMethod):
     """Spend a budget of bits on 2:4 and the weights that reduce the error most; fit all to the dense outputs."""
 
-    bits: float = option(9.75, "stored bits per weight of the pruned matrices, 16-bit values and index together")
+    bits: float = option(
+        9.75, "stored bits per weight of the pruned matrices: index, values of 16 bits, or codes and scales of `values`"
+    )
     pattern: Literal["2:4", "free"] = option(
         "2:4", '"2:4" with recovered weights in addition, or "free": any positions'
     )
@@ -68,6 +70,7 @@ class Graft(PatternMethod):
     sensitivities: bool = option(
         False, "the error of a row counts by how much the loss depends on its output, when masks are chosen"
     )
+    values: str | None = option(None, VALUES)
 
     def __post_init__(self) -> None:
         one_of("pattern", self.pattern, ("2:4", "free"))
@@ -81,6 +84,16 @@ class Graft(PatternMethod):
         whole("rounds", self.rounds, 1)
         check_block_fit(self.steps, 0, self.rate, self.target, self.move, self.loss, self.tokens)
         check_fit(self.damp, self.iterations, self.tolerance)
+        check_values(self.values)
+        if self.values is not None and (not self.fit or self.steps):
+            reason = (
+                "needs fit=True" if not self.fit else "cannot be kept by steps, which move the weights off their grid"
+            )
+            raise UsageError(f"graft: values={self.values!r} {reason}; leave one of them out")
+
+    @property
+    def fitted_values(self) -> str | None:
+        return self.values
 
     @property
     def base(self) -> NM | None:
@@ -115,7 +128,8 @@ class Graft(PatternMethod):
         return shape[0] * (shape[1] // 4) * 2 if self.base else 0
 
     def _bytes(self, shape: Shape, count: int) -> int:
-        return predict(shape, self._forecast(shape, count), ITEMSIZE)[1]
+        layout = "auto" if self.values is None else f"bitmask_{self.values}"
+        return predict(shape, self._forecast(shape, count), ITEMSIZE, layout)[1]
 
     def _forecast(self, shape: Shape, count: int) -> Forecast:
         return Forecast(count, count - self._least(shape) if self.base else None)
@@ -156,7 +170,9 @@ class Graft(PatternMethod):
             with naming(linear.name):
                 keep, start = self.choose(weight, known, pattern, rows.get(linear.name))
             if self.fit and known is not None:
-                fit(linear, start, keep, weight, known.moments, self.damp, self.iterations, self.tolerance)
+                options = (self.damp, self.iterations, self.tolerance)
+                factor = known.factor_for(self.values)
+                fit(linear, start, keep, weight, known.moments, *options, values=self.values, factor=factor)
             else:
                 linear.weight = torch.where(keep.to(weight.device), weight, 0)
             if self.base:

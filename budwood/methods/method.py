@@ -63,6 +63,11 @@ class Method(Step):
         """
         return any(inner.published for inner in inner_methods(self))
 
+    @property
+    def fitted_values(self) -> str | None:
+        """The kind of values that the method leaves, such as "int4"; None: those of the dtype."""
+        return None
+
     def check(self, linears: Mapping[str, Shape]) -> None:
         """Raises UsageError where a linear (full name: [out, in]) does not allow these options."""
 
@@ -70,6 +75,11 @@ class Method(Step):
         """Raises UsageError where the model as a whole does not allow this method or one inside it."""
         for inner in inner_methods(self):
             inner.check_structure(structure)
+            if inner.fitted_values and not self.fitted_values:
+                raise UsageError(
+                    f"{self} changes the values that {inner} fits to {inner.fitted_values}; leave values out there, or "
+                    "prune with the inner method alone"
+                )
             if inner.reduced(structure) is not structure and self.reduced(structure) is structure:
                 raise UsageError(
                     f"{self} works block by block on the whole model, and {inner} removes blocks or experts; "
@@ -187,8 +197,22 @@ class Wrapper(Method):
         return self.inner.pattern_of(shape, name)
 
 
+def values_of(method: Method, asked: str | None) -> str | None:
+    """The values to store: those that a method fits, or those asked for. Raises UsageError where they differ."""
+    fitted = method.fitted_values
+    if fitted and asked not in (None, fitted):
+        raise UsageError(f"{method} fits its weights to {fitted} values, and --values asks for {asked}; leave it out")
+    return fitted or asked
+
+
 def layout_of(layout: str, method: Method, structure: "ModelStructure") -> str:
-    """The layout to store a result in: dense in place of "auto" where no matrix is left with zeros."""
+    """The layout to store a result in: dense in place of "auto" where no matrix is left with zeros.
+
+    Where a method has fitted all of its weights to integers, recovered ones are stored as such too.
+    """
+    if method.fitted_values and layout == f"auto_{method.fitted_values}":
+        recovers = any(held.recovered is not None for held in method.forecast(structure).values())
+        return f"bitmask_{method.fitted_values}" if recovers else layout
     forecast = method.forecast(structure) if layout == "auto" else {}
     shapes = structure.shapes if forecast else {}
     full = [held.nonzeros >= math.prod(held.shape or shapes[name]) for name, held in forecast.items()]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from budwood.methods.fitting import check_fit, fit
+from budwood.methods.fitting import PULL, VALUES, check_fit, check_values, fit
 from budwood.methods.method import Step, Wrapper
 from budwood.methods.metrics import norm_statistic, reached
 from budwood.methods.option import option
@@ -39,11 +39,17 @@ class Refit(Wrapper):
         "0 fits to the outputs of the dense weights for the pruned model's inputs, 1 to those of the dense model, and "
         "values between mix both",
     )
+    values: str | None = option(None, VALUES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fit(self.damp, self.iterations, self.tolerance)
         number("target", self.target, 0, 1)
+        check_values(self.values)
+
+    @property
+    def fitted_values(self) -> str | None:
+        return self.values
 
     def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
         assert windows is not None
@@ -84,6 +90,8 @@ class RefitStep(Step):
                     method.iterations,
                     method.tolerance,
                     cross,
+                    method.values,
+                    gram.factor(PULL) if method.values else None,
                 )
 
     def finish(self, run: "Run") -> None:
