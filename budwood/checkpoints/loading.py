@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from budwood.checkpoints import quantizer
 from budwood.checkpoints.checksums import INDEX_NAME, verify
 from budwood.checkpoints.locate import refuse_adapter
-from budwood.checkpoints.meta_model import IMPLEMENTATIONS, needs_code, reason_of, refused_code
+from budwood.checkpoints.meta_model import IMPLEMENTATIONS, needs_code, read_config, reason_of, refused_code
 from budwood.checkpoints.model_files import model_files
 from budwood.checkpoints.reader import Shards
 from budwood.checkpoints.sidecars import check_blocks, read_config_json
@@ -37,6 +37,8 @@ def load(
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} holds no config.json; give the folder of a model or a hub name")
         content = read_config_json(path / "config.json")
+        if any(content.get(f"_{name}") for name in IMPLEMENTATIONS):  # which the options do not replace
+            kwargs.setdefault("config", read_config(path, kwargs["trust_remote_code"]))
         refuse_adapter(path)
         files = model_files(path)
         check_blocks(content, len(Shards(files.shards).locations), path / "config.json")
