@@ -3,7 +3,7 @@
 A code is an integer from -8 to 7. A scale has 5 significant bits and either sign: the largest weight of a group is on
 the side of -8, so that a group uses all 16 levels, which saves a fifth of the squared error of -7 to 7. A product of
 code and scale has at most 8 significant bits. So it is exact in bfloat16, float16 and float32, no rounding follows,
-and quantising it again gives the same weights. 5 bits instead of 11 add a hundredth to the squared error.
+and quantising it again gives the same weights. 5 bits instead of 11 add one or two hundredths to the squared error.
 """
 
 from collections.abc import Iterator
