@@ -90,7 +90,8 @@ class Task:
                 continue
             if isinstance(mine, dict) and isinstance(theirs, dict):
                 both = {**mine, **theirs}
-                key, mine, theirs = next((k, mine.get(k), theirs.get(k)) for k in both if mine.get(k) != theirs.get(k))
+                differ = ((k, mine.get(k), theirs.get(k)) for k in both if mine.get(k) != theirs.get(k))
+                key, mine, theirs = next(differ, (key, mine, theirs))  # one may hold a null that the other lacks
             return f"its {key} is {_short(theirs)}, asked for is {_short(mine)}"
         return None
 

@@ -55,7 +55,7 @@ def render_report(report: Report) -> str:
                 [
                     (
                         code(block["name"]),
-                        figure(block["seconds"]),
+                        figure(block.get("seconds")),
                         humanize.share(block["relative_error"]),
                         *("{:,} of {:,}".format(*units(block).get(kind, (0, 0))) for kind in kinds),
                     )

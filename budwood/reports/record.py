@@ -85,6 +85,9 @@ SECONDS = Rule(
 # What readers use: the table of a verb, the page, the model card, `bench`. Sections are named for messages and tests.
 SECTIONS: dict[str, Any] = {
     "totals": {
+        "parameters": POSITIVE,
+        "parameters_after?": COUNT,
+        "in_scope": COUNT,
         "density": NUMBER,
         "recovered": (NUMBER, NONE),
         "bytes": COUNT,

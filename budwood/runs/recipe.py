@@ -95,6 +95,11 @@ class Recipe:
         unknown = {name: value for name, value in values.items() if name not in known}
         return cls(**{name: value for name, value in values.items() if name in known}, unknown=unknown)
 
+    @property
+    def chosen(self) -> dict[str, Any] | None:
+        """The arithmetic of a run that began; None where it was not chosen yet, or not kept."""
+        return self.arithmetic if "computed_in" in self.arithmetic else None
+
     def with_arithmetic(self, arithmetic: Mapping[str, Any]) -> "Recipe":
         return replace(self, arithmetic=dict(arithmetic))
 

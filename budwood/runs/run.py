@@ -106,7 +106,7 @@ class Run:
             if (path / "config.json").is_file():  # it was finished, and lacks shards since
                 held.complete()
                 (path / "config.json").unlink()
-            self.recorded = found.arithmetic or None if found else None
+            self.recorded = found.chosen if found else None
         elif same and (not overwrite or held.swapped):  # the swap ended the run that is asked for
             self.report = read_report(path)
             if self.report is not None:
@@ -114,7 +114,7 @@ class Run:
                 self.progress.note(f"{path} is finished already; nothing is left to do")
             else:
                 held.fill_in_place(planned)
-                self.recorded = found.arithmetic or None if found else None
+                self.recorded = found.chosen if found else None
         elif not overwrite:
             raise UsageError(
                 f"{path} holds another run: {difference}; give another folder, or --overwrite"
@@ -125,7 +125,7 @@ class Run:
             held.stage(planned)
             begun = _recipe_in(held.folder, tolerant=True)
             if begun is not None and self._difference(begun, held.folder) is None:
-                self.recorded = begun.arithmetic or None
+                self.recorded = begun.chosen
             else:
                 held.abandon_stage()
 

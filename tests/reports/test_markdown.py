@@ -1,13 +1,18 @@
 """The report and the card show what was measured, and no name or note becomes markup."""
 
+import contextlib
 import html
+import random
 import re
 
+import malformed
 import pytest
 from huggingface_hub import ModelCard
 
+from budwood.errors import RunError
 from budwood.reports.card import render_card
 from budwood.reports.markdown import code, escape, render_report
+from budwood.reports.record import FILE, read_report
 
 HOSTILE = "<img src=x onerror=1> | [a](javascript:b) `c` **d** ![e](f) $g$\n# h"
 
@@ -158,3 +163,16 @@ def test_rounding_is_shown_where_values_are_rounded():
     assert "| 1.43 % | 0.57 % | 1,037,000 |" in page
     assert "| 1.43 % | - | 1,037,000 |" in page
     assert "Rounding error of a matrix: 0.57 % to 0.57 %" in render_card(made, None, None, None)
+
+
+def test_any_report_that_is_read_is_rendered(tmp_path):
+    """With any value missing or of another type, it is refused when it is read, or shown."""
+    shown = 0
+    found = malformed.mutations(report())
+    for place, value in random.Random(0).sample(found, len(found)):
+        malformed.write(tmp_path / FILE, malformed.changed(report(), place, value))
+        with contextlib.suppress(RunError):
+            read = read_report(tmp_path)
+            render_report(read), render_card(read, "base", None, "LlamaForCausalLM")
+            shown += 1
+    assert 50 < shown < len(found) / 2

@@ -80,6 +80,8 @@ def test_the_flat_form_of_earlier_versions_is_read():
     assert exported.verb == "export"
     without_arithmetic = {name: FLAT[name] for name in FLAT if name not in ("computed_in", "sparse_products")}
     assert Recipe.from_json(without_arithmetic, "recipe.json").asked == {"compute_dtype": "float32"}
+    assert Recipe.from_json(without_arithmetic, "recipe.json").chosen is None
+    assert recipe.chosen == recipe.arithmetic
 
 
 @pytest.mark.parametrize("form", [RECIPE, FLAT])
