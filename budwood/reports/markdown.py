@@ -105,20 +105,21 @@ def training(section: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("trained", f"{section['trained']:,} ({humanize.share(section['trained_share'])} of the weights)"),
     ]
     if blocks := section.get("blocks"):
-        errors = [block["error_after"] / block["error_before"] for block in blocks if block.get("error_before")]
+        pairs = [(block.get("error_after"), block.get("error_before")) for block in blocks]
+        errors = [after / before for after, before in pairs if after is not None and before]
         rows.append(("held-out error of a block, of that before", humanize.span(errors) if errors else "0 before"))
         return rows
-    held = section["held_out"]
-    if held:
+    if held := section.get("held_out"):
         curve = ", ".join(f"{step}: {loss:.4f}" for step, loss in held)
         rows.append(("held-out loss by step", escape(curve)))
+    if held and "best_step" in section:
         rows.append(("kept", f"the state after step {section['best_step']:,}"))
-    if section["loss"]:
-        rows.append(
-            ("loss of the training windows, first and last", f"{section['loss'][0]:.4f}, {section['loss'][-1]:.4f}")
-        )
-    rows.append(("seconds", f"{section['seconds']:.1f}"))
-    rows.append(("bytes of the trained tensors with gradients and moments", f"{section['state_bytes']:,}"))
+    if losses := section.get("loss"):
+        rows.append(("loss of the training windows, first and last", f"{losses[0]:.4f}, {losses[-1]:.4f}"))
+    if "seconds" in section:
+        rows.append(("seconds", f"{section['seconds']:.1f}"))
+    if "state_bytes" in section:
+        rows.append(("bytes of the trained tensors with gradients and moments", f"{section['state_bytes']:,}"))
     return rows
 
 

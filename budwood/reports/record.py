@@ -145,6 +145,9 @@ SCHEMA: dict[str, Any] = {
             "held_out?": [STEP_AND_LOSS],
             "loss?": [NUMBER],
             "steps_per_loss?": NUMBER,
+            "seconds?": NUMBER,
+            "state_bytes?": COUNT,
+            "blocks?": [{"error_before?": (NUMBER, NONE), "error_after?": (NUMBER, NONE)}],
         }
     ],
     "speed?": SPEED,

@@ -9,7 +9,7 @@ from typing import Any
 
 from budwood.checkpoints.schema import COUNT, NUMBER
 from budwood.errors import RunError
-from budwood.reports.results import KINDS, Result
+from budwood.reports.results import KINDS, Perplexity, Result
 
 
 def to_json(result: Result) -> dict[str, Any]:
@@ -35,6 +35,8 @@ def from_json(content: Any, where: str = "the result") -> Result:
     if kind not in KINDS:
         raise RunError(f"{where} is no result: its kind is {kind!r}, and known are {', '.join(KINDS)}")
     result: Result = build(KINDS[kind], content, where)
+    if isinstance(result, Perplexity) and len(result.losses) != result.text.windows:
+        raise RunError(f"{where} is damaged: it has {len(result.losses)} losses of {result.text.windows} windows")
     try:
         for name in result.derived:
             getattr(result, name)

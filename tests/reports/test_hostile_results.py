@@ -84,7 +84,7 @@ def test_a_task_without_its_metric_is_refused():
 
 
 def test_a_loss_beyond_any_perplexity_is_infinite():
-    result = from_json({**PERPLEXITY, "losses": [800.0, 900.0]})
+    result = from_json({**PERPLEXITY, "losses": [800.0, 900.0], "text": {**PERPLEXITY["text"], "windows": 2}})
     assert isinstance(result, Perplexity)
     assert result.perplexity == math.inf
     assert to_json(result)["mean_loss"] == 850

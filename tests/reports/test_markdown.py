@@ -2,7 +2,6 @@
 
 import contextlib
 import html
-import random
 import re
 
 import malformed
@@ -167,10 +166,16 @@ def test_rounding_is_shown_where_values_are_rounded():
 
 def test_any_report_that_is_read_is_rendered(tmp_path):
     """With any value missing or of another type, it is refused when it is read, or shown."""
-    shown = 0
-    found = malformed.mutations(report())
-    for place, value in random.Random(0).sample(found, len(found)):
-        malformed.write(tmp_path / FILE, malformed.changed(report(), place, value))
+    shown, section = (
+        0,
+        {"trained": 8, "trained_share": 0.1, "steps": 9, "best_step": 4, "held_out": [[0, 3.5], [4, 3.0]]},
+    )
+    section |= {"loss": [3.5, 3.0], "steps_per_loss": 1, "seconds": 2.0, "state_bytes": 64, "move": "norms"}
+    blocks = {**section, "blocks": [{"error_before": 0.5, "error_after": 0.25}]}
+    whole = report(training=[section, blocks])
+    found = malformed.mutations(whole)
+    for place, value in found:
+        malformed.write(tmp_path / FILE, malformed.changed(whole, place, value))
         with contextlib.suppress(RunError):
             read = read_report(tmp_path)
             render_report(read), render_card(read, "base", None, "LlamaForCausalLM")
