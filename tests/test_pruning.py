@@ -302,7 +302,7 @@ def test_refusals_before_anything_is_written(llama, tmp_path):
     refused(UsageError, r"block.*--skip", llama, out, "wrp(block=24, k=1)", TEXT)
     refused(UsageError, "did you mean bitmask", llama, out, 'magnitude("2:4")', format="bitmaks")
     refused(UsageError, "holds no int8", llama, out, 'magnitude("2:4")', format="two_four_ell", values="int8")
-    refused(UsageError, "no values 'int4'", llama, out, 'magnitude("2:4")', values="int4")
+    refused(UsageError, "no values 'int3'", llama, out, 'magnitude("2:4")', values="int3")
     refused(UsageError, "no amount of memory", llama, out, 'magnitude("2:4")', activation_memory="much")
     refused(UsageError, "no such dtype", llama, out, 'magnitude("2:4")', dtype="float31")
     refused(UsageError, "device", llama, out, 'magnitude("2:4")', device="nonsense")

@@ -238,7 +238,7 @@ def test_int8_values_reach_plan_and_prune(source, run_here, tmp_path):
     refused = run_here("prune", source, tmp_path / "other", *arguments, "--format", "two_four_csr")
     assert refused.status == 2
     assert "two_four_csr holds no int8 values" in refused.stderr
-    assert run_here("prune", source, tmp_path / "other", *arguments[:-1], "int4").status == 2
+    assert run_here("prune", source, tmp_path / "other", *arguments[:-1], "int3").status == 2
 
 
 def test_generate_streams_the_text_it_returns(pruned, run, run_here):
