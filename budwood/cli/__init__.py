@@ -76,4 +76,9 @@ def main() -> None:
     # torch then puts large tensors into huge pages, which saves a tenth of the time of pruning. torch reads the
     # variable when it allocates the first one.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    app(with_dashes(sys.argv[1:]), prog_name="budwood")
+    try:
+        app(with_dashes(sys.argv[1:]), prog_name="budwood")
+    except SystemExit as end:
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):  # before the verb began
+            typer.echo("budwood: interrupted", err=True)
+        raise

@@ -125,3 +125,14 @@ def test_invalid_arguments_are_status_2(run_here, arguments, word):
     assert result.stdout == ""
     assert word in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("place", ["parse_args", "invoke"])
+def test_ctrl_c_before_the_verb_begins_is_a_sentence(run_here, monkeypatch, place):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(typer.core.TyperGroup, place, pressed)
+    result = run_here("methods")
+    assert result.status == 130
+    assert result.stderr.strip() == "budwood: interrupted"
