@@ -5,9 +5,11 @@ regular files are taken, and links only to files of the folder itself, or to the
 cache, where every file of a snapshot is a link.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from budwood.checkpoints.files import copy_file
+from budwood.errors import RunError
 
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 NOT_COMPANIONS = ("config.json", "recipe.json", "report.json", "adapter_config.json")
@@ -28,9 +30,18 @@ def left_out(source: Path) -> str | None:
     )
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    for file in companions(source):
-        copy_file(file.resolve(), target / file.name)
+def copy_companions(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copies the companions of these names. Raises RunError where one is gone."""
+    for name in names:
+        file = source / name
+        try:
+            if not is_own(file):
+                raise FileNotFoundError(file)
+            copy_file(file.resolve(), target / name)
+        except FileNotFoundError as error:
+            if not file.is_file():
+                raise RunError(f"{file} is gone; put it back and give the same command again") from error
+            raise
 
 
 def is_own(file: Path) -> bool:

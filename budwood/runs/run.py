@@ -86,6 +86,8 @@ class Run:
         try:
             run = cls(held, recipe, source, progress or Silent())
             run.companions = [file.name for file in companions(source.folder)]
+            if not source.folder.is_dir():  # a folder that went away has no companions
+                raise RunError(f"{source.folder} is gone; put it back and give the same command again")
             run._choose_folder(overwrite, [*PLANNED, *run.companions])
             run.work = Work(held.work, run._keep_reads)
         except BaseException:
@@ -286,7 +288,7 @@ class Run:
         self.target.note([*documents, *copied, "config.json", "sparse.safetensors.index.json"])
         self.target.note(["model.safetensors.index.json"])
         write_json(folder / FILE, self.recipe.to_json())
-        copy_companions(source, folder)
+        copy_companions(source, folder, copied)
         writer.write_index(description)
         for name, text in documents.items():
             write_text(folder / name, text)

@@ -54,7 +54,7 @@ def test_links_to_files_outside_the_folder_are_not_followed(tmp_path, private):
     linked(tmp_path / "model", private)
     assert [file.name for file in companions(tmp_path / "model")] == ["chat_template.jinja", "real.json"]
     (tmp_path / "out").mkdir()
-    copy_companions(tmp_path / "model", tmp_path / "out")
+    copy_companions(tmp_path / "model", tmp_path / "out", [file.name for file in companions(tmp_path / "model")])
     assert {file.name: file.read_text() for file in (tmp_path / "out").iterdir()} == {
         "chat_template.jinja": "{}",
         "real.json": "{}",

@@ -267,6 +267,26 @@ def test_reports_of_finished_runs_are_read_not_trusted(models, tmp_path):
     assert model_files(target) == model_files(models / "former")
 
 
+@pytest.mark.parametrize("place", ["companions", "copy_companions"])
+def test_a_source_that_vanishes_around_its_companions_is_no_success(models, tmp_path, monkeypatch, place):
+    """As they are listed at first, and as they are copied."""
+    source = put(models / "dense", tmp_path / "source")
+    real = getattr(run_module, place)
+
+    def vanishing(*arguments):
+        source.rename(tmp_path / "away")
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, place, vanishing)
+        with pytest.raises(RunError, match="is gone; put it back"):
+            prune(source, tmp_path / "out", METHOD)
+    assert not (tmp_path / "out" / "config.json").exists()
+    (tmp_path / "away").rename(source)
+    prune(source, tmp_path / "out", METHOD)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
 @pytest.mark.parametrize("lost", ["tokenizer.json", ""])
 def test_a_source_whose_companions_vanish_makes_no_folder_without_them(models, tmp_path, monkeypatch, lost):
     """A success would be a model without its tokenizer. What vanishes is one file, or the folder."""
