@@ -6,6 +6,7 @@ value of an object), or a `Rule`.
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,15 @@ class Each:
     schema: Any
 
 
+def _is_file_name(value: Any) -> bool:
+    if type(value) is not str or value in ("", ".", "..") or set(value) & set("/\\\0"):
+        return False
+    try:
+        return bool(os.fsencode(value))
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < LARGEST
 
@@ -45,10 +55,7 @@ SHAPE = Rule(
 MATRIX = Rule("a shape [out, in]", lambda value: SHAPE.holds(value) and len(value) == 2)
 PAIR = Rule("two counts", lambda value: type(value) is list and len(value) == 2 and all(map(COUNT.holds, value)))
 FIVE = Rule("five counts", lambda value: type(value) is list and len(value) == 5 and all(map(COUNT.holds, value)))
-FILE_NAME = Rule(
-    "the name of a file in the same folder",
-    lambda value: type(value) is str and value not in ("", ".", "..") and not set(value) & set("/\\\0"),
-)
+FILE_NAME = Rule("the name of a file in the same folder", _is_file_name)
 WORDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false", NONE: "null"}
 
 

@@ -94,11 +94,14 @@ def test_the_notes_of_a_shard_are_read_or_are_a_sentence(pruned, monkeypatch):
             assert all(len(entry["shape"]) == 2 for entry in notes["linears"].values())
 
 
+HALF = {"move": [], "remove": ["\ud800"]}  # which is no name of a file
+
+
 def test_a_swap_that_names_other_folders_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     out = tmp_path / "out"
     (out / STAGING).mkdir(parents=True)
-    for listed in ({"move": [], "remove": ["../mine.txt"]}, {"move": ["/etc/x"], "remove": []}, {"move": 3}, []):
+    for listed in ({"move": [], "remove": ["../mine.txt"]}, {"move": ["/etc/x"], "remove": []}, {"move": 3}, [], HALF):
         malformed.write(out / STAGING / SWAP, listed)
         with pytest.raises(RunError, match=rf"{SWAP} is damaged.*delete"):
             Target.claim(out)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from fuzz_folders import Unsound
@@ -87,7 +88,7 @@ def check_again(format: str, shape: tuple[int, int], tensors: dict[str, Tensor])
     except Refusal as error:
         raise Unsound(f"{format} does not take back what it unpacks: {error}") from error
     values = kind.kept(tensors, shape)
-    if all(bool((raw(value) != 0).all()) for value in values) and stored_everywhere(again):
+    if all(bool((raw(value) != 0).all()) for value in values) and not (rounded and vanished(kind, tensors, weight)):
         for suffix, tensor in again.items():
             if rounded and suffix.endswith("values"):
                 continue
@@ -96,9 +97,11 @@ def check_again(format: str, shape: tuple[int, int], tensors: dict[str, Tensor])
                 raise Unsound(f"{format}: {suffix} is another after unpacking and packing")
 
 
-def stored_everywhere(packed: dict[str, Tensor]) -> bool:
-    """Whether no value became zero on the way, as int8 times a tiny scale may."""
-    return all(bool((raw(tensor) != 0).all()) for suffix, tensor in packed.items() if suffix.endswith("values"))
+def vanished(kind: Any, tensors: dict[str, Tensor], weight: Tensor) -> bool:
+    """Whether an integer that is not zero became a zero weight, as int8 times a tiny scale may."""
+    shape = (weight.shape[0], weight.shape[1])
+    integers = kind.integers.unpack(tensors | {"values": kind.numbers(tensors, shape)}, shape)
+    return bool(((integers != 0) & (weight == 0)).any())
 
 
 def multiply(format: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
