@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from bits_rows import ROWS, method_of
-from cells import Cell, filled, kept, spread
+from cells import Cell, filled, kept, parser_of, spread
 from torch import Tensor
 
 import budwood
@@ -41,23 +41,12 @@ MARKS = {"bf16": "o", "int8": "s", "int4": "x", "int4 fitted": "D", "int3": "^"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=DATA")
+    parser = parser_of(__doc__, draws=3, num_samples=32, windows=6)
     parser.add_argument("--texts", metavar="NAMES", help="only these, separated by commas")
     parser.add_argument("--row", action="append", default=[], metavar="NAME", help="only these, * is a wildcard")
     parser.add_argument("--list", action="store_true", help="show the rows and stop")
-    parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--num-samples", type=int, default=32)
-    parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=6, help="of 2048 tokens, of each text")
     parser.add_argument("--weights", default="bfloat16", help="dtype of the written weights that are no integers")
-    parser.add_argument("--dtype", default="float32", help="of the forward passes, in pruning and measuring")
     parser.add_argument("--speed", action="store_true", help="microseconds of one row too")
-    parser.add_argument("--cells", type=int, help="stop after so many new ones")
-    parser.add_argument("--table", action="store_true", help="only print and draw what is there")
     asked = parser.parse_args()
     rows = [row for row in ROWS if row == "dense" or not asked.row or any(fnmatchcase(row, p) for p in asked.row)]
     if asked.row and len(rows) < 2 and asked.row != ["dense"]:

@@ -1,5 +1,8 @@
-"""What the benchmarks that fill a table share: cells that are kept as they are finished, and verbs in a process."""
+"""What the benchmarks that fill a table share: their options, cells that are kept as they are finished, and verbs in a
+process of their own.
+"""
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -10,6 +13,23 @@ from typing import Any
 
 Cell = dict[str, Any]
 Place = tuple[str, int]  # row and draw
+
+
+def parser_of(doc: str | None, *, draws: int, num_samples: int, windows: int) -> argparse.ArgumentParser:
+    """The options that all tables have, with these defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=DATA")
+    parser.add_argument("--draws", type=int, default=draws)
+    parser.add_argument("--num-samples", type=int, default=num_samples)
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=windows, help="of 2048 tokens, of each text")
+    parser.add_argument("--dtype", default="float32", help="of the forward passes that are measured")
+    parser.add_argument("--cells", type=int, help="stop after so many new ones")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    return parser
 
 
 def filled(file: Path, wanted: Iterable[Place], measure: Callable[[str, int], Cell], most: int | None) -> list[Cell]:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cells import Cell, filled, kept, pruned, spread
+from cells import Cell, filled, kept, parser_of, pruned, spread
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -50,20 +50,9 @@ DTYPE = "bfloat16"  # of the written weights
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=DATA")
-    parser.add_argument("--draws", type=int, default=3)
+    parser = parser_of(__doc__, draws=3, num_samples=64, windows=8)
     parser.add_argument("--row", action="append", choices=list(ROWS), help="only these")
-    parser.add_argument("--num-samples", type=int, default=64)
-    parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=8, help="of 2048 tokens, of each text")
-    parser.add_argument("--dtype", default="float32", help="of the forward passes that are measured")
     parser.add_argument("--kl", action="store_true", help="divergences from the dense model too")
-    parser.add_argument("--cells", type=int, help="stop after so many new ones")
-    parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     file = asked.folder / "cells.jsonl"
     texts = {"sotu": "sotu:2000-"} | dict(text.split("=", 1) for text in asked.text)

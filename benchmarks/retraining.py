@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, filled, kept, spread, written
+from cells import Cell, filled, kept, parser_of, spread, written
 from retraining_rows import ROWS, Row, ablation_rows, main_rows
 
 import budwood
@@ -38,28 +38,17 @@ DTYPE = "bfloat16"  # of the written weights
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=DATA")
+    parser = parser_of(__doc__, draws=3, num_samples=64, windows=8)
     parser.add_argument("--row", action="append", default=[], metavar="NAME", help="only these, * is a wildcard")
     parser.add_argument("--ablation", action="store_true", help="the rows of graft's block fit")
     parser.add_argument("--list", action="store_true", help="show the rows and stop")
-    parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000, help="of retraining the whole model")
     parser.add_argument("--fit-steps", type=int, default=64, help="of fitting one block")
-    parser.add_argument("--num-samples", type=int, default=64)
-    parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--train", metavar="DATA", help="text to retrain on, by default the calibration text")
     parser.add_argument("--train-samples", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=8, help="of 2048 tokens, of each text")
     parser.add_argument("--device", default="auto", help="for every verb")
     parser.add_argument("--compute-dtype", default="auto", help="of pruning and retraining")
-    parser.add_argument("--dtype", default="float32", help="of the forward passes that are measured")
-    parser.add_argument("--cells", type=int, help="stop after so many new ones")
     parser.add_argument("--keep", action="store_true", help="leave the written models in FOLDER")
-    parser.add_argument("--table", action="store_true", help="only print what is there")
     asked = parser.parse_args()
     rows = chosen(asked.row, asked.ablation, parser)
     if asked.list:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cells import Cell, filled, kept, pruned, spread
+from cells import Cell, filled, kept, parser_of, pruned, spread
 
 import budwood
 from budwood.benchmarking import time_models
@@ -49,22 +49,11 @@ DTYPE = "bfloat16"  # of the written weights
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=DATA")
+    parser = parser_of(__doc__, draws=1, num_samples=32, windows=4)
     parser.add_argument("--drop", action="append", type=float, default=[])
-    parser.add_argument("--draws", type=int, default=1)
     parser.add_argument("--method", action="append", choices=list(METHODS), help="only these")
-    parser.add_argument("--num-samples", type=int, default=32)
-    parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=4, help="of 2048 tokens, of each text")
     parser.add_argument("--continuations", type=int, default=32, help="0 leaves the search for repetition out")
     parser.add_argument("--no-speed", action="store_true")
-    parser.add_argument("--dtype", default="float32", help="of the forward passes that are measured")
-    parser.add_argument("--cells", type=int, help="stop after so many new ones")
-    parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     file = asked.folder / "cells.jsonl"
     texts = dict(text.split("=", 1) for text in asked.text) | {"sotu": "sotu:2000-"}

@@ -34,14 +34,9 @@ def copy_companions(source: Path, target: Path, names: Sequence[str]) -> None:
     """Copies the companions of these names. Raises RunError where one is gone."""
     for name in names:
         file = source / name
-        try:
-            if not is_own(file):
-                raise FileNotFoundError(file)
-            copy_file(file.resolve(), target / name)
-        except FileNotFoundError as error:
-            if not file.is_file():
-                raise RunError(f"{file} is gone; put it back and give the same command again") from error
-            raise
+        if not is_own(file):
+            raise RunError(f"{file} is gone; put it back and give the same command again")
+        copy_file(file.resolve(), target / name)
 
 
 def is_own(file: Path) -> bool:
