@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def fastest_kernels() -> dict[str, str]:
     return fastest_kernels()
 
 
+@cache
 def installed(name: str) -> str | None:
     """The version of the package `name`, without importing it; None where it is not installed."""
     try:

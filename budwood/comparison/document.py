@@ -8,10 +8,8 @@ from typing import Any
 
 from budwood.errors import UsageError
 
-LARGEST, DEEPEST = (
-    1 << 20,
-    20,
-)  # bytes of a recipe, before and after its variables are replaced; sections inside sections
+LARGEST = 1 << 20  # bytes of a recipe, before and after its variables are replaced
+DEEPEST = 20  # sections inside sections
 MOST = 20_000  # texts, numbers, lists and mappings of a recipe: the reader takes some 0.1 ms for each
 WIDEST = 2**63  # numbers are smaller
 SHOWN = 60  # characters of a wrong value in a message
