@@ -18,7 +18,7 @@ RANGE = (2.0**-120, 2.0**120)  # the magnitudes of scales in bfloat16 and float3
 NARROW = (2.0**-20, 2.0**12)  # in float16, where 8 times a scale is finite and its last bit not lost
 
 SMALL = (6, 5, 4)  # largest codes of groups that scales near the largest magnitude over 8 may not hold without error
-SMALLER = (3, 2, 1)  # the same where half of the scale is too small to be stored
+SMALLER = (3, 2, 1)  # the same where the scale of twice the code, 6 at most, is too small to be stored
 WORK = 1 << 17  # weights that are processed at a time, so that temporaries stay in the cache
 
 
@@ -83,7 +83,7 @@ def best_scale(groups: Tensor, dtype: torch.dtype) -> Tensor:
     octave = torch.exp2(exponent.float())
     best = torch.full_like(most, torch.inf, dtype=torch.float64)
     chosen = smallest.clone()
-    small = SMALL + (SMALLER if bool(((most > 0) & (most < SMALL[-1] * smallest)).any()) else ())
+    small = SMALL + (SMALLER if bool(((most > 0) & (most < SMALL[0] * smallest)).any()) else ())
     for index in range(16 + len(small)):
         if index < 16:
             step = steps - index

@@ -45,6 +45,18 @@ def test_a_matrix_of_levels_is_kept_exactly(seed, dtype, group, most, spread):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("code", (-8, -3, 1, 2, 3, 5, 7))
+def test_a_level_of_the_smallest_scales_is_kept_exactly(code, dtype):
+    """Half of such a scale, which has twice the code, may be too small to be stored."""
+    codes = torch.tensor([[code, 0, 1]], dtype=torch.int8)
+    for step in range(16, 65):  # scales of 5 bits, of two octaves; one at a time, since one group may help another
+        scale = nearest_scale(torch.tensor([[step / 16 * limits(dtype)[0]]]), dtype)
+        weight = dequantise4(codes, scale, dtype)
+        again, found = quantise4(weight, weight != 0)
+        assert torch.equal(dequantise4(again, found, dtype), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_are_exact_at_the_limits(dtype):
     codes = torch.arange(LOWEST, HIGHEST + 1, dtype=torch.int8).repeat(2, 1)
     for limit in limits(dtype):
