@@ -45,7 +45,7 @@ def test_a_matrix_of_levels_is_kept_exactly(seed, dtype, group, most, spread):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("code", (-8, -3, 1, 2, 3, 5, 7))
+@pytest.mark.parametrize("code", [-8, -3, 1, 2, 3, 5, 7])
 def test_a_level_of_the_smallest_scales_is_kept_exactly(code, dtype):
     """Half of such a scale, which has twice the code, may be too small to be stored."""
     codes = torch.tensor([[code, 0, 1]], dtype=torch.int8)
