@@ -157,6 +157,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from budwood.checkpoints.reshaping import remove_dimension
+        from budwood.checkpoints.decoding_attention import accelerate_attention
         from budwood.checkpoints.substitution import local_names
         from budwood.formats import FORMATS
         from budwood.kernels.linear import SparseLinear
@@ -176,6 +177,7 @@ class PackedQuantizer(HfQuantizer):
         remove_dimension(model, self.guard)
         self.guard = None
         changed = optimize(model)
+        accelerate_attention(model)
         for name, local in local_names(model, self.quantization_config.linears).items():
             if local in changed:  # so that it is saved in its present format
                 self.quantization_config.linears[name]["format"] = changed[local]

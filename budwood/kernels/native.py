@@ -21,7 +21,7 @@ VARIABLE = "BUDWOOD_KERNELS"
 LIBRARY = "BUDWOOD_LIBRARY"  # a library to open in place of the installed one, as `make sanitize` does
 CHOICES = ("auto", "amx", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
-INTERFACE = 6  # version of the library interface that this file calls
+INTERFACE = 7  # version of the library interface that this file calls
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 INT8 = TYPES[torch.int8]
 INT4 = 4
@@ -110,6 +110,7 @@ def opened(wanted: str) -> ctypes.CDLL | None:
     native.budwood_read.argtypes = [c_void_p, c_int64, c_int32]
     native.budwood_read.restype = c_int64
     native.budwood_dense.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
+    native.budwood_attend.argtypes = [c_void_p, c_int32]
     if hasattr(native, "budwood_tiles_plan"):  # x86 only
         native.budwood_tiles_plan.argtypes, native.budwood_tiles_plan.restype = [c_void_p] * 3, c_int64
         native.budwood_tiles_pack.argtypes = [c_void_p, c_int32, c_void_p, c_void_p]
@@ -144,6 +145,12 @@ def has_dense() -> bool:
     """Whether the path has a kernel for dense bfloat16 matrices."""
     native = library()
     return native is not None and bool(native.budwood_has_dense())
+
+
+def has_attention() -> bool:
+    """Whether the path has a kernel for the attention of one token."""
+    native = library()
+    return native is not None and bool(native.budwood_has_attention())
 
 
 def has_tiles() -> bool:

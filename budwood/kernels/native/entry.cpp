@@ -291,7 +291,7 @@ using namespace budwood;
 extern "C" {
 
 // Changes with every change of the functions below or of `Matrix`.
-EXPORT int32_t budwood_interface() { return 6; }
+EXPORT int32_t budwood_interface() { return 7; }
 
 EXPORT const char* budwood_path() { return path->name; }
 
@@ -516,6 +516,26 @@ EXPORT int32_t budwood_dense(const uint16_t* weight, int64_t out, int64_t in, co
         const auto [me, all] = team();
         const int64_t first = share(out, me, all), last = share(out, me + 1, all);
         if (first < last) path->dense(weight, in, input, *output, first, last);
+    }
+    return 1;
+}
+
+EXPORT int32_t budwood_has_attention() { return path->attends != nullptr; }
+
+EXPORT int32_t budwood_attend(const Attention* a, int32_t threads) {
+    const int64_t pieces = path->attends ? path->attends->pieces(*a) : 0;
+    if (!pieces) return 0;
+    void* sums = scratch(5, size_t(path->attends->bytes(*a)));
+    constexpr int64_t ENOUGH = 1 << 15;  // values: fewer are read in less time than another thread takes to begin
+    const int64_t most = a->batch * a->shared * a->tokens * a->width / ENOUGH;
+    if (threads > most) threads = most < 1 ? 1 : int32_t(most);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const auto [me, all] = team();
+        path->attends->add(*a, sums, share(pieces, me, all), share(pieces, me + 1, all));
+#pragma omp barrier
+        const int64_t rows = a->batch * a->heads;
+        path->attends->join(*a, sums, share(rows, me, all), share(rows, me + 1, all));
     }
     return 1;
 }

@@ -213,6 +213,27 @@ struct Many {
     void (*multiply)(const Matrix&, const Input&, const char* table, const Output&, int64_t first, int64_t last);
 };
 
+// The attention of one new token of each sequence to the keys and values of all tokens, its own included. Filled by the
+// caller (Python, ctypes): the order of the fields is the interface. Strides are in values; a key, a value and a query are
+// contiguous. Heads [h * heads / shared, (h + 1) * heads / shared) share key and value h.
+struct Attention {
+    const void *query, *key, *value;  // [batch, heads, width], [batch, shared, tokens, width] twice
+    const uint8_t* seen;              // [batch, tokens], 0 for tokens that are not attended to; or null: all are
+    void* out;                        // [batch, heads, width], contiguous
+    int64_t batch, heads, shared, tokens, width;
+    int64_t query_strides[2], key_strides[3], value_strides[3], seen_strides[2];
+    float scale;   // of the products of query and key
+    int32_t type;  // of all tensors but `seen`
+};
+
+// Its kernel. The tokens are split into pieces of a fixed size, so that the sums do not depend on the number of threads.
+struct Attends {
+    int64_t (*pieces)(const Attention&);  // 0 where it cannot compute this
+    int64_t (*bytes)(const Attention&);  // that the sums of the pieces take
+    void (*add)(const Attention&, void* sums, int64_t first, int64_t last);         // pieces [first, last)
+    void (*join)(const Attention&, const void* sums, int64_t first, int64_t last);  // heads of all sequences
+};
+
 // Kernels for matrices in tiles. What they split among threads are strips: `border` is the first after a share.
 struct Tiled {
     int64_t (*bytes)(const Matrix&);
@@ -236,6 +257,7 @@ struct Path {
     void (*dense)(const uint16_t* weight, int64_t in, const Input&, const Output&, int64_t first, int64_t last);
     const Tiled* tiled;
     bool prefers_tiles;  // for values of all types, and not only for INT4
+    const Attends* attends;  // null where torch's attention is fast
 };
 
 extern const Path scalar;
