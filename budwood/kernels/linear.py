@@ -16,7 +16,7 @@ from budwood.formats.two_four import covered
 from budwood.kernels import dispatch, gpu, ops, tiles
 from budwood.kernels.arena import Arena
 from budwood.kernels.file_parameters import FileParameters, held_elsewhere
-from budwood.kernels.native_matrix import CODINGS, REMEDY, NativeMatrix, native_matrix
+from budwood.kernels.native_matrix import CODINGS, REMEDY, NativeMatrix, native_matrix, refuse_unsound
 from budwood.kernels.shared_input import InputObserver, SharedInput
 from budwood.kernels.snapshot import Snapshot, key_of
 from budwood.kernels.tiles import Tiles
@@ -44,6 +44,7 @@ class SparseLinear(nn.Linear):
     _dtype: torch.dtype | None = None
     _gpu: gpu.GpuMatrix | None = None
     _gpu_for: Snapshot | None = None
+    _sound: Snapshot | None = None  # of the tensors that were checked before they were unpacked
     _tiles: Tiles | None = None
     _prefers_tiles = False  # set by `to_native_format` with an arena
 
@@ -147,15 +148,25 @@ class SparseLinear(nn.Linear):
                 return result
         elif gpu.takes(input):
             return self._on_gpu().linear(input, self.bias)
+        if matrix is None:
+            self._refuse_unsound()
         return F.linear(input, self.unpack(), self.bias)
 
     def _on_gpu(self) -> gpu.GpuMatrix:
         """The weight in the layout of the GPU kernels, a second copy of it on the device."""
         tensors = self.packed()
         if self._gpu is None or self._gpu_for is None or not self._gpu_for.of(tensors.values()):
+            self._refuse_unsound()
             base = covered(tensors["places"], self.in_features) if "places" in tensors else None
             self._gpu, self._gpu_for = gpu.gpu_matrix(self.unpack(), base), Snapshot(tensors.values())
         return self._gpu
+
+    def _refuse_unsound(self) -> None:
+        """RunError where the tensors no longer describe a matrix of this shape; looked at once after every change."""
+        tensors = self.packed()
+        if self._sound is None or not self._sound.of(tensors.values()):
+            refuse_unsound(self.format, self.shape, tensors)
+            self._sound = Snapshot(tensors.values())
 
     def native_matrix(self) -> NativeMatrix | None:
         """The weight for the native library, made once for as long as nobody replaces or changes the tensors.
@@ -240,6 +251,7 @@ class SparseLinear(nn.Linear):
             "_native_for": None,
             "_gpu": None,
             "_gpu_for": None,
+            "_sound": None,
             "shared_input": None,
         }
 

@@ -186,6 +186,21 @@ def unsound(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) 
     return RunError(f"the tensors of a SparseLinear cannot be multiplied: {fault}; {REMEDY}")
 
 
+def refuse_unsound(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
+    """For tensors that are multiplied by unpacking: RunError where they do not describe a matrix `[out, in]`.
+
+    Tensors on meta hold nothing to check. Values are not read, as a cast or training may have made some of them zero.
+    """
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return
+    found = {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()}
+    check_layout("SparseLinear", format, shape, found, REMEDY)
+    placing = FORMATS[format].placing
+    positions = {suffix: tensor.to("meta") if suffix in placing else tensor for suffix, tensor in tensors.items()}
+    if FORMATS[format].fault(positions, shape):
+        raise unsound(format, shape, positions)
+
+
 class MatrixGroup:
     """Several matrices of one width, multiplied with the same x in one call of the library."""
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from budwood.formats import FORMATS
 from budwood.kernels import dispatch
-from budwood.kernels.native_matrix import NativeMatrix, check_input, native_matrix
+from budwood.kernels.native_matrix import NativeMatrix, check_input, native_matrix, refuse_unsound
 from budwood.kernels.snapshot import Snapshot
 
 
@@ -51,6 +51,8 @@ _cache: dict[tuple[Any, ...], tuple[Snapshot, NativeMatrix | None]] = {}
 def cached_matrix(packed: Sequence[Tensor], format: str, shape: tuple[int, int]) -> NativeMatrix | None:
     """The `native_matrix` of this weight `[out, in]`, cached for as long as its memory exists and nobody changes it.
 
+    Raises RunError where the tensors do not describe such a matrix.
+
     An operator gets tensors and no layer that could hold it.
     """
     key = (format, shape, *((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in packed))
@@ -60,8 +62,11 @@ def cached_matrix(packed: Sequence[Tensor], format: str, shape: tuple[int, int])
     for old in [old for old, (snapshot, _) in _cache.items() if not snapshot.alive()]:
         del _cache[old]
     snapshot = Snapshot(packed)
-    matrix = native_matrix(format, shape, dict(zip(FORMATS[format].suffixes, packed, strict=True)))
-    if matrix is not None:  # the cache must not keep the weight alive
+    tensors = dict(zip(FORMATS[format].suffixes, packed, strict=True))
+    matrix = native_matrix(format, shape, tensors)
+    if matrix is None:
+        refuse_unsound(format, shape, tensors)
+    else:  # the cache must not keep the weight alive
         matrix.held = [tensor for tensor in matrix.held if all(tensor is not other for other in packed)]
     _cache[key] = snapshot, matrix
     return matrix

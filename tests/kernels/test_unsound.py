@@ -19,7 +19,10 @@ from budwood.kernels.native import FEW_ROWS, SPARSE
 from budwood.kernels.native_matrix import MatrixGroup, native_matrix
 
 SHAPE = (64, 256)
-WITH_RECOVERED = ["two_four_compact", "two_four_compact_int8"]
+WITH_RECOVERED = ["two_four_compact", "two_four_compact_int8", "two_four_compact_int4"]
+SPARSE_FORMATS = sorted(set(FORMATS) - {"dense"})
+PURE = ("two_four", "two_four_int8", "two_four_int4")  # cannot store recovered weights
+INT4 = [name for name in FORMATS if name.endswith("int4")]
 WRONG = [(3, 255), (3, 257), (1, 64), (8, 512), (256, 3), (0, 255), ()]
 
 
@@ -29,7 +32,7 @@ def weight(seed: int, dtype: torch.dtype = torch.float32, share: float = 0.05) -
 
 
 def packed_layer(format: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> SparseLinear:
-    found = weight(seed, dtype, 0.0 if format in ("two_four", "two_four_int8", "two_four_int4") else 0.05)
+    found = weight(seed, dtype, 0.0 if format in PURE else 0.05)
     return SparseLinear.from_packed(format, SHAPE, FORMATS[format].nearest(found))
 
 
@@ -66,11 +69,9 @@ def test_hostile_columns_are_refused_before_they_are_multiplied(path, format, ch
             native_matrix(format, shape, tensors)
 
 
-@pytest.mark.parametrize("format", sorted(set(FORMATS) - {"dense"}))
+@pytest.mark.parametrize("format", SPARSE_FORMATS)
 def test_from_packed_takes_only_tensors_of_the_right_number_size_and_dtype(format):
-    tensors = FORMATS[format].nearest(
-        weight(0, share=0.0 if format in ("two_four", "two_four_int8", "two_four_int4") else 0.05)
-    )
+    tensors = FORMATS[format].nearest(weight(0, share=0.0 if format in PURE else 0.05))
     for suffix, tensor in tensors.items():
         for other in (tensor.reshape(-1)[:-1].clone(), tensor[None], tensor.to(torch.complex64)):
             with pytest.raises(RunError, match=r"SparseLinear.* (does not fit|is damaged)"):
@@ -80,14 +81,16 @@ def test_from_packed_takes_only_tensors_of_the_right_number_size_and_dtype(forma
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
-def test_recovered_values_of_another_dtype_are_refused_in_one_sentence(fastest, dtype):
-    tensors = FORMATS["two_four_compact_int8"].nearest(weight(0))
-    tensors["rec_values"] = tensors["rec_values"].to(dtype)
-    sentence = r"rec_values does not fit a 64 x 256 matrix .*: expected float32 \[\d+\], found float"
+@pytest.mark.parametrize("format", [*WITH_RECOVERED, "two_four_csr", "two_four_ell"])
+def test_recovered_values_of_another_dtype_are_refused_in_one_sentence(fastest, format, dtype):
+    tensors = FORMATS[format].nearest(weight(0))
+    part = "ell_values" if format == "two_four_ell" else "rec_values"
+    tensors[part] = tensors[part].to(dtype)
+    sentence = rf"{part} does not fit a 64 x 256 matrix .*: expected float32 \[\d+.*\], found float"
     with pytest.raises(RunError, match=sentence):
-        SparseLinear.from_packed("two_four_compact_int8", SHAPE, tensors)
+        SparseLinear.from_packed(format, SHAPE, tensors)
     with pytest.raises(RunError, match=sentence):
-        ops.linear(torch.ones(1, 256), None, list(tensors.values()), "two_four_compact_int8", *SHAPE)
+        ops.linear(torch.ones(1, 256), None, list(tensors.values()), format, *SHAPE)
 
 
 @torch.no_grad()
@@ -98,13 +101,16 @@ def test_a_layer_in_float64_multiplies_by_unpacking(fastest, format):
     torch.testing.assert_close(layer.double()(x), F.linear(x, layer.unpack()))
 
 
-def test_an_operator_refuses_tensors_of_another_matrix(fastest):
-    tensors = list(pack_as("bitmask", weight(0)).values())
-    for shape in ((64, 200), (65, 256), (64, 264)):
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("format", SPARSE_FORMATS)
+def test_an_operator_refuses_tensors_of_another_matrix(fastest, monkeypatch, format, kernels):
+    monkeypatch.setenv(native.VARIABLE, kernels)
+    tensors = list(packed_layer(format).packed().values())
+    for shape in ((64, 200), (65, 256), (64, 264), (32, 256)):
         with pytest.raises(RunError):
-            ops.linear(torch.ones(1, shape[1]), None, tensors, "bitmask", *shape)
+            ops.linear(torch.ones(1, shape[1]), None, tensors, format, *shape)
     with pytest.raises(RuntimeError):
-        ops.linear(torch.ones(1, 256), torch.ones(63), tensors, "bitmask", *SHAPE)
+        ops.linear(torch.ones(1, 256), torch.ones(63), tensors, format, *SHAPE)
 
 
 # Wrong inputs
@@ -112,7 +118,7 @@ def test_an_operator_refuses_tensors_of_another_matrix(fastest):
 
 @torch.no_grad()
 @pytest.mark.parametrize("in_arena", [False, True])
-@pytest.mark.parametrize("format", ["bitmask", "two_four", "two_four_csr", "two_four_compact_int8"])
+@pytest.mark.parametrize("format", ["bitmask", "two_four", "two_four_csr", "two_four_compact_int8", *INT4])
 def test_x_of_another_width_raises_as_torch_does(path, format, in_arena):
     layer = packed_layer(format)
     if in_arena:
@@ -170,7 +176,9 @@ def test_x_of_another_width_raises_for_a_matrix_of_the_gpu():
 
 @torch.no_grad()
 @pytest.mark.parametrize("in_arena", [False, True])
-@pytest.mark.parametrize("format", ["bitmask", "two_four", "bitmask_int8", "two_four_compact_int8", "two_four_csr"])
+@pytest.mark.parametrize(
+    "format", ["bitmask", "two_four", "bitmask_int8", "two_four_compact_int8", "two_four_csr", *INT4]
+)
 @pytest.mark.parametrize("way", ["load_state_dict", "copy_", "assign", "data"])
 def test_another_mask_loaded_after_a_product_is_multiplied(path, format, way, in_arena):
     layer, other = packed_layer(format), packed_layer(format, seed=7)
@@ -199,19 +207,37 @@ def test_another_mask_loaded_after_a_product_is_multiplied(path, format, way, in
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("format", ["bitmask", "bitmask_int8", "two_four_compact_int8"])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("format", [name for name in SPARSE_FORMATS if name != "dense_int4"])
 @pytest.mark.parametrize("in_arena", [False, True])
-def test_tensors_changed_in_place_to_no_matrix_are_refused(fastest, format, in_arena):
-    layer, x = packed_layer(format), torch.randn(1, 256)
-    if in_arena:
-        layer.to_native_format(Arena(1 << 20))
-    layer(x)
-    layer.get_parameter("places" if "places" in layer.packed() else "bitmask").fill_(0)
-    with pytest.raises(RunError, match="cannot be multiplied"):
+def test_tensors_changed_in_place_to_no_matrix_are_refused(fastest, monkeypatch, format, in_arena, kernels):
+    """In whatever way they are multiplied, and whether somebody still holds them or not."""
+    monkeypatch.setenv(native.VARIABLE, kernels)
+    for held in (False, True):
+        layer, x = packed_layer(format), torch.randn(1, 256)
+        if in_arena:
+            layer.to_native_format(Arena(1 << 20))
         layer(x)
+        changed = layer.get_parameter("places" if "places" in layer.packed() else "bitmask").fill_(0)
+        if not held:
+            del changed
+        with pytest.raises(RunError, match="cannot be multiplied"):
+            layer(x)
 
 
-@pytest.mark.parametrize("format", ["bitmask", "two_four_compact_int8"])
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["two_four_ell", "two_four_csr", "two_four_compact_int4"])
+def test_values_that_become_zero_by_a_cast_or_by_training_are_no_fault(format):
+    layer, x = packed_layer(format), torch.randn(2, 256)
+    layer(x)
+    for name, tensor in layer.packed().items():
+        if tensor.is_floating_point() and name != "epsilon":
+            tensor.mul_(1e-8)
+    layer.half()
+    torch.testing.assert_close(layer(x.half()), F.linear(x.half(), layer.unpack()))
+
+
+@pytest.mark.parametrize("format", ["bitmask", "two_four_compact_int8", "two_four_csr", "bitmask_int4"])
 def test_the_operator_sees_changes_in_place(fastest, format):
     x = torch.randn(2, 256)
     tensors = FORMATS[format].nearest(weight(0))
@@ -221,7 +247,7 @@ def test_the_operator_sees_changes_in_place(fastest, format):
         product = ops.linear(x, None, list(tensors.values()), format, *SHAPE)
         expected = F.linear(x, FORMATS[format].unpack(tensors, SHAPE))
         torch.testing.assert_close(product, expected, rtol=1e-3, atol=1e-3)
-    tensors["bitmask" if format == "bitmask" else "rec_columns"].fill_(1)
+    tensors["bitmask" if "bitmask" in format else "rec_columns"].fill_(1)
     with pytest.raises(RunError):
         ops.linear(x, None, list(tensors.values()), format, *SHAPE)
 
