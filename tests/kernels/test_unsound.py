@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from budwood.errors import RunError
-from budwood.formats import FORMATS, pack_as
+from budwood.formats import FORMATS
 from budwood.kernels import gpu, native, ops
 from budwood.kernels.arena import Arena
 from budwood.kernels.head import DenseLinear, dense, multiply
