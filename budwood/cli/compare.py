@@ -31,6 +31,7 @@ def compare(
         bool | None,
         typer.Option("--keep-models/--drop-models", help="Whether pruned models stay; by default as the recipe says."),
     ] = None,
+    trust_remote_code: options.Trust = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
@@ -55,7 +56,14 @@ def compare(
             from budwood.comparison.compare import Comparison
 
             progress = progress_for(quiet)
-            comparison = Comparison.read(found, out, jobs=jobs, keep_models=keep_models, progress=progress)
+            comparison = Comparison.read(
+                found,
+                out,
+                jobs=jobs,
+                keep_models=keep_models,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
             early = comparison.plan() if dry_run or comparison.is_here else None
             if dry_run and early is not None:
                 result: Mapping[str, Any] = early

@@ -145,7 +145,7 @@ def check_tokenizer(tokenizer: Any, model: str, chat: bool, prompts: int) -> Non
 def encode(tokenizer: Any, prompts: Sequence[str], chat: bool) -> Any:
     """Token ids and attention mask [prompts, tokens], padded on the left so that all continue at the same place.
 
-    Raises UsageError for a prompt that is no text or holds no token.
+    Raises UsageError for a prompt that is no text, holds no token, or cannot be read by the tokenizer.
     """
     from budwood.checkpoints.chat import as_text
     from budwood.data.texts import check_text
@@ -156,13 +156,17 @@ def encode(tokenizer: Any, prompts: Sequence[str], chat: bool) -> Any:
     if chat:
         messages = [[{"role": "user", "content": text}] for text in prompts]
         texts = [as_text(tokenizer, message, "the prompt", answer_next=True) for message in messages]
-    encoded = tokenizer(
-        texts,
-        return_tensors="pt",
-        add_special_tokens=not chat,  # a chat template writes its own
-        padding=len(texts) > 1,
-        padding_side="left",
-    )
+    try:
+        encoded = tokenizer(
+            texts,
+            return_tensors="pt",
+            return_attention_mask=True,
+            add_special_tokens=not chat,  # a chat template writes its own
+            padding=len(texts) > 1,
+            padding_side="left",
+        )
+    except Exception as error:  # tokenizers fail in their own ways, as do the values of tokenizer_config.json
+        raise UsageError(f"the tokenizer of the model cannot read the prompt: {error}; correct its files") from error
     for text, mask in zip(prompts, encoded["attention_mask"], strict=True):
         if not int(mask.sum()):
             raise UsageError(f"the prompt {text!r} holds no token, so there is nothing to continue; give some text")

@@ -39,9 +39,11 @@ RECIPE = "recipe.yaml"  # the text of the recipe as it was run last
 class Comparison:
     """A recipe and the folder of its results. models: the sources of the recipe by name, as far as they are here."""
 
-    def __init__(self, recipe: Recipe, out: Path, jobs: int, keep: bool, progress: Progress):
+    def __init__(self, recipe: Recipe, out: Path, jobs: int, keep: bool, progress: Progress, trust: bool = False):
         self.recipe, self.out, self.jobs, self.keep, self.progress = recipe, out, jobs, keep, progress
         self.runs: list[Run] = runs_of(recipe)
+        if not trust:
+            self.refuse_code()
         self.models: dict[str, DenseModel] = {}
         self.tasks: dict[str, Task] = {}
         for name in self.used:
@@ -56,14 +58,16 @@ class Comparison:
         variables: Mapping[str, str] | None = None,
         jobs: int = 1,
         keep_models: bool | None = None,
+        trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> "Comparison":
         """Reads and checks everything; nothing is written.
 
         recipe: a YAML file, or one that is read already. variables: values for those of the recipe. jobs: runs at a
         time, each in a process of its own; 0 runs one after the other in this process. keep_models: whether pruned
-        models stay once their figures are kept; None: as the recipe says. Raises UsageError, with the line of the
-        recipe, for what cannot be.
+        models stay once their figures are kept; None: as the recipe says. trust_remote_code: whether the code of those
+        sources is run for which the recipe asks for it. Raises UsageError, with the line of the recipe, for what cannot
+        be.
         """
         if jobs < 0:
             raise UsageError(f"jobs is the number of runs at a time, or 0 for none beside this process; got {jobs}")
@@ -73,7 +77,17 @@ class Comparison:
         folder = Path(out).expanduser()
         check_folder(folder)
         keep = found.fields.keep_models if keep_models is None else keep_models
-        return cls(found, folder, jobs, keep, progress or Silent())
+        return cls(found, folder, jobs, keep, progress or Silent(), trust_remote_code)
+
+    def refuse_code(self) -> None:
+        """Raises UsageError where the recipe, which anyone may have written, would run the code of a source."""
+        for name in self.used:
+            if self.recipe.fields.sources[name].trust_remote_code:
+                raise self.recipe.document.error(
+                    ("sources", name),
+                    f"{name} is to run code that comes with it, which a recipe alone cannot ask for; read that code, "
+                    "and give --trust-remote-code (trust_remote_code=True) if you trust it",
+                )
 
     @property
     def used(self) -> list[str]:
@@ -230,6 +244,7 @@ def compare(
     variables: Mapping[str, str] | None = None,
     jobs: int = 1,
     keep_models: bool | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Results:
     """Carries out a recipe into the folder `out`: every method on every source and draw, evaluated and timed.
@@ -239,7 +254,13 @@ def compare(
     UsageError for recipes that cannot be, before anything is written.
     """
     comparison = Comparison.read(
-        recipe, out, variables=variables, jobs=jobs, keep_models=keep_models, progress=progress
+        recipe,
+        out,
+        variables=variables,
+        jobs=jobs,
+        keep_models=keep_models,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
     )
     planned = comparison.plan() if comparison.is_here else None  # refuses what cannot be applied, with the line
     with comparison.claimed():

@@ -16,6 +16,8 @@ def parse_method(text: str, known: Mapping[str, type[Method]] = METHODS) -> Meth
 
     Raises UsageError for anything else; for an unknown name with the known names and the nearest one.
     """
+    if len(text) > LONGEST:
+        raise UsageError(f"{text[:80]!r}... is no method: it has {len(text)} characters, and {LONGEST} are allowed")
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -26,6 +28,7 @@ def parse_method(text: str, known: Mapping[str, type[Method]] = METHODS) -> Meth
     return method
 
 
+LONGEST = 100_000  # characters; a share for every matrix of a large model has some 20,000
 EXAMPLE = "'wrp(alpha=0.25)' or 'sparsegpt(\"2:4\")'"
 
 

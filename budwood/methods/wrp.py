@@ -10,7 +10,7 @@ from budwood.methods.method import PatternMethod, PatternOf, prune
 from budwood.methods.metrics import METRICS, wanda
 from budwood.methods.option import option
 from budwood.methods.validation import number, one_of, truth, whole
-from budwood.models.expressions import Expression
+from budwood.models.expressions import Expression, Expressions, together
 from budwood.sparsity.blocks import TopBlocks
 from budwood.sparsity.forecast import expected_density
 from budwood.sparsity.patterns import NM, Pattern, Scope, Shape, Top, parse_pattern
@@ -106,17 +106,18 @@ class Wrp(PatternMethod):
 
     def check(self, linears: Mapping[str, Shape]) -> None:
         super().check(linears)
-        for expression in self.alpha if isinstance(self.alpha, Mapping) else ():
-            if not any(Expression(expression, "alpha:").search(name) for name in linears):
+        rules = Expressions(tuple(self.alpha) if isinstance(self.alpha, Mapping) else (), "alpha:")
+        for rule in rules.rules:
+            if not any(rules.search(rule, name) for name in linears):
                 raise UsageError(
-                    f"alpha: {expression!r} is found in no linear's name, such as {next(iter(linears), '')}"
+                    f"alpha: {rule.pattern!r} is found in no linear's name, such as {next(iter(linears), '')}"
                 )
 
     def alpha_for(self, name: str) -> float:
         if not isinstance(self.alpha, Mapping):
             return self.alpha
-        found = (alpha for text, alpha in self.alpha.items() if Expression(text, "alpha:").search(name))
-        return next(found, ALPHA)
+        found = together(tuple(self.alpha), "alpha:").first(name)
+        return ALPHA if found is None else self.alpha[found.pattern]
 
     def pattern_for(self, shape: Shape, name: str) -> Pattern:
         base, alpha = self.base, self.alpha_for(name)

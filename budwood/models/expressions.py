@@ -8,7 +8,7 @@ other way of matching, are refused.
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from re import _constants as sre  # type: ignore[attr-defined]
@@ -19,6 +19,8 @@ from budwood.errors import UsageError
 
 LONGEST = 2_000  # characters of an expression
 STEPS = 100_000  # places visited in one text; names of matrices and usual expressions need some hundreds
+MOST = 10_000  # expressions of one option
+TOTAL = 50_000_000  # places that all of them visit in all texts; some 20 seconds
 CATEGORIES = {
     sre.CATEGORY_DIGIT: r"\d",
     sre.CATEGORY_NOT_DIGIT: r"\D",
@@ -61,7 +63,41 @@ class Expression:
 
         Raises UsageError where that takes more than `STEPS` steps.
         """
-        return _found(self, text)
+        return _found(self, text)[0]
+
+
+class Expressions:
+    """The expressions of one option, in their order: together they are searched in a bounded number of steps too.
+
+    Raises UsageError where one of them is none, and where there are more than `MOST`.
+    """
+
+    def __init__(self, patterns: Sequence[str], option: str = "--skip"):
+        if len(patterns) > MOST:
+            raise UsageError(f"{option} has {len(patterns)} regular expressions; give at most {MOST}")
+        self.rules = [Expression(pattern, option) for pattern in patterns]
+        self.option, self.steps = option, 0
+        self._first: dict[str, Expression | None] = {}
+
+    def search(self, rule: Expression, text: str) -> bool:
+        """Whether one of them is found in the text. Raises UsageError where all took more than `TOTAL` steps."""
+        found, steps = _found(rule, text)
+        self.steps += steps
+        if self.steps > TOTAL:
+            raise UsageError(f"the expressions of {self.option} take too long to be searched for; write simpler ones")
+        return found
+
+    def first(self, text: str) -> Expression | None:
+        """The first that is found in the text, None where none is."""
+        if text not in self._first:
+            self._first[text] = next((rule for rule in self.rules if self.search(rule, text)), None)
+        return self._first[text]
+
+
+@lru_cache(maxsize=16)
+def together(patterns: tuple[str, ...], option: str) -> Expressions:
+    """The same `Expressions` for the same patterns, for methods, which are asked for one name at a time."""
+    return Expressions(patterns, option)
 
 
 @lru_cache(maxsize=256)
@@ -72,9 +108,10 @@ def _parsed(pattern: str) -> Any:
 
 
 @lru_cache(maxsize=1 << 16)
-def _found(expression: Expression, text: str) -> bool:
-    tree = _parsed(expression.pattern)
-    return bool(_Search(text, expression).sequence(tree, set(range(len(text) + 1)), tree.state.flags))
+def _found(expression: Expression, text: str) -> tuple[bool, int]:
+    """Whether it is found, and the steps that this took."""
+    tree, search = _parsed(expression.pattern), _Search(text, expression)
+    return bool(search.sequence(tree, set(range(len(text) + 1)), tree.state.flags)), search.steps
 
 
 def _operators(tree: Iterable[Any]) -> Iterable[str]:

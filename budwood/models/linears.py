@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from budwood.models.blocks import find_blocks
 from budwood.models.experts import ExpertLinears, is_fused
-from budwood.models.expressions import Expression
+from budwood.models.expressions import Expressions
 from budwood.models.reshape import replace
 
 ROUTER = "router"
@@ -27,31 +27,27 @@ def prunable(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, nn.M
     Experts are among them once they are unfused. Works on the meta device. Raises UsageError for a bad
     expression.
     """
-    rules = [Expression(text) for text in skip]
+    rules = Expressions(skip)
     found = linears_in_blocks(model)
     routing = routers(model)
     for message in unmatched(model, skip):
         warnings.warn(message, stacklevel=2)
-    return {
-        name: module
-        for name, module in found.items()
-        if name not in routing and not any(rule.search(name) for rule in rules)
-    }
+    return {name: module for name, module in found.items() if name not in routing and rules.first(name) is None}
 
 
 def unmatched(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
     """A message for every expression of `skip` that matches no linear."""
-    found = linears_in_blocks(model)
+    found, rules = linears_in_blocks(model), Expressions(skip)
     return [
-        f"--skip {text!r} matches no linear of the decoder blocks"
-        for text in skip
-        if not any(Expression(text).search(name) for name in found)
+        f"--skip {rule.pattern!r} matches no linear of the decoder blocks"
+        for rule in rules.rules
+        if not any(rules.search(rule, name) for name in found)
     ]
 
 
 def skipped(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, str]:
     """Every module with a matrix of its own that is not in scope, by full name, and the reason."""
-    rules = [Expression(text) for text in skip]
+    rules = Expressions(skip)
     found = linears_in_blocks(model)
     routing = routers(model)
     path, _ = find_blocks(model)
@@ -65,7 +61,7 @@ def skipped(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, str]:
             reasons[name] = ROUTER
         elif name not in found:
             reasons[name] = FUSED if stacked(module) else OTHER
-        elif rule := next((rule for rule in rules if rule.search(name)), None):
+        elif rule := rules.first(name):
             reasons[name] = f"--skip {rule.pattern!r}"
     return reasons
 

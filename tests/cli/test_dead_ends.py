@@ -119,6 +119,25 @@ def test_tokens_beyond_the_embedding(models, own, run_here, tmp_path):
         (tmp_path / "kept.json").rename(models / "dense" / "tokenizer.json")
 
 
+@pytest.mark.parametrize("value", [["x"], {"a": 1}, []])
+@pytest.mark.parametrize("field", ["model_max_length", "model_input_names"])
+def test_settings_of_a_tokenizer_that_are_none(own, run_here, field, value):
+    change(own / "tokenizer_config.json", **{field: value})
+    found = run_here("generate", own, "--prompt", "ab", "--max-new-tokens", 1)
+    if field == "model_max_length":
+        one_sentence(found, 2, "the tokenizer of the model cannot read the prompt")
+    else:  # the mask is asked for in any case
+        assert found.status == 0, found.stderr
+
+
+def test_a_tokenizer_without_a_token_for_what_it_does_not_know(own, run_here):
+    content = json.loads((own / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["b"]
+    content["model"]["unk_token"] = "nothing"
+    (own / "tokenizer.json").write_text(json.dumps(content))
+    one_sentence(run_here("generate", own, "--prompt", "ab"), 2, "the tokenizer of the model cannot read the prompt")
+
+
 def in_dtype(folder, dtype):
     for file in folder.glob("*.safetensors"):
         save_file({name: weight.to(dtype) for name, weight in load_file(file).items()}, file, {"format": "pt"})

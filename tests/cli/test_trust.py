@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from families import save_model
@@ -69,6 +70,57 @@ def test_code_of_a_folder_is_not_run_and_not_asked_for(folders, run_here, monkey
     assert sys.stdin.tell() == 0
     assert not (folders / "marker").exists()
     assert result.stdout == ""
+
+
+@pytest.fixture
+def own_tokenizer(folders, tmp_path):
+    """Folders whose tokenizer alone comes with code, which leaves the same mark."""
+    for name in ("dense", "pruned"):
+        own = Path(shutil.copytree(folders / name, tmp_path / f"own-{name}"))
+        (own / "own.py").write_text(CODE.format(marker=str(folders / "marker")) + "OwnTokenizer = None\n")
+        content = json.loads((own / "tokenizer_config.json").read_text())
+        content |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+        (own / "tokenizer_config.json").write_text(json.dumps(content))
+    (tmp_path / "text.txt").write_text("Some words of text for the model to read.\n" * 20)
+    return tmp_path
+
+
+WITH_TEXT = {name: VERBS[name] for name in ("generate", "evaluate", "stream", "retrain")}
+WITH_TEXT["prune"] = ("prune", "own-dense", "out-prune", "--method", "wanda", "--data", "text.txt")
+
+
+@pytest.mark.parametrize("verb", WITH_TEXT)
+def test_code_of_a_tokenizer_is_not_run_and_not_asked_for(folders, own_tokenizer, run_here, monkeypatch, verb):
+    monkeypatch.chdir(own_tokenizer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
+    result = run_here(*WITH_TEXT[verb])
+    assert result.status == 2, result.stderr
+    assert "--trust-remote-code" in result.stderr
+    assert sys.stdin.tell() == 0
+    assert not (folders / "marker").exists()
+
+
+RECIPE = """title: T
+sources: {{own: {{model: {model}, trust_remote_code: {asked}}}}}
+calibration: {{data: text.txt, num_samples: 4, seq_length: 24}}
+methods: [magnitude("2:4")]
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "runs"), [("true", [], False), ("false", [], False), ("true", ["--trust-remote-code"], True)]
+)
+def test_a_recipe_alone_cannot_run_the_code_of_a_model(folders, run_here, monkeypatch, tmp_path, asked, given, runs):
+    """Anyone may have written it; the command has to say so too."""
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model="own-dense", asked=asked))
+    result = run_here("compare", tmp_path / "recipe.yaml", tmp_path / "out", "--dry-run", *given)
+    assert result.status == (0 if runs else 2), result.stderr
+    assert ("--trust-remote-code" in result.stderr) is not runs
+    assert (folders / "marker").exists() is runs
+    (folders / "marker").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("verb", ["plan", "generate", "inspect"])

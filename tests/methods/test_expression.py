@@ -52,6 +52,14 @@ def test_only_what_differs_is_written(method, text):
     assert str(method) == text
 
 
+@pytest.mark.parametrize("text", ["x" * 200_000, f"wrp(alpha={dict.fromkeys(map(str, range(20_000)), 0.5)})"])
+def test_a_text_of_any_length_costs_little(text):
+    """A foreign recipe gives it; the nearest names of a long one took minutes."""
+    with pytest.raises(UsageError, match="characters, and 100000 are allowed") as refused:
+        parse_method(text)
+    assert len(str(refused.value)) < 300
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_name_alone_has_defaults_unless_it_wraps_a_method(name):
     assert name == name_of(METHODS[name])

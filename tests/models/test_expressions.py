@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from budwood.errors import UsageError
 from budwood.methods import parse_method
 from budwood.models import expressions
-from budwood.models.expressions import Expression
+from budwood.models.expressions import Expression, Expressions
 
 ATOMS = ["a", "b", ".", "[ab]", "[^a]", r"\d", r"\w", r"\.", "A", "(a.b)", "^", "$", r"\b", r"\B", r"\A", r"\Z"]
 ATOMS += ["(?=b)", "(?!a)", "(?<=a)", "(?<!ab)", "(?i:a)", ""]
@@ -59,6 +59,34 @@ def test_the_number_of_steps_is_bounded(monkeypatch):
     monkeypatch.setattr(expressions, "STEPS", 100)
     with pytest.raises(UsageError, match=r"--skip '\(a\|b\)\*c' takes too long"):
         Expression("(a|b)*c").search("a" * 100)
+
+
+def test_all_expressions_together_are_bounded(monkeypatch):
+    """A foreign recipe may have thousands, each of them just below the bound for one."""
+    names = [f"model.layers.{block}.mlp.down_proj" for block in range(32)]
+    costly = [f"{'.*' * 40}{number}z" for number in range(200)]
+    monkeypatch.setattr(expressions, "TOTAL", 200_000)
+    for option in ("--skip", "alpha:"):
+        rules = Expressions(costly, option)
+        with pytest.raises(UsageError, match=f"the expressions of {option} take too long"):
+            list(map(rules.first, names))
+        assert rules.steps < 300_000
+    with pytest.raises(UsageError, match="take too long"):
+        parse_method(f"wrp(alpha={dict.fromkeys(costly, 0.5)})").alpha_for(names[0])
+    with pytest.raises(UsageError, match="has 10001 regular expressions; give at most 10000"):
+        Expressions([f"a{number}" for number in range(10_001)])
+
+
+def test_the_first_expression_that_is_found_counts():
+    rules = Expressions(["up", "proj", "down_proj"])
+    assert [rules.first(name) and rules.first(name).pattern for name in ("a.down_proj", "a.up_proj", "a")] == [
+        "proj",
+        "up",
+        None,
+    ]
+    before = rules.steps
+    assert rules.first("a.down_proj").pattern == "proj"
+    assert rules.steps == before
 
 
 @pytest.mark.parametrize(
