@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,9 +46,9 @@ def write_text(file: Path, text: str) -> None:
 
 
 def copy_file(source: Path, file: Path) -> None:
-    content = source.read_bytes()
-    with written_whole(file) as temporary:
-        temporary.write_bytes(content)
+    """The content alone, a piece at a time."""
+    with open(source, "rb") as content, written_whole(file) as temporary, open(temporary, "wb") as copy:
+        shutil.copyfileobj(content, copy)
 
 
 def flush(file: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,9 @@ def unpack(reader: Any, file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     unpacked: dict[str, Any] = {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
     loaded: Any  # with `output_loading_info` a pair
     try:
-        with read_once(reader):
-            loaded = AutoModelForCausalLM.from_pretrained(
-                file.parent, output_loading_info=True, **unpacked, **arguments
-            )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
+        with read_once(reader), alone(file) as folder:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **unpacked, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
     except Exception as error:  # of a dozen kinds, down to the bare one for a vocabulary that does not fit
         architecture = reader.fields["general.architecture"].contents()
         raise UsageError(
@@ -117,6 +116,18 @@ def carry(reader: Any, file: Path, model: Any) -> None:
         name: weight.shape for name, weight in model.state_dict().items()
     }:
         raise UsageError(f"{file} has tensors that do not fit its header; fetch it again")
+
+
+@contextlib.contextmanager
+def alone(file: Path) -> Iterator[Path]:
+    """A folder in which the file is the only one, under its name.
+
+    Of the folder that it lies in transformers would also take an adapter, a chat template and settings of generation,
+    wherever links among them lead, and write them into the copy.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 @contextlib.contextmanager

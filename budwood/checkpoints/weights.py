@@ -59,6 +59,13 @@ class Weights:
             if pattern is not None and origin.converter is None:
                 origin.converter = deepcopy(by_pattern[pattern])
             origin.sources.append((source, pattern or source))
+        for name, origin in origins.items():
+            if origin.converter is None and len(origin.sources) > 1 and name in expected:
+                first, second = (source for source, _ in origin.sources[:2])
+                raise UsageError(
+                    f"{self.shards.files[0].parent} holds both {first} and {second}, which are one tensor of the "
+                    "model; save it again with transformers (save_pretrained) and give that folder"
+                )
         for target, tied_to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             if tied_to not in origins and target in origins:  # files may hold either of two tied tensors
                 origins[tied_to] = origins.pop(target)

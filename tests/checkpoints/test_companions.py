@@ -1,13 +1,17 @@
 """The small files beside the weights are copied, and no file from outside the folder with them."""
 
 import os
+import tracemalloc
 
 import pytest
-from families import save_model
+from families import save_model, token_ids
 
 from budwood.checkpoints.companions import companions, copy_companions, is_own, left_out
+from budwood.checkpoints.files import copy_file
 from budwood.checkpoints.source import Source
 from budwood.pruning import prune
+from budwood.repacking import repack
+from budwood.retraining import retrain
 
 
 def test_companions_are_the_small_files_and_no_others(tmp_path):
@@ -109,6 +113,33 @@ def test_a_model_card_from_outside_gives_no_license(tmp_path):
     (tmp_path / "model" / "README.md").unlink()
     (tmp_path / "model" / "README.md").write_text("license: mit")
     assert Source("model", tmp_path / "model").license == "mit"
+
+
+@pytest.mark.parametrize("verb", ["export", "retrain"])
+def test_verbs_that_read_a_pruned_folder_copy_no_private_file(tmp_path, private, verb):
+    save_model("llama", tmp_path / "model")
+    prune(tmp_path / "model", tmp_path / "pruned", 'magnitude("2:4")')
+    (tmp_path / "pruned" / "special.json").symlink_to(private)
+    (tmp_path / "pruned" / "NOTICE").symlink_to("/etc/hostname")
+    if verb == "export":
+        report = repack(tmp_path / "pruned", tmp_path / "out", "dense")
+    else:
+        ids = token_ids(1, 200) % 90 + 3
+        report = retrain(tmp_path / "pruned", tmp_path / "out", ids, num_samples=4, seq_length=24, steps=1, batch=1)
+    assert any("NOTICE, special.json" in note for note in report["notes"])
+    assert not {"special.json", "NOTICE"} & {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_large_companion_is_copied_a_piece_at_a_time(tmp_path):
+    with open(tmp_path / "notes.txt", "wb") as file:
+        file.truncate(2**26)
+    tracemalloc.start()
+    try:
+        copy_file(tmp_path / "notes.txt", tmp_path / "copy.txt")
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "copy.txt").stat().st_size == 2**26
 
 
 def test_a_run_copies_no_private_file_and_says_so(tmp_path, private):

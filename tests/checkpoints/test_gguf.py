@@ -1,5 +1,6 @@
 """A GGUF file becomes a folder with the same model, or an error and no folder."""
 
+import json
 import logging
 import os
 import shutil
@@ -149,6 +150,25 @@ def test_the_library_is_left_as_it_was(tmp_path, model):
     with pytest.raises(UsageError):
         convert(write(tmp_path / "other.gguf", model, architecture="clip"), tmp_path / "other")
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
+def test_what_lies_beside_the_file_is_not_read(tmp_path, model):
+    """Neither an adapter, which would be applied, nor settings and templates, whose links may lead anywhere."""
+    for name in ("alone", "beside"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "m.gguf", model)
+    private = tmp_path / "private"
+    private.write_text('{"eos_token_id": 7, "key": "private"}')
+    beside = tmp_path / "beside"
+    for name in ("generation_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        (beside / name).symlink_to(private)
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "/etc", "target_modules": ["q_proj"], "r": 2}
+    (beside / "adapter_config.json").write_text(json.dumps(adapter))
+    (beside / "tokenizer_config.json").write_text(json.dumps({"key": "private"}))
+    found = [convert(tmp_path / name / "m.gguf", tmp_path / f"{name}-out") for name in ("alone", "beside")]
+    files = [{file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} for folder in found]
+    assert files[0] == files[1]
+    assert not any(b"private" in content for content in files[1].values())
 
 
 def test_unsupported_architectures_are_named(tmp_path, model):

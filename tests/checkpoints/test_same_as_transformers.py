@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from budwood.benchmarking import bench
 from budwood.checkpoints.loading import load
-from budwood.errors import UsageError
+from budwood.errors import RunError, UsageError
 from budwood.evaluation.perplexity import evaluate
 from budwood.inspection import inspect
 from budwood.planning import plan
@@ -164,6 +164,72 @@ def test_a_single_file_beside_an_old_index(copy, tmp_path):
     assert_same(source, tmp_path / "out")
     resident, streamed = (evaluate(str(source), IDS, stream=stream, **SHORT)["losses"] for stream in (False, True))
     assert resident == streamed
+
+
+def in_shards(source, change):
+    """The tensors in two shards and their index; `change` is given the tensors of each, and which the index says."""
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    names, shards = sorted(tensors), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    parts = [{name: tensors[name] for name in names[start::2]} for start in (0, 1)]
+    listed = {name: shard for part, shard in zip(parts, shards, strict=True) for name in part}
+    change(*parts, listed)
+    for part, shard in zip(parts, shards, strict=True):
+        save_file(part, source / shard, {"format": "pt"})
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+
+
+def in_both(first, second, listed):
+    for part, other in ((first, second), (second, first)):
+        name = sorted(part)[3]
+        other[name] = part[name] + 1
+
+
+def that_no_file_has(first, second, listed):
+    listed["model.nothing.weight"] = listed[next(iter(first))]
+
+
+def in_the_other(first, second, listed):
+    other = {listed[next(iter(first))]: second, listed[next(iter(second))]: first}
+    listed |= {name: shard for shard, part in other.items() for name in part}
+
+
+def not_listed(first, second, listed):
+    del listed[sorted(second)[2]]
+
+
+@pytest.mark.parametrize("change", [in_both, that_no_file_has, in_the_other, not_listed])
+def test_an_index_that_does_not_say_what_its_shards_hold(copy, tmp_path, change):
+    """The shards count, and of two tensors of one name the later one, as in transformers."""
+    source = copy("untied")
+    in_shards(source, change)
+    prune(source, tmp_path / "out", NOTHING, format="dense")
+    assert_same(source, tmp_path / "out")
+
+
+def test_a_shard_that_no_tensor_is_listed_in_is_not_read(copy, tmp_path):
+    source = copy("untied")
+    in_shards(source, lambda first, second, listed: [listed.pop(name) for name in second])
+    for call in (lambda: prune(source, tmp_path / "out", NOTHING), lambda: load(source)):
+        with pytest.raises(RunError, match="lacks"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.1.mlp.up_proj.weight"])
+def test_two_tensors_of_one_parameter_are_refused(copy, tmp_path, name):
+    """With and without the name of the base model: which of them counts is nowhere said."""
+    source = copy("untied")
+    with_tensors(source, lambda tensors: tensors.update({name: tensors[f"model.{name}"] + 1}))
+    verbs = {
+        "prune": lambda: prune(source, tmp_path / "out", NOTHING),
+        "plan": lambda: plan(source, NOTHING),
+        "stream": lambda: evaluate(str(source), IDS, stream=True, **SHORT),
+        "inspect": lambda: inspect(source),
+    }
+    for verb, call in verbs.items():
+        with pytest.raises(UsageError, match=f"holds both model.{name} and {name}"):
+            call()
+        assert not (tmp_path / "out").exists(), verb
 
 
 @pytest.mark.parametrize("packed", [True, False])
