@@ -156,8 +156,8 @@ class PackedQuantizer(HfQuantizer):
         self.locations |= {f"{local}.{suffix}": location for suffix, location in found.items()}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        from budwood.checkpoints.reshaping import remove_dimension
         from budwood.checkpoints.decoding_attention import accelerate_attention
+        from budwood.checkpoints.reshaping import remove_dimension
         from budwood.checkpoints.substitution import local_names
         from budwood.formats import FORMATS
         from budwood.kernels.linear import SparseLinear

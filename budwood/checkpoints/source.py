@@ -129,10 +129,12 @@ class Source:
         return {}
 
     def refuse_missing(self, structure: ModelStructure) -> None:
-        """Raises RunError where the headers of the files lack tensors of the blocks; for dense folders."""
+        """Raises RunError where the headers lack tensors of the blocks, or give other shapes; for dense folders."""
         if self.packed or self.shapes:
             return
-        known = set(Weights(self.shards, structure).names())
+        weights = Weights(self.shards, structure)
+        weights.check_shapes()
+        known = set(weights.names())
         inside = f"{structure.path}."
         if missing := sorted(name for name in structure.fused if name.startswith(inside) and name not in known):
             raise lacking(self.name, missing, structure.path)
@@ -140,10 +142,14 @@ class Source:
     def weights(self, structure: ModelStructure) -> Weights:
         """The tensors of the folder, under the names of the modules of `structure`; compared with their checksums.
 
-        This and `load` are the only ways to the weights of a folder. Raises RunError where one was altered.
+        This and `load` are the only ways to the weights of a folder. Raises RunError where one was altered, or does
+        not have the shape that config.json gives it.
         """
         self.check()
-        return Weights(self.shards, structure, self.packed)
+        weights = Weights(self.shards, structure, self.packed)
+        if not self.packed and not self.shapes:  # those of packed folders are checked with their formats
+            weights.check_shapes()
+        return weights
 
     @property
     def is_local(self) -> bool:

@@ -44,6 +44,7 @@ class Weights:
         self.shards, self.model = shards, structure.module
         self.packed = packed or {}
         self.origins = self._origins(structure.module, structure.fused)
+        self.expected = structure.shapes_in_files
 
     def _origins(self, model: PreTrainedModel, expected: dict[str, Tensor]) -> dict[str, Origin]:
         mapping = get_model_conversion_mapping(model)
@@ -70,6 +71,16 @@ class Weights:
             if tied_to not in origins and target in origins:  # files may hold either of two tied tensors
                 origins[tied_to] = origins.pop(target)
         return origins
+
+    def check_shapes(self) -> None:
+        """Raises RunError where a tensor has another shape than the configuration gives it; for dense folders."""
+        for name, origin in self.origins.items():
+            found, expected = self.shards.shape(origin.sources[-1][0]), self.expected.get(name)
+            if origin.converter is None and expected is not None and found != expected:
+                raise RunError(
+                    f"{self.shards.files[0].parent} holds {origin.sources[-1][0]} of shape {list(found)}, and by "
+                    f"config.json it is {list(expected)}; correct config.json, or write or fetch the model again"
+                )
 
     def names(self, prefix: str = "") -> list[str]:
         """Module names that start with `prefix`; fused experts are one name, a packed matrix one name per part."""

@@ -227,7 +227,7 @@ def test_two_tensors_of_one_parameter_are_refused(copy, tmp_path, name):
         "inspect": lambda: inspect(source),
     }
     for verb, call in verbs.items():
-        with pytest.raises(UsageError, match=f"holds both model.{name} and {name}"):
+        with pytest.raises(UsageError, match=rf"holds both (model\.)?{name} and (model\.)?{name}"):
             call()
         assert not (tmp_path / "out").exists(), verb
 
@@ -272,3 +272,23 @@ def test_an_adapter_beside_a_model_is_refused_by_every_verb(copy, tmp_path, name
         with pytest.raises(UsageError, match="holds an adapter"):
             call()
         assert not (tmp_path / "out").exists(), verb
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [("gpt2", "n_positions", 300), ("llama", "vocab_size", 256), ("llama", "intermediate_size", 96)],
+)
+def test_a_shape_that_the_configuration_does_not_give_is_refused(family, field, value, tmp_path):
+    """Outside of the blocks too: transformers does not load such a folder, nor what would be written of it."""
+    save_model(family, tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {field: value}))
+    for verb in (
+        lambda: plan(tmp_path / "source", NOTHING),
+        lambda: prune(tmp_path / "source", tmp_path / "out", NOTHING),
+        lambda: evaluate(str(tmp_path / "source"), IDS, stream=True, **SHORT),
+        lambda: load(tmp_path / "source"),
+    ):
+        with pytest.raises((RunError, UsageError), match=r"shape|size"):
+            verb()
+    assert not (tmp_path / "out").exists()
