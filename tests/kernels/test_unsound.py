@@ -200,7 +200,7 @@ def test_another_mask_loaded_after_a_product_is_multiplied(path, format, way, in
                     parameter.data = tensor.clone()
                 else:
                     parameter.copy_(tensor)
-        torch.testing.assert_close(layer(x), F.linear(x, other.unpack()), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(layer(x), F.linear(x, other.unpack()), rtol=1e-3, atol=5e-3)  # int8
         other = packed_layer(format, seed=3)
         if in_arena and layer.format != format:
             other.to_native_format()
