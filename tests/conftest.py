@@ -13,7 +13,7 @@ os.environ.setdefault("BUDWOOD_KERNELS", "reference")
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """Files are not flushed to the disk, which only a power cut could tell and which took a fifth of the time."""
+    """Files are not flushed to the disk, which only a power cut could tell and which takes a tenth of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda file: None)
         yield

@@ -61,7 +61,7 @@ class PackedQuantizer(HfQuantizer):
     ) -> None:
         from budwood.checkpoints.reshaping import add_dimension, guarded
         from budwood.checkpoints.substitution import local_names, unfuse_experts
-        from budwood.kernels.linear import UnpackedWeight
+        from budwood.kernels.unpacked_weight import UnpackedWeight
 
         # Some models initialise the weights of their linears in the parent module.
         UnpackedWeight._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -147,8 +147,7 @@ class Source:
         """
         self.check()
         weights = Weights(self.shards, structure, self.packed)
-        if not self.packed and not self.shapes:  # those of packed folders are checked with their formats
-            weights.check_shapes()
+        weights.check_shapes()
         return weights
 
     @property

@@ -1,7 +1,7 @@
 """The linear layer whose weight stays packed: one class for all formats."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from budwood.kernels.native_matrix import CODINGS, REMEDY, NativeMatrix, native_
 from budwood.kernels.shared_input import InputObserver, SharedInput
 from budwood.kernels.snapshot import Snapshot, key_of
 from budwood.kernels.tiles import Tiles
+from budwood.kernels.unpacked_weight import READ_ONLY, UnpackedWeight
 
 _restoring = threading.RLock()  # of any layer: seldom, and short
 _SPARSE = {name: format for name, format in LOSSLESS.items() if name != "dense"}
@@ -123,7 +124,7 @@ class SparseLinear(nn.Linear):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        raise AttributeError(_READ_ONLY)
+        raise AttributeError(READ_ONLY)
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -297,36 +298,6 @@ class _Product(torch.autograd.Function):
 
         to_input, to_bias = ops.gradients(gradient, weight, ctx.needs_input_grad[:2])
         return to_input, to_bias, None, None, *(None for _ in packed)
-
-
-class UnpackedWeight(Tensor):
-    """The weight of a `SparseLinear`, unpacked: a tensor that can be read, and raises `RuntimeError` when written to.
-
-    A change would only reach this copy: merging an adapter by `linear.weight.data += delta` would silently do nothing.
-    """
-
-    @property
-    def data(self) -> Tensor:  # type: ignore[override]
-        raise RuntimeError(_READ_ONLY)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        writes = name in _WRITING or (name.endswith("_") and not name.startswith("__"))
-        target = args[0] if args else (kwargs or {}).get("tensor")  # torch.nn.init passes it by name
-        if writes and isinstance(target, cls):
-            raise RuntimeError(_READ_ONLY)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-
-_WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__"}
-_READ_ONLY = (
-    "the weight of a SparseLinear is unpacked at every access and a change to it would be lost; "
-    "call dequantize() on the layer first and change the weight of the nn.Linear it returns"
-)
 
 
 def _suffixes(format: str) -> tuple[str, ...]:

@@ -5,17 +5,14 @@ faster than float32. Blocks of queries, each with the keys up to its last query 
 float32. As plain matmuls in bfloat16 they take half, on processors with bfloat16 instructions.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
+
+from budwood.models.attention import replace_attention
 
 NAME = "budwood_blocked"
-HARMLESS = {"position_ids", "cache_position", "use_cache", "sliding_window"}  # a short window comes as a mask
 DTYPES = (torch.bfloat16, torch.float32)  # that are computed in blocks
 QUERIES = 128  # per block in bfloat16
 FEWER = 64  # per block in float32
@@ -27,31 +24,16 @@ def attend_in_blocks(model: PreTrainedModel) -> None:
 
     Calls other than plain causal attention (masks, sliding windows, dropout, other dtypes) still use torch's.
     """
-    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+    replace_attention(model, NAME, attend)
 
 
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The function transformers calls: `[batch, heads, tokens, width]` each -> `[batch, tokens, heads, width]`."""
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    plain = causal and attention_mask is None and not dropout and set(kwargs) <= HARMLESS
-    if not plain or query.dtype not in DTYPES or query.shape[2] != key.shape[2]:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-        )
-    return blocked_attention(query, key, value, scaling).transpose(1, 2), None
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, causal: bool
+) -> Tensor | None:
+    """An `Attend`: plain causal attention over whole windows."""
+    if not causal or mask is not None or query.dtype not in DTYPES or query.shape[2] != key.shape[2]:
+        return None
+    return blocked_attention(query, key, value, scaling).transpose(1, 2)
 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:

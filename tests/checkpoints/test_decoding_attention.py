@@ -45,7 +45,7 @@ def test_a_loaded_model_decodes_with_it(folder, tmp_path, monkeypatch):
         calls.append(query.shape)
         return kernel(query, *rest)
 
-    monkeypatch.setattr("budwood.checkpoints.decoding_attention.attend", counted)
+    monkeypatch.setattr("budwood.kernels.attention.attend", counted)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     assert model.config._attn_implementation == NAME
     ids = torch.arange(3, 25).view(2, 11)

@@ -274,21 +274,25 @@ def test_an_adapter_beside_a_model_is_refused_by_every_verb(copy, tmp_path, name
         assert not (tmp_path / "out").exists(), verb
 
 
-@pytest.mark.parametrize(
-    ("family", "field", "value"),
-    [("gpt2", "n_positions", 300), ("llama", "vocab_size", 256), ("llama", "intermediate_size", 96)],
-)
-def test_a_shape_that_the_configuration_does_not_give_is_refused(family, field, value, tmp_path):
+@pytest.mark.parametrize("pruned", [None, 'magnitude("2:4")', "flap(drop=0.3)"])
+@pytest.mark.parametrize(("family", "field", "value"), [("gpt2", "n_positions", 300), ("llama", "vocab_size", 256)])
+def test_a_shape_that_the_configuration_does_not_give_is_refused(family, field, value, pruned, tmp_path):
     """Outside of the blocks too: transformers does not load such a folder, nor what would be written of it."""
-    save_model(family, tmp_path / "source")
-    config = json.loads((tmp_path / "source" / "config.json").read_text())
-    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {field: value}))
-    for verb in (
-        lambda: plan(tmp_path / "source", NOTHING),
-        lambda: prune(tmp_path / "source", tmp_path / "out", NOTHING),
-        lambda: evaluate(str(tmp_path / "source"), IDS, stream=True, **SHORT),
-        lambda: load(tmp_path / "source"),
-    ):
-        with pytest.raises((RunError, UsageError), match=r"shape|size"):
+    source = tmp_path / "source"
+    save_model(family, source)
+    if pruned is not None:
+        source = tmp_path / "pruned"
+        prune(tmp_path / "source", source, pruned, IDS, num_samples=4, seq_length=24)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {field: value}))
+    verbs = [
+        lambda: prune(source, tmp_path / "out", NOTHING),
+        lambda: evaluate(str(source), IDS, stream=True, **SHORT),
+        lambda: plan(source, NOTHING) if pruned is None else repack(source, tmp_path / "out", "dense"),
+    ]
+    for verb in verbs:
+        with pytest.raises(RunError, match=rf"and by config.json it is \[{value}"):
             verb()
-    assert not (tmp_path / "out").exists()
+    with pytest.raises((RunError, UsageError)):
+        load(source)
+    assert not (tmp_path / "out" / "config.json").exists()
