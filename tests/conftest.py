@@ -1,5 +1,6 @@
 """Fixtures that many tests share: every family, the families with experts, one tiny model."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -9,6 +10,12 @@ from transformers import PreTrainedModel
 
 # Unless the environment says otherwise. Tests of bit-equality use `reference`, tests of kernels set their paths.
 os.environ.setdefault("BUDWOOD_KERNELS", "reference")
+
+
+def pytest_collection_finish() -> None:
+    """Some millions of objects live until the end; the collector need not walk them after every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

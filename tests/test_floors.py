@@ -1,6 +1,7 @@
 """The package has floors: a file imports only from lower ones, or from its own folder."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,14 @@ def is_module(name: str) -> bool:
     return first == "budwood" and (place.is_dir() or place.with_suffix(".py").is_file())
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+@cache
 def imports(file: Path) -> list[str]:
-    return [name for node in ast.walk(ast.parse(file.read_text())) for name in names(node, file)]
+    return [name for node in ast.walk(parsed(file)) for name in names(node, file)]
 
 
 def while_importing(nodes: list[ast.stmt]) -> list[ast.stmt]:
@@ -102,34 +109,34 @@ def own(file: Path) -> list[str]:
     return [name.split(".")[1] for name in imports(file) if name.startswith("budwood.")]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_a_file_imports_from_lower_floors_only(file):
-    if top_level(file) in LIGHT:
-        return
-    here = top_level(file)
-    assert here in FLOORS, f"{here} has no floor; add it to FLOORS"
-    for there in own(file):
-        # Public names (`import budwood` inside a verb) are the package itself.
-        if there == here or (here in ("cli", "__main__") and there not in FLOORS):
+def test_a_file_imports_from_lower_floors_only():
+    for file in FILES:
+        if top_level(file) in LIGHT:
             continue
-        assert there in FLOORS, f"{file} imports {there}, which has no floor"
-        assert FLOORS[there] < FLOORS[here], f"{file} ({here}, {FLOORS[here]}) imports {there} ({FLOORS[there]})"
+        here = top_level(file)
+        assert here in FLOORS, f"{here} has no floor; add it to FLOORS"
+        for there in own(file):
+            # Public names (`import budwood` inside a verb) are the package itself.
+            if there == here or (here in ("cli", "__main__") and there not in FLOORS):
+                continue
+            assert there in FLOORS, f"{file} imports {there}, which has no floor"
+            assert FLOORS[there] < FLOORS[here], f"{file} ({here}, {FLOORS[here]}) imports {there} ({FLOORS[there]})"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_third_party_packages_are_imported_only_where_listed(file):
-    for name in imports(file):
-        party = name.split(".")[0]
-        assert top_level(file) in PLACES.get(party, {top_level(file)}), f"{file} imports {party}"
+def test_third_party_packages_are_imported_only_where_listed():
+    for file in FILES:
+        for name in imports(file):
+            party = name.split(".")[0]
+            assert top_level(file) in PLACES.get(party, {top_level(file)}), f"{file} imports {party}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_only_the_command_line_uses_the_public_names(file):
-    if top_level(file) in ("cli", "__main__", *LIGHT):
-        return
-    for node in ast.walk(ast.parse(file.read_text())):
-        taken = [alias.name for alias in node.names] if "budwood" in names(node, file) else ["__version__"]
-        assert taken == ["__version__"], f"{file} imports {', '.join(taken)} from the package it is part of"
+def test_only_the_command_line_uses_the_public_names():
+    for file in FILES:
+        if top_level(file) in ("cli", "__main__", *LIGHT):
+            continue
+        for node in ast.walk(parsed(file)):
+            taken = [alias.name for alias in node.names] if "budwood" in names(node, file) else ["__version__"]
+            assert taken == ["__version__"], f"{file} imports {', '.join(taken)} from the package it is part of"
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -142,7 +149,7 @@ def test_import_budwood_imports_nothing_heavy(name):
 
 @pytest.mark.parametrize("file", [file for file in FILES if top_level(file) == "cli"], ids=lambda file: file.stem)
 def test_the_command_line_starts_without_torch(file):
-    for node in while_importing(ast.parse(file.read_text()).body):
+    for node in while_importing(parsed(file).body):
         for imported in names(node, file):
             assert imported.split(".")[0] not in HEAVY, f"{file} imports {imported} before a verb needs it"
             if imported.startswith("budwood."):

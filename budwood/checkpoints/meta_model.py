@@ -6,6 +6,7 @@ Buffers such as rotary tables are not in the files, so they are computed; parame
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool 
 
     Raises UsageError where it would have more than `MODULES` modules.
     """
-    config = type(config).from_dict(config.to_dict())
+    config = deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.use_cache = False

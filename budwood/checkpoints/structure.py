@@ -47,7 +47,7 @@ class ModelStructure:
         self.parameters = sum(parameter.numel() for parameter in self.module.parameters())
         self.path, self.modules = find_blocks(self.module)
         self.linears = prunable(self.module, skip)
-        self._routers = routers(self.module)
+        self._routers = routers(self.modules, self.path)
 
     @property
     def vocabulary(self) -> int:

@@ -1,7 +1,7 @@
 """The matrices of the decoder blocks that may be pruned, always as [out, in]."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,29 +28,32 @@ def prunable(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, nn.M
     expression.
     """
     rules = Expressions(skip)
-    found = linears_in_blocks(model)
-    routing = routers(model)
-    for message in unmatched(model, skip):
+    path, blocks = find_blocks(model)
+    found, routing = linears_in(blocks, path), routers(blocks, path)
+    for message in _unmatched(rules, found):
         warnings.warn(message, stacklevel=2)
     return {name: module for name, module in found.items() if name not in routing and rules.first(name) is None}
 
 
 def unmatched(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:
     """A message for every expression of `skip` that matches no linear."""
-    found, rules = linears_in_blocks(model), Expressions(skip)
+    path, blocks = find_blocks(model)
+    return _unmatched(Expressions(skip), linears_in(blocks, path))
+
+
+def _unmatched(rules: Expressions, names: Collection[str]) -> list[str]:
     return [
         f"--skip {rule.pattern!r} matches no linear of the decoder blocks"
         for rule in rules.rules
-        if not any(rules.search(rule, name) for name in found)
+        if not any(rules.search(rule, name) for name in names)
     ]
 
 
 def skipped(model: PreTrainedModel, skip: Sequence[str] = ()) -> dict[str, str]:
     """Every module with a matrix of its own that is not in scope, by full name, and the reason."""
     rules = Expressions(skip)
-    found = linears_in_blocks(model)
-    routing = routers(model)
-    path, _ = find_blocks(model)
+    path, blocks = find_blocks(model)
+    found, routing = linears_in(blocks, path), routers(blocks, path)
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         if all(weight.dim() < 2 for weight in module.parameters(recurse=False)):
@@ -101,21 +104,20 @@ def resize(module: nn.Module, weight: Tensor) -> None:
     replace(module, "weight", stored, old.requires_grad)
 
 
-def linears_in_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    path, blocks = find_blocks(model)
+def linears_in(blocks: nn.ModuleList, path: str) -> dict[str, nn.Module]:
+    """The linears of the blocks by full name; path: full name of the blocks."""
     return {
         name: module for name, module in blocks.named_modules(prefix=path) if isinstance(module, nn.Linear | Conv1D)
     }
 
 
-def routers(model: PreTrainedModel) -> set[str]:
-    """Names of the modules that choose among experts.
+def routers(blocks: nn.ModuleList, path: str) -> set[str]:
+    """Full names of the modules of the blocks that choose among experts; path: full name of the blocks.
 
     A router is a sibling of the experts with one output for each of them, or with a single output that gates an
     expert shared by all tokens. Where experts are held in a form that is not known, what is called a router is one.
     """
-    path, blocks = find_blocks(model)
-    found = {name for name in linears_in_blocks(model) if "router" in name.removeprefix(path)}
+    found = {name for name in linears_in(blocks, path) if "router" in name.removeprefix(path)}
     for name, parent in blocks.named_modules(prefix=path):
         for experts, count in sizes_of_experts(parent):
             for inner, module in parent.named_modules(prefix=name):

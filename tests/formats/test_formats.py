@@ -74,7 +74,7 @@ def check(name: str, weight: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_packing_loses_nothing_and_takes_the_predicted_bytes(name, dtype, width):
-    for out in (1, 3, 32):
+    for out in (3,) if name.endswith("int4") else (1, 3, 32):  # codes of four bits take the longest to find
         for density in DENSITIES:
             check(name, scattered(out, width, density, dtype))
         if width % 4 == 0:

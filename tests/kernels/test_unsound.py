@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -32,8 +33,13 @@ def weight(seed: int, dtype: torch.dtype = torch.float32, share: float = 0.05) -
 
 
 def packed_layer(format: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> SparseLinear:
-    found = weight(seed, dtype, 0.0 if format in PURE else 0.05)
-    return SparseLinear.from_packed(format, SHAPE, FORMATS[format].nearest(found))
+    tensors = {suffix: tensor.clone() for suffix, tensor in packed_tensors(format, seed, dtype).items()}
+    return SparseLinear.from_packed(format, SHAPE, tensors)
+
+
+@cache
+def packed_tensors(format: str, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    return FORMATS[format].nearest(weight(seed, dtype, 0.0 if format in PURE else 0.05))
 
 
 def assert_product(layer: SparseLinear, x: Tensor, tolerance: float = 1e-3) -> None:
