@@ -63,7 +63,8 @@ sanitize: setup
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 		BUDWOOD_LIBRARY=$(SANITIZED)/libbudwood.so BUDWOOD_MUTANTS=$(MUTANTS) \
 		$(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native.py tests/kernels/test_tiles.py \
-		tests/kernels/test_unsound.py tests/kernels/test_mutants.py
+		tests/kernels/test_unsound.py tests/kernels/test_mutants.py tests/kernels/test_attention_kernel.py \
+		tests/kernels/test_norm.py
 
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py $(FAULTS)

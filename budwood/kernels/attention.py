@@ -1,6 +1,6 @@
 """Attention of one new token to the keys and values of a cache, by a native kernel."""
 
-from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -8,28 +8,9 @@ from torch import Tensor
 from budwood.kernels import native
 from budwood.kernels.native import TYPES
 
-
-class Attention(Structure):
-    """The tensors of one call, as `native/kernels.h` declares it."""
-
-    _fields_ = [
-        ("query", c_void_p),
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("seen", c_void_p),
-        ("out", c_void_p),
-        ("batch", c_int64),
-        ("heads", c_int64),
-        ("shared", c_int64),
-        ("tokens", c_int64),
-        ("width", c_int64),
-        ("query_strides", c_int64 * 2),
-        ("key_strides", c_int64 * 3),
-        ("value_strides", c_int64 * 3),
-        ("seen_strides", c_int64 * 2),
-        ("scale", c_float),
-        ("type", c_int32),
-    ]
+# The tensors of one call, as `native/kernels.h` declares it: query, key, value, seen or 0, out; batch, heads, shared,
+# tokens, width; the strides of query, key, value and seen; scale, type.
+_pack = Struct("5P5q10qfi").pack
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float | None) -> Tensor | None:
@@ -57,22 +38,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale
         return None
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     out = query.new_empty(batch, heads, width)
-    call = Attention(
+    call = _pack(
         query.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
-        None if seen is None else seen.data_ptr(),
+        0 if seen is None else seen.data_ptr(),
         out.data_ptr(),
         batch,
         heads,
         shared,
         tokens,
         width,
-        query.stride()[:2],
-        key.stride()[:3],
-        value.stride()[:3],
-        (0, 0) if seen is None else seen.stride(),
+        *query.stride()[:2],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *((0, 0) if seen is None else seen.stride()),
         width**-0.5 if scale is None else scale,
         TYPES[query.dtype],
     )
-    return out if library.budwood_attend(addressof(call), torch.get_num_threads()) else None
+    return out if library.budwood_attend(call, torch.get_num_threads()) else None

@@ -19,6 +19,8 @@ class FileParameters(dict):
     def __init__(self, suffixes: Sequence[str], bias: Parameter | None, restore: Callable[[], dict[str, Any]]):
         super().__init__({**dict.fromkeys(suffixes), "bias": bias})
         self.restore = restore
+        self.bias = bias
+        self.at_hand = [] if bias is None else [bias]  # the parameters that exist while the layer is in tiles
 
     def __getitem__(self, name: str) -> Any:
         return super().__getitem__(name) if name == "bias" else self.restore()[name]
@@ -28,10 +30,6 @@ class FileParameters(dict):
             return self[name]
         except KeyError:
             return default
-
-    def at_hand(self) -> list[Any]:
-        """The parameters that exist while the layer is in tiles: its bias."""
-        return [value for value in super().values() if value is not None]
 
 
 def _of_the_restored(name: str) -> Callable[..., Any]:

@@ -1,6 +1,5 @@
 """The output head, which is not pruned: a dense bfloat16 matrix that torch reads slower than memory allows."""
 
-from ctypes import addressof
 from typing import cast
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from budwood.kernels import native
-from budwood.kernels.native import MAX_FEW_ROWS, TYPES, Output
+from budwood.kernels.native import MAX_FEW_ROWS, TYPES, pack_output
 from budwood.kernels.native_matrix import check_input, rounded_bias
 
 
@@ -53,9 +52,9 @@ def multiply(weight: Tensor, input: Tensor, bias: Tensor | None) -> Tensor | Non
     x = input.contiguous()
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     bias = rounded_bias(bias, weight.shape[0], x.dtype)
-    output = Output(y.data_ptr(), None if bias is None else bias.data_ptr(), weight.shape[0], TYPES[y.dtype])
+    output = pack_output(y.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.shape[0], TYPES[y.dtype])
     rows, threads = x.numel() // weight.shape[1], torch.get_num_threads()
-    done = library.budwood_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), rows, addressof(output), threads)
+    done = library.budwood_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), rows, output, threads)
     return y if done else None
 
 

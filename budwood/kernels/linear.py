@@ -137,7 +137,8 @@ class SparseLinear(nn.Linear):
 
     def product(self, input: Tensor) -> Tensor:
         """The product without a gradient, by the fastest kernel on this machine."""
-        self._repack()
+        if self._tiles is None and self._prefers_tiles:
+            self._repack()
         matrix = self.native_matrix()
         if matrix is not None and input.dtype == self._dtype and not torch.is_autocast_enabled("cpu"):
             shared = self.shared_input

@@ -7,8 +7,9 @@ model).
 
 import ctypes
 import os
+import struct
 import sysconfig
-from ctypes import Structure, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +22,7 @@ VARIABLE = "BUDWOOD_KERNELS"
 LIBRARY = "BUDWOOD_LIBRARY"  # a library to open in place of the installed one, as `make sanitize` does
 CHOICES = ("auto", "amx", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
-INTERFACE = 7  # version of the library interface that this file calls
+INTERFACE = 8  # version of the library interface that this file calls
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 INT8 = TYPES[torch.int8]
 INT4 = 4
@@ -55,10 +56,10 @@ class Matrix(Structure):
     ]
 
 
-class Output(Structure):
-    """Where products are written, as `native/kernels.h` declares it."""
-
-    _fields_ = [("y", c_void_p), ("bias", c_void_p), ("stride", c_int64), ("type", c_int32)]
+# Where a product is written, as `native/kernels.h` declares it: y, bias or 0, stride, type. Packed into bytes, which
+# takes less time than a ctypes structure does.
+OUTPUT = "PPqi4x"
+pack_output = struct.Struct(OUTPUT).pack
 
 
 def file() -> Path | None:
@@ -111,6 +112,7 @@ def opened(wanted: str) -> ctypes.CDLL | None:
     native.budwood_read.restype = c_int64
     native.budwood_dense.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
     native.budwood_attend.argtypes = [c_void_p, c_int32]
+    native.budwood_norm.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32, c_int32]
     if hasattr(native, "budwood_tiles_plan"):  # x86 only
         native.budwood_tiles_plan.argtypes, native.budwood_tiles_plan.restype = [c_void_p] * 3, c_int64
         native.budwood_tiles_pack.argtypes = [c_void_p, c_int32, c_void_p, c_void_p]
@@ -151,6 +153,12 @@ def has_attention() -> bool:
     """Whether the path has a kernel for the attention of one token."""
     native = library()
     return native is not None and bool(native.budwood_has_attention())
+
+
+def has_norm() -> bool:
+    """Whether the path has a kernel for the normalization by the root mean square."""
+    native = library()
+    return native is not None and bool(native.budwood_has_norm())
 
 
 def has_tiles() -> bool:

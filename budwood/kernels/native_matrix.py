@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from ctypes import CDLL, addressof
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from budwood.formats import FORMATS, ROUNDED
 from budwood.formats.checks import check_layout
 from budwood.formats.int4 import Int4, group_of
 from budwood.kernels import native
-from budwood.kernels.native import BITMASK, BY_ROWS, DENSE, INT4, INT8, NIBBLES, TYPES, Matrix, Output
+from budwood.kernels.native import BITMASK, BY_ROWS, DENSE, INT4, INT8, NIBBLES, OUTPUT, TYPES, Matrix, pack_output
 
 # Format: how positions are coded, and in which tensor. Scales and recovered weights are found by their suffixes.
 CODINGS = {
@@ -65,9 +66,9 @@ class NativeMatrix:
         if not rows:
             return result
         bias = rounded_bias(bias, out, x.dtype)
-        output = Output(result.data_ptr(), None if bias is None else bias.data_ptr(), out, type)
+        output = pack_output(result.data_ptr(), 0 if bias is None else bias.data_ptr(), out, type)
         threads = torch.get_num_threads()
-        done = self._multiply(self._address, 1, x.data_ptr(), type, rows, addressof(output), threads, kernel)
+        done = self._multiply(self._address, 1, x.data_ptr(), type, rows, output, threads, kernel)
         return result if done else None
 
 
@@ -206,33 +207,38 @@ class MatrixGroup:
 
     def __init__(self, matrices: Sequence[NativeMatrix]):
         self.matrices = list(matrices)
+        self.width = matrices[0].shape[1]
         self._array = (Matrix * len(matrices))(*(matrix.matrix for matrix in matrices))
-        self._outputs = Output * len(matrices)
-        self._multiply = matrices[0]._multiply
+        self._address, self._multiply = addressof(self._array), matrices[0]._multiply
+        self._pack_outputs = Struct(OUTPUT * len(matrices)).pack
+        self._like: tuple[torch.Size, torch.dtype, list[Tensor]] | None = None  # the last x, and results for it
 
     def linear(self, x: Tensor, biases: Sequence[Tensor | None], kernel: int = BY_ROWS) -> list[Tensor] | None:
         """`x [..., in] -> [..., out]` for each matrix; None where this processor path has no such kernel."""
         type = TYPES.get(x.dtype, INT8)
-        for matrix in self.matrices:
-            check_input(x, matrix.shape[1])
+        check_input(x, self.width)
         if type == INT8 or not x.is_cpu or not all(bias is None or bias.is_cpu for bias in biases):
             return None
         x = x.contiguous()
-        rows, leading = x.numel() // self.matrices[0].shape[1], x.shape[:-1]
-        results = [x.new_empty((*leading, matrix.shape[0])) for matrix in self.matrices]
+        rows, results = x.numel() // self.width, self._results(x)
         if not rows:
             return results
-        biases = [  # alive during the call
-            rounded_bias(bias, matrix.shape[0], x.dtype) for bias, matrix in zip(biases, self.matrices, strict=True)
-        ]
-        outputs = self._outputs(
-            *(
-                Output(result.data_ptr(), None if bias is None else bias.data_ptr(), matrix.shape[0], type)
-                for matrix, result, bias in zip(self.matrices, results, biases, strict=True)
-            )
-        )
-        count, threads = len(results), torch.get_num_threads()
-        done = self._multiply(
-            addressof(self._array), count, x.data_ptr(), type, rows, addressof(outputs), threads, kernel
-        )
+        held = []  # rounded biases, alive during the call
+        outputs: list[int] = []
+        for matrix, result, bias in zip(self.matrices, results, biases, strict=True):
+            out, at = matrix.shape[0], 0
+            if bias is not None:
+                held.append(rounded := bias.to(x.dtype).expand(out).contiguous())
+                at = rounded.data_ptr()
+            outputs += (result.data_ptr(), at, out, type)
+        packed, threads = self._pack_outputs(*outputs), torch.get_num_threads()
+        done = self._multiply(self._address, len(results), x.data_ptr(), type, rows, packed, threads, kernel)
         return results if done else None
+
+    def _results(self, x: Tensor) -> list[Tensor]:
+        """An empty `[..., out]` for each matrix; a tensor like another is made in half the time."""
+        like = self._like
+        if like is None or like[0] != x.shape or like[1] != x.dtype:
+            made = [x.new_empty((*x.shape[:-1], matrix.shape[0])) for matrix in self.matrices]
+            like = self._like = x.shape, x.dtype, made
+        return [torch.empty_like(tensor) for tensor in like[2]]

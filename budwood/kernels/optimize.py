@@ -8,6 +8,7 @@ from budwood.kernels import dispatch, native, tiles
 from budwood.kernels.arena import Arena, file_mappings, release_file_pages
 from budwood.kernels.head import accelerate_head
 from budwood.kernels.linear import SparseLinear
+from budwood.kernels.norm import accelerate_norms
 from budwood.kernels.shared_input import observe_inputs
 
 SMALL = 1 << 18  # weights: smaller matrices are too small to time
@@ -33,6 +34,7 @@ def optimize(model: nn.Module) -> dict[str, str]:
         layer.native_matrix()  # now and not at the first token
     observe_inputs(resident.items())
     accelerate_head(model)
+    accelerate_norms(model)
     sizes = {layer.in_features * layer.out_features: layer for layer in resident.values()}
     large_enough = sorted(size for size in sizes if size >= SMALL)
     if large_enough:

@@ -28,9 +28,6 @@ class Layer(Protocol):
     shared_input: "InputObserver | SharedInput | None"
 
     @property
-    def bias(self) -> Tensor | None: ...
-
-    @property
     def _parameters(self) -> Mapping[str, Tensor | None]: ...
 
     def native_matrix(self) -> NativeMatrix | None:
@@ -150,23 +147,24 @@ class SharedInput:
 
     def _first(self, matrix: NativeMatrix, input: Tensor) -> Tensor | None:
         """The product of the first layer; those of the others are kept until they are asked for."""
-        others = self.layers[1:]
-        matrices = [matrix, *(found for layer in others if (found := layer.native_matrix()) is not None)]
-        if len(matrices) < len(self.layers):
-            return None
-        if self.group is None or self.group.matrices != matrices:  # compared by identity
-            self.group = MatrixGroup(matrices)
-        versions = [parameter_versions(layer) for layer in others]
-        products = self.group.linear(input, [layer.bias for layer in self.layers], FEW_ROWS)
+        matrices, biases, versions = [matrix], [bias_of(self.layers[0])], []
+        for layer in self.layers[1:]:
+            other, version = layer.native_matrix(), parameter_versions(layer)
+            if other is None or version is None:
+                return None
+            matrices.append(other)
+            biases.append(bias_of(layer))
+            versions.append(version)
+        group = self.group
+        if group is None or group.matrices != matrices:  # compared by identity
+            group = self.group = MatrixGroup(matrices)
+        products = group.linear(input, biases, FEW_ROWS)
         if products is None:
             return None
         waiting = self.waiting
         waiting.input, waiting.version = weakref.ref(input), input._version
-        waiting.products = {
-            layer: (product, used, version)
-            for layer, product, used, version in zip(others, products[1:], matrices[1:], versions, strict=True)
-            if version is not None
-        }
+        others = zip(products[1:], matrices[1:], versions, strict=True)
+        waiting.products = dict(zip(self.layers[1:], others, strict=True))
         return products[0]
 
 
@@ -180,12 +178,18 @@ def shareable(layer: Layer, input: Tensor) -> bool:
 
 def parameter_versions(layer: Layer) -> list[int] | None:
     """Grow with every change in place; None where a parameter is an inference tensor, which has no version."""
+    parameters = layer._parameters
+    held = parameters.at_hand if isinstance(parameters, FileParameters) else parameters.values()
     try:
-        parameters = layer._parameters
-        held = parameters.at_hand() if isinstance(parameters, FileParameters) else parameters.values()
         return [parameter._version for parameter in held if parameter is not None]
     except RuntimeError:
         return None
+
+
+def bias_of(layer: Layer) -> Tensor | None:
+    """The bias of a layer, in less time than its attribute takes."""
+    parameters = layer._parameters
+    return parameters.bias if isinstance(parameters, FileParameters) else parameters["bias"]
 
 
 def observe_inputs(layers: Iterable[tuple[str, Layer]]) -> None:

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from folders import write_packed
+from native_paths import use
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from budwood.checkpoints.decoding_attention import NAME
 from budwood.checkpoints.quantizer import register
-from budwood.kernels import dispatch, native
+from budwood.kernels import dispatch
 from budwood.kernels.attention import attend
 
 register()
@@ -16,13 +17,7 @@ register()
 
 @pytest.fixture(autouse=True)
 def fastest(monkeypatch):
-    if native.file() is None:
-        pytest.skip("the native library is not built")
-    library = native.opened("auto")
-    if library is None or not library.budwood_choose(b"avx2"):
-        pytest.skip("this machine cannot run the path that has the kernel")
-    library.budwood_choose(b"auto")
-    monkeypatch.setenv(native.VARIABLE, "avx2")
+    use("avx2", monkeypatch)  # the path that has the kernel
 
 
 @pytest.fixture(scope="module")

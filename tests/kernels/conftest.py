@@ -1,18 +1,9 @@
 """Every path of the native library that this machine can run."""
 
 import pytest
+from native_paths import runs
 
 from budwood.kernels import native
-
-
-def runs(path: str) -> bool:
-    library = native.opened("auto") if native.file() else None
-    if library is None:
-        return False
-    found = bool(library.budwood_choose(path.encode()))
-    library.budwood_choose(b"auto")
-    return found
-
 
 PATHS = [
     pytest.param(path, marks=pytest.mark.skipif(not runs(path), reason=f"this machine cannot run the {path} path"))

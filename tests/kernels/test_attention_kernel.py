@@ -4,21 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_paths import use
 from torch import Tensor
 
-from budwood.kernels import native
 from budwood.kernels.attention import attend
-
-ATTENDING = "avx2"  # the path that has the kernel
 
 
 @pytest.fixture(autouse=True)
 def path(monkeypatch):
-    library = native.opened("auto") if native.file() else None
-    if library is None or not library.budwood_choose(ATTENDING.encode()):
-        pytest.skip(f"this machine cannot run the {ATTENDING} path")
-    library.budwood_choose(b"auto")
-    monkeypatch.setenv(native.VARIABLE, ATTENDING)
+    use("avx2", monkeypatch)  # the path that has the kernel
 
 
 def expected(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:

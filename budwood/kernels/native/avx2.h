@@ -158,6 +158,7 @@ void few(const Matrix& a, const Input& in, const Output& out, int64_t first, int
 void few_int8(const Matrix& a, const Input& in, const Output& out, int64_t first, int64_t last);
 void integers(const void* x, int32_t type, int64_t in, const Input& to, int64_t first, int64_t last);
 void dense(const uint16_t* weight, int64_t in, const Input& x, const Output& out, int64_t first, int64_t last);
+bool norm(const Norm& a);
 extern const Attends attends;
 extern const Many by_sparse;
 

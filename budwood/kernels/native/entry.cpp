@@ -291,7 +291,7 @@ using namespace budwood;
 extern "C" {
 
 // Changes with every change of the functions below or of `Matrix`.
-EXPORT int32_t budwood_interface() { return 7; }
+EXPORT int32_t budwood_interface() { return 8; }
 
 EXPORT const char* budwood_path() { return path->name; }
 
@@ -518,6 +518,14 @@ EXPORT int32_t budwood_dense(const uint16_t* weight, int64_t out, int64_t in, co
         if (first < last) path->dense(weight, in, input, *output, first, last);
     }
     return 1;
+}
+
+EXPORT int32_t budwood_has_norm() { return path->norm != nullptr; }
+
+// On one thread, so for few rows.
+EXPORT int32_t budwood_norm(const void* x, const void* weight, void* y, int64_t rows, int64_t width, float epsilon, int32_t type,
+                            int32_t form) {
+    return path->norm && path->norm({x, weight, y, rows, width, epsilon, type, form});
 }
 
 EXPORT int32_t budwood_has_attention() { return path->attends != nullptr; }

@@ -234,6 +234,18 @@ struct Attends {
     void (*join)(const Attention&, const void* sums, int64_t first, int64_t last);  // heads of all sequences
 };
 
+// Rows divided by the root of their mean square (and epsilon), times a weight. Families differ in how: the quotient is
+// rounded to the dtype before it is multiplied, or only the product is, or the weight counts from one.
+enum Form : int32_t { ROUNDED_FIRST = 0, ROUNDED_LAST = 1, FROM_ONE = 2 };
+
+struct Norm {
+    const void *x, *weight;  // [rows, width], [width], of `type`, contiguous
+    void* y;                 // [rows, width], of `type`
+    int64_t rows, width;
+    float epsilon;
+    int32_t type, form;
+};
+
 // Kernels for matrices in tiles. What they split among threads are strips: `border` is the first after a share.
 struct Tiled {
     int64_t (*bytes)(const Matrix&);
@@ -258,6 +270,7 @@ struct Path {
     const Tiled* tiled;
     bool prefers_tiles;  // for values of all types, and not only for INT4
     const Attends* attends;  // null where torch's attention is fast
+    bool (*norm)(const Norm&);  // false where it cannot compute this
 };
 
 extern const Path scalar;

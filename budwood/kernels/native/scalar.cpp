@@ -38,6 +38,6 @@ void few(const Matrix& a, const Input& x, const Output& out, int64_t first, int6
 
 }  // namespace
 
-const Path scalar = {"scalar", false, few, nullptr, nullptr, nullptr, nullptr, nullptr, false, nullptr};
+const Path scalar = {"scalar", false, few, nullptr, nullptr, nullptr, nullptr, nullptr, false, nullptr, nullptr};
 
 }  // namespace budwood
