@@ -38,10 +38,13 @@ class Source:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        config = read_config(self.folder, self.trust_remote_code)
         if self.untied:
-            config.tie_word_embeddings = False
-        return config
+            self._config.tie_word_embeddings = False
+        return self._config
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        return read_config(self.folder, self.trust_remote_code)
 
     @cached_property
     def trial(self) -> Trial:
@@ -61,8 +64,7 @@ class Source:
 
         transformers then ties neither, so the configuration of what is pruned says that nothing is tied.
         """
-        config = read_config(self.folder, self.trust_remote_code)
-        return differ_though_tied(self.folder, config, self.trust_remote_code)
+        return differ_though_tied(self.folder, self._config, self.trust_remote_code)
 
     @cached_property
     def files(self) -> ModelFiles:

@@ -15,11 +15,11 @@ from budwood.methods.structured import Slices, Structured, forecast_counts
 from budwood.methods.unit_pools import Sets, blocks_in, check_layers, chosen, pools_of, sets_of, units_left
 from budwood.methods.validation import number, one_of, truth
 from budwood.sparsity.forecast import Forecast
+from budwood.sparsity.selection import highest
 from budwood.sparsity.taylor import GRADIENT, SQUARE, Order, Reduction, salience, slice_scores, unit_scores
 from budwood.sparsity.unit_shares import (
     UnitPool,
     even_counts,
-    highest,
     program_count,
     program_ranked_counts,
     ranked_counts,

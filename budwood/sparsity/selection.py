@@ -44,6 +44,11 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return keep
 
 
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest of `scores` [n], int64 ascending. Raises NotFinite."""
+    return largest(scores, count).nonzero().flatten()
+
+
 def _by_pairs(scores: Tensor, count: int, keep: Tensor) -> None:
     members = scores.unbind(-1)
     # Rank: the number of members above this one. Of a pair the lower index wins unless it is smaller.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from budwood.errors import UsageError
-from budwood.sparsity.selection import refuse_not_finite
+from budwood.sparsity.selection import highest, refuse_not_finite
 
 Structure = Literal["ul-um", "ul-mm", "al-mm", "al-am"]
 Search = Literal["nearest", "reference"]
@@ -68,7 +68,7 @@ def kept_units(pools: Sequence[Pool], drop: float, rules: Rules) -> list[Tensor]
     for pool in pools:
         refuse_not_finite(pool.scores)
     counts = kept_counts(pools, drop, rules)
-    return [best(pool.scores, count) for pool, count in zip(pools, counts, strict=True)]
+    return [highest(pool.scores, count) for pool, count in zip(pools, counts, strict=True)]
 
 
 def kept_counts(pools: Sequence[Pool], drop: float, rules: Rules) -> list[int]:
@@ -82,11 +82,6 @@ def kept_counts(pools: Sequence[Pool], drop: float, rules: Rules) -> list[int]:
     keep = (1 - drop) * sum(pool.weights for pool in pools)
     counts = (_separate if rules.structure == "al-mm" else _ranked)(pools, keep, rules)
     return _aligned(pools, counts, keep, rules) if rules.align > 1 else counts
-
-
-def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores, ascending; of equal scores the lower index."""
-    return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def kept_weights(pools: Sequence[Pool], counts: Sequence[int]) -> float:
@@ -143,7 +138,7 @@ def _order(pools: Sequence[Pool], rules: Rules) -> tuple[Tensor, int, Tensor]:
     always = torch.zeros(len(scores), dtype=torch.bool)
     start = 0
     for pool in pools:
-        always[start + best(pool.scores, rules.least(pool))] = True
+        always[start + highest(pool.scores, rules.least(pool))] = True
         start += len(pool)
     order = scores.sort(descending=True, stable=True).indices
     order = torch.cat([order[always[order]], order[~always[order]]])

@@ -105,9 +105,3 @@ def program_ranked_counts(pools: Sequence[UnitPool], scores: Sequence[Tensor], s
         return [0 for _ in pools]
     counts = [int((score.double() <= every[number - 1]).sum()) for score in scores]
     return [min(count, pool.count - 1) for count, pool in zip(counts, pools, strict=True)]
-
-
-def highest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores, int64 ascending; of equal scores the lower index."""
-    refuse_not_finite(scores)
-    return scores.sort(descending=True, stable=True).indices[:count].sort().values

@@ -39,6 +39,7 @@ from budwood.errors import BudwoodError
 HANG = 20.0  # seconds of computing, or of waiting for something
 MEMORY = 2 << 30  # bytes beyond those of the process at its start
 BATCH = 400  # inputs per process: what one leaves behind does not add up
+EACH = 2000  # inputs from one line of progress to the next
 OUTCOMES = ("accepted", "refused", "crash", "hang", "memory", "unsound")
 
 
@@ -213,6 +214,9 @@ def campaign(asked: argparse.Namespace, targets: Sequence[Target], seeds: Seeds)
     start = time.monotonic()
     for number, name, outcome, what in answers(asked, targets, seeds):
         counts[name][outcome] += 1
+        if number and number % EACH == 0:
+            left = (time.monotonic() - start) / number * (asked.count - number)
+            print(f"{number} of {asked.count} inputs, {left / 60:.0f} min left", file=sys.stderr, flush=True)
         if outcome in ("accepted", "refused"):
             continue
         numbers = kinds.setdefault((name, outcome, what.partition(" | ")[0]), [])

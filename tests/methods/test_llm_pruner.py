@@ -17,7 +17,7 @@ from budwood.methods import gblm, parse_method, structured
 from budwood.methods.structured import Slices
 from budwood.planning import plan
 from budwood.pruning import prune
-from budwood.sparsity.unit_shares import highest
+from budwood.sparsity.selection import highest
 from budwood.stream.model import Model
 from budwood.training import gradients as training_gradients
 

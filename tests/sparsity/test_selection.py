@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budwood.sparsity import selection
-from budwood.sparsity.selection import NotFinite, largest, portion, two_of_four
+from budwood.sparsity.selection import NotFinite, highest, largest, portion, two_of_four
 
 
 def by_stable_sort(scores, count):
@@ -23,6 +23,8 @@ def test_it_equals_a_stable_descending_sort(dtype, rows, width, levels, data):
     assert torch.equal(largest(scores.T.contiguous().T, count), by_stable_sort(scores, count))
     flat = scores.flatten()
     assert torch.equal(largest(flat, count), by_stable_sort(flat, count))
+    indices = flat.sort(descending=True, stable=True).indices[:count].sort().values
+    assert torch.equal(highest(flat, count), indices)
 
 
 @pytest.mark.parametrize("width", [4, 40])

@@ -6,7 +6,6 @@ import torch
 from budwood.sparsity.unit_shares import (
     UnitPool,
     even_counts,
-    highest,
     program_count,
     program_ranked_counts,
     ranked_counts,
@@ -98,7 +97,3 @@ def test_the_programs_ranking_counts_units():
     assert program_ranked_counts(some, [torch.tensor([3.5, 9]), torch.arange(6.0)], 0.5) == [0, 4]
     assert program_ranked_counts(some, [torch.tensor([3.5, 9]), torch.arange(6.0)], 0.6) == [1, 4]
     assert program_ranked_counts(some, [torch.tensor([3.5, 9]), torch.arange(6.0)], 0) == [0, 0]
-
-
-def test_of_equal_scores_the_lower_index_stays():
-    assert highest(torch.tensor([1.0, 2, 1, 2, 1]), 3).tolist() == [0, 1, 3]
