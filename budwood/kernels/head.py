@@ -51,7 +51,7 @@ def multiply(weight: Tensor, input: Tensor, bias: Tensor | None) -> Tensor | Non
         return None
     x = input.contiguous()
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    bias = rounded_bias(bias, weight.shape[0], x.dtype)
+    bias = None if bias is None else rounded_bias(bias, weight.shape[0], x.dtype)
     output = pack_output(y.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.shape[0], TYPES[y.dtype])
     rows, threads = x.numel() // weight.shape[1], torch.get_num_threads()
     done = library.budwood_dense(weight.data_ptr(), *weight.shape, x.data_ptr(), rows, output, threads)

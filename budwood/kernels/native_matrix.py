@@ -13,7 +13,7 @@ from budwood.formats import FORMATS, ROUNDED
 from budwood.formats.checks import check_layout
 from budwood.formats.int4 import Int4, group_of
 from budwood.kernels import native
-from budwood.kernels.native import BITMASK, BY_ROWS, DENSE, INT4, INT8, NIBBLES, OUTPUT, TYPES, Matrix, pack_output
+from budwood.kernels.native import BITMASK, BY_ROWS, DENSE, INT4, INT8, MAX_FEW_ROWS, NIBBLES, OUTPUT, TYPES, Matrix
 
 # Format: how positions are coded, and in which tensor. Scales and recovered weights are found by their suffixes.
 CODINGS = {
@@ -39,9 +39,50 @@ def check_input(x: Tensor, width: int) -> None:
         raise RuntimeError(f"a matrix with {width} columns cannot be multiplied with x {list(x.shape)}")
 
 
-def rounded_bias(bias: Tensor | None, out: int, dtype: torch.dtype) -> Tensor | None:
+def rounded_bias(bias: Tensor, out: int, dtype: torch.dtype) -> Tensor:
     """The bias `[out]` as the library reads it. Raises RuntimeError where it does not have this size."""
-    return None if bias is None else bias.to(dtype).expand(out).contiguous()
+    return bias.to(dtype).expand(out).contiguous()
+
+
+class Products:
+    """Products of one x with several matrices `[out, in]` of one width, in one call of the library."""
+
+    def __init__(self, library: CDLL, matrices: Sequence[Matrix]):
+        self.outs, self.width = [matrix.out for matrix in matrices], matrices[0].in_
+        self._array = (Matrix * len(matrices))(*matrices)
+        self._address, self._multiply = addressof(self._array), library.budwood_linear
+        self._pack_outputs = Struct(OUTPUT * len(matrices)).pack
+        self._like: tuple[torch.Size, torch.dtype, list[Tensor]] | None = None  # the last x, and results for it
+
+    def of(self, x: Tensor, biases: Sequence[Tensor | None], kernel: int) -> list[Tensor] | None:
+        """`x [..., in] -> [..., out]` for each matrix; None where this processor path has no such kernel."""
+        type = TYPES.get(x.dtype, INT8)
+        check_input(x, self.width)
+        if type == INT8 or not x.is_cpu or not all(bias is None or bias.is_cpu for bias in biases):
+            return None
+        x = x.contiguous()
+        rows, results = x.numel() // self.width, self._results(x)
+        if not rows:
+            return results
+        held = []  # rounded biases, alive during the call
+        outputs: list[int] = []
+        for out, result, bias in zip(self.outs, results, biases, strict=True):
+            rounded = None if bias is None else rounded_bias(bias, out, x.dtype)
+            held.append(rounded)
+            outputs += (result.data_ptr(), 0 if rounded is None else rounded.data_ptr(), out, type)
+        packed, threads = self._pack_outputs(*outputs), torch.get_num_threads()
+        done = self._multiply(self._address, len(results), x.data_ptr(), type, rows, packed, threads, kernel)
+        return results if done else None
+
+    def _results(self, x: Tensor) -> list[Tensor]:
+        """An empty `[..., out]` for each matrix; a tensor like another is made in half the time."""
+        like = self._like
+        if like is None or like[0] != x.shape or like[1] != x.dtype:
+            made = [x.new_empty((*x.shape[:-1], out)) for out in self.outs]
+            if x.numel() > MAX_FEW_ROWS * self.width:
+                return made
+            like = self._like = x.shape, x.dtype, made
+        return [torch.empty_like(result) for result in like[2]]
 
 
 class NativeMatrix:
@@ -51,25 +92,25 @@ class NativeMatrix:
     """
 
     def __init__(self, library: CDLL, matrix: Matrix, shape: tuple[int, int], held: Sequence[Tensor]):
-        self.matrix, self.shape, self.held = matrix, shape, held
-        self._multiply, self._address = library.budwood_linear, addressof(matrix)
+        self.library, self.matrix, self.shape, self.held = library, matrix, shape, held
+        self._products = Products(library, [matrix])
 
     def linear(self, x: Tensor, bias: Tensor | None = None, kernel: int = BY_ROWS) -> Tensor | None:
         """`x [..., in] -> [..., out]` in the dtype of x; None where this processor path has no such kernel."""
-        type, (out, width) = TYPES.get(x.dtype, INT8), self.shape
-        check_input(x, width)
-        if type == INT8 or not x.is_cpu or (bias is not None and not bias.is_cpu):
-            return None
-        x = x.contiguous()
-        result = x.new_empty((*x.shape[:-1], out))
-        rows = x.numel() // width
-        if not rows:
-            return result
-        bias = rounded_bias(bias, out, x.dtype)
-        output = pack_output(result.data_ptr(), 0 if bias is None else bias.data_ptr(), out, type)
-        threads = torch.get_num_threads()
-        done = self._multiply(self._address, 1, x.data_ptr(), type, rows, output, threads, kernel)
-        return result if done else None
+        found = self._products.of(x, [bias], kernel)
+        return None if found is None else found[0]
+
+
+class MatrixGroup:
+    """Several matrices of one width, multiplied with the same x in one call of the library."""
+
+    def __init__(self, matrices: Sequence[NativeMatrix]):
+        self.matrices = list(matrices)
+        self._products = Products(matrices[0].library, [matrix.matrix for matrix in matrices])
+
+    def linear(self, x: Tensor, biases: Sequence[Tensor | None], kernel: int = BY_ROWS) -> list[Tensor] | None:
+        """`x [..., in] -> [..., out]` for each matrix; None where this processor path has no such kernel."""
+        return self._products.of(x, biases, kernel)
 
 
 def native_matrix(format: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> NativeMatrix | None:
@@ -200,45 +241,3 @@ def refuse_unsound(format: str, shape: tuple[int, int], tensors: Mapping[str, Te
     positions = {suffix: tensor.to("meta") if suffix in placing else tensor for suffix, tensor in tensors.items()}
     if FORMATS[format].fault(positions, shape):
         raise unsound(format, shape, positions)
-
-
-class MatrixGroup:
-    """Several matrices of one width, multiplied with the same x in one call of the library."""
-
-    def __init__(self, matrices: Sequence[NativeMatrix]):
-        self.matrices = list(matrices)
-        self.width = matrices[0].shape[1]
-        self._array = (Matrix * len(matrices))(*(matrix.matrix for matrix in matrices))
-        self._address, self._multiply = addressof(self._array), matrices[0]._multiply
-        self._pack_outputs = Struct(OUTPUT * len(matrices)).pack
-        self._like: tuple[torch.Size, torch.dtype, list[Tensor]] | None = None  # the last x, and results for it
-
-    def linear(self, x: Tensor, biases: Sequence[Tensor | None], kernel: int = BY_ROWS) -> list[Tensor] | None:
-        """`x [..., in] -> [..., out]` for each matrix; None where this processor path has no such kernel."""
-        type = TYPES.get(x.dtype, INT8)
-        check_input(x, self.width)
-        if type == INT8 or not x.is_cpu or not all(bias is None or bias.is_cpu for bias in biases):
-            return None
-        x = x.contiguous()
-        rows, results = x.numel() // self.width, self._results(x)
-        if not rows:
-            return results
-        held = []  # rounded biases, alive during the call
-        outputs: list[int] = []
-        for matrix, result, bias in zip(self.matrices, results, biases, strict=True):
-            out, at = matrix.shape[0], 0
-            if bias is not None:
-                held.append(rounded := bias.to(x.dtype).expand(out).contiguous())
-                at = rounded.data_ptr()
-            outputs += (result.data_ptr(), at, out, type)
-        packed, threads = self._pack_outputs(*outputs), torch.get_num_threads()
-        done = self._multiply(self._address, len(results), x.data_ptr(), type, rows, packed, threads, kernel)
-        return results if done else None
-
-    def _results(self, x: Tensor) -> list[Tensor]:
-        """An empty `[..., out]` for each matrix; a tensor like another is made in half the time."""
-        like = self._like
-        if like is None or like[0] != x.shape or like[1] != x.dtype:
-            made = [x.new_empty((*x.shape[:-1], matrix.shape[0])) for matrix in self.matrices]
-            like = self._like = x.shape, x.dtype, made
-        return [torch.empty_like(tensor) for tensor in like[2]]
