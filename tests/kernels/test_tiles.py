@@ -5,10 +5,11 @@ import io
 
 import pytest
 import torch
+from native_paths import use
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from budwood.errors import UsageError
 from budwood.formats import FORMATS
 from budwood.formats.bits import pack_bits
 from budwood.kernels import native, tiles
@@ -16,6 +17,8 @@ from budwood.kernels.arena import Arena
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.native import FEW_ROWS, SPARSE
 from budwood.kernels.native_matrix import MatrixGroup
+from budwood.kernels.norm import NativeNorm
+from budwood.kernels.optimize import optimize
 from budwood.kernels.tiles import Tiles
 from budwood.sparsity.codes import dequantise4, quantise4
 
@@ -27,13 +30,7 @@ INT8 = ["bitmask_int8", "two_four_int8", "two_four_compact_int8"]
 
 @pytest.fixture(autouse=True)
 def on_avx2(monkeypatch):
-    monkeypatch.setenv(native.VARIABLE, "avx2")
-    try:
-        found = native.library() is not None and native.has_tiles()
-    except UsageError:
-        found = False
-    if not found:
-        pytest.skip("this machine cannot run the avx2 path")
+    use("avx2", monkeypatch)
     monkeypatch.setattr(tiles, "LIMIT", float("inf"))  # in tiles, small as they are
 
 
@@ -274,6 +271,15 @@ def test_parameters_are_those_of_the_file_and_the_next_product_packs_them_again(
     assert torch.equal(layer(X), product)
     assert layer._tiles is not None
     assert {name: p.shape for name, p in layer.named_parameters()} == {n: t.shape for n, t in layer.before.items()}
+
+
+def test_a_model_that_is_made_ready_has_all_its_layers_in_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "LIMIT", 4.0)  # of which an arena has the room
+    weight = torch.where(masks(64, 64)["2:4 and recovered"], torch.randn(64, 64) * 0.05, 0).bfloat16()
+    model = nn.Sequential(LlamaRMSNorm(64).bfloat16(), *(SparseLinear.from_dense(weight) for _ in range(3)))
+    optimize(model)
+    assert isinstance(model[0], NativeNorm)
+    assert all(layer._tiles is not None for layer in model[1:])
 
 
 @torch.no_grad()
