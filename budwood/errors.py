@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 DEBUG = "BUDWOOD_DEBUG"  # set to 1 in the environment, exceptions of the command line are raised
 SYSTEM_ERROR = re.compile(r"\(os error (\d{1,4})\)")
@@ -23,6 +25,17 @@ class UsageError(BudwoodError, ValueError):
 
 class RunError(BudwoodError, RuntimeError):
     """The work was started and failed."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Inside, a panic of a library in Rust, which is no `Exception`, is a RuntimeError."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(str(panic)) from panic
 
 
 def message(error: BaseException) -> str:

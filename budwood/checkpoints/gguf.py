@@ -14,7 +14,8 @@ from budwood.checkpoints.gguf_header import Header, check_costs
 from budwood.checkpoints.gguf_rope import FREQUENCIES, LONG, SHORT
 from budwood.checkpoints.gguf_settings import carry_over
 from budwood.checkpoints.meta_model import build
-from budwood.errors import RunError, UsageError
+from budwood.checkpoints.schema import shown
+from budwood.errors import RunError, UsageError, panics_as_errors
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ def open_gguf(file: Path) -> Any:
     named = reader.fields.get("general.architecture")
     if named is None or not isinstance(named.contents(), str):
         raise RunError(f"{file} does not say what architecture it holds (general.architecture); fetch it again")
+    blocks, tensors = reader.fields.get(f"{named.contents()}.block_count"), len(reader.tensors)
+    count = 1 if blocks is None else blocks.contents()
+    if type(count) is not int or not 0 < count <= tensors:
+        raise RunError(f"{file} is damaged: it has {tensors} tensors, for {shown(count)} blocks; fetch it again")
     return reader
 
 
@@ -66,7 +71,7 @@ def unpack(reader: Any, file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     unpacked: dict[str, Any] = {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
     loaded: Any  # with `output_loading_info` a pair
     try:
-        with read_once(reader), alone(file) as folder:
+        with panics_as_errors(), read_once(reader), alone(file) as folder:
             loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **unpacked, **arguments)
             tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
     except Exception as error:  # of a dozen kinds, down to the bare one for a vocabulary that does not fit

@@ -29,11 +29,14 @@ class Each:
     schema: Any
 
 
+LONGEST = 255  # bytes of a file name, on most file systems
+
+
 def _is_file_name(value: Any) -> bool:
     if type(value) is not str or value in ("", ".", "..") or set(value) & set("/\\\0"):
         return False
     try:
-        return bool(os.fsencode(value))
+        return 0 < len(os.fsencode(value)) <= LONGEST
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
 

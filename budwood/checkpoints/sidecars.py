@@ -21,6 +21,9 @@ from budwood.errors import BudwoodError, RunError, UsageError
 
 LARGEST_FILE = 256 * 2**20  # bytes; an index of a very large model with experts one by one has some 30 MB
 FORMAT_VERSION = 1  # of `quantization_config`
+# How many experts a block has, and how many of them a token chooses.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k")
 LAYERS = 2_000  # more than any model has; transformers makes lists of this length before a file is looked at
 
 INDEX = {
@@ -102,6 +105,7 @@ def read_config_json(file: Path) -> dict[str, Any]:
         if found:
             raise RunError(f"{file} is damaged: {found}; {advice}")
     check_layers(content, LAYERS, file)
+    check_experts(content, file)
     return content
 
 
@@ -114,6 +118,16 @@ def check_layers(content: dict[str, Any], most: int, file: Path, names: tuple[st
         for name, value in inside.items():
             if name.endswith(names) and type(value) in (int, float) and value > most:
                 raise UsageError(f"{file} gives {name} as {shown(value)}, which is more than {most}; correct it")
+
+
+def check_experts(content: dict[str, Any], file: Path) -> None:
+    """UsageError where a token would choose more experts than a block has, or less than none."""
+    for inside in (content, *(value for value in content.values() if isinstance(value, dict))):
+        numbers = {name: value for name, value in inside.items() if type(value) is int}
+        count = max((numbers[name] for name in EXPERTS if name in numbers), default=0)
+        for name in PER_TOKEN:
+            if count and not 0 <= numbers.get(name, 0) <= count:
+                raise UsageError(f"{file} gives {name} as {numbers[name]}, of {count} experts; correct it")
 
 
 def check_blocks(content: dict[str, Any], tensors: int, file: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from budwood.errors import UsageError
+from budwood.errors import UsageError, panics_as_errors
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
@@ -16,7 +16,8 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     from budwood.checkpoints.meta_model import refused_code
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with panics_as_errors():
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises a dozen kinds for a missing or damaged tokenizer
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise refused_code(source) from error

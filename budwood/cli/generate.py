@@ -12,7 +12,7 @@ from budwood.cli import options
 from budwood.cli.checks import check_model
 from budwood.cli.printable import printable
 from budwood.cli.terminal import print_result, stdout_to_stderr
-from budwood.errors import RunError, UsageError
+from budwood.errors import RunError, UsageError, panics_as_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,14 +157,15 @@ def encode(tokenizer: Any, prompts: Sequence[str], chat: bool) -> Any:
         messages = [[{"role": "user", "content": text}] for text in prompts]
         texts = [as_text(tokenizer, message, "the prompt", answer_next=True) for message in messages]
     try:
-        encoded = tokenizer(
-            texts,
-            return_tensors="pt",
-            return_attention_mask=True,
-            add_special_tokens=not chat,  # a chat template writes its own
-            padding=len(texts) > 1,
-            padding_side="left",
-        )
+        with panics_as_errors():
+            encoded = tokenizer(
+                texts,
+                return_tensors="pt",
+                return_attention_mask=True,
+                add_special_tokens=not chat,  # a chat template writes its own
+                padding=len(texts) > 1,
+                padding_side="left",
+            )
     except Exception as error:  # tokenizers fail in their own ways, as do the values of tokenizer_config.json
         raise UsageError(f"the tokenizer of the model cannot read the prompt: {error}; correct its files") from error
     for text, mask in zip(prompts, encoded["attention_mask"], strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 from budwood.checkpoints.tokenizer import load_tokenizer
 from budwood.data.sources import Data, are_token_ids
 from budwood.data.texts import TokenIds
-from budwood.errors import UsageError
+from budwood.errors import UsageError, panics_as_errors
 
 # auto: the tokenizer's own special tokens for a text as a whole, as in published figures.
 # every: one start token before each window. none: no special tokens at all.
@@ -34,12 +34,13 @@ def tokenise(text: str, tokenizer: Any, bos: Bos, templated: bool = False) -> Te
     if tokenizer is None:
         raise UsageError("the model has no tokenizer, so text cannot be read; give token ids (.npy, .safetensors)")
     try:
-        encoded = tokenizer(
-            text,
-            add_special_tokens=bos == "auto" and not templated,
-            return_attention_mask=False,
-            verbose=False,  # a text is longer than the model's context, and is cut afterwards
-        )
+        with panics_as_errors():
+            encoded = tokenizer(
+                text,
+                add_special_tokens=bos == "auto" and not templated,
+                return_attention_mask=False,
+                verbose=False,  # a text is longer than the model's context, and is cut afterwards
+            )
     except Exception as error:  # tokenizers fail in their own ways, such as without a token for what they do not know
         raise UsageError(f"the tokenizer of the model cannot read the text: {error}; give token ids as data") from error
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)

@@ -32,7 +32,7 @@ def from_json(content: Any, where: str = "the result") -> Result:
     follows from the fields, as from a mean over no windows.
     """
     kind = content.get("kind") if isinstance(content, Mapping) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise RunError(f"{where} is no result: its kind is {kind!r}, and known are {', '.join(KINDS)}")
     result: Result = build(KINDS[kind], content, where)
     if isinstance(result, Perplexity) and len(result.losses) != result.text.windows:

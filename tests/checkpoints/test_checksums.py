@@ -59,7 +59,13 @@ def test_an_index_without_digests_has_nothing_to_compare(folder):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": 1}}']
+    "content",
+    [
+        *("", "[]", "{}"),
+        *('{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": 1}}'),
+        f'{{"weight_map": {{"a": "{"a" * 256}"}}}}',  # longer than a file name may be
+        f'{{"weight_map": {{"a": "{"ä" * 128}"}}}}',
+    ],
 )
 def test_a_damaged_index_is_refused(folder, content):
     (folder / INDEX_NAME).write_text(content)

@@ -201,6 +201,16 @@ def test_truncated_files_are_refused(tmp_path, model, share):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("blocks", [0, 1_095_761_920])
+def test_blocks_are_counted_before_any_are_made(tmp_path, model, monkeypatch, blocks):
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "add_block_count", lambda self, count: self.add_uint32("llama.block_count", blocks)
+    )
+    file = write(tmp_path / "m.gguf", model)
+    with pytest.raises(RunError, match=rf"is damaged: it has \d+ tensors, for {blocks} blocks"):
+        convert(file, tmp_path / "m")
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04")
     with pytest.raises(UsageError, match="no GGUF file"):

@@ -117,6 +117,21 @@ def test_layers_are_counted_before_any_are_made(tmp_path, name, inside):
         read_config_json(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("asked", [-2, 5])
+@pytest.mark.parametrize(
+    ("count", "chosen"), [("num_local_experts", "num_experts_per_tok"), ("moe_num_experts", "moe_k")]
+)
+@pytest.mark.parametrize("inside", [None, "text_config"])
+def test_a_token_chooses_among_the_experts_that_are_there(tmp_path, count, chosen, asked, inside):
+    for number in (4, asked):
+        content = {"model_type": "mixtral", count: 4, chosen: number}
+        malformed.write(tmp_path / "config.json", {"text_config": content} if inside else content)
+        if number == 4:
+            read_config_json(tmp_path / "config.json")
+    with pytest.raises(UsageError, match=f"gives {chosen} as {asked}, of 4 experts; correct it"):
+        read_config_json(tmp_path / "config.json")
+
+
 def test_more_layers_than_the_files_have_tensors_are_refused(pruned, tmp_path):
     for file in pruned.iterdir():
         if file.is_file():

@@ -4,7 +4,6 @@ import json
 
 import pyarrow
 import pytest
-from conftest import character_tokenizer
 from pyarrow import parquet
 
 from budwood.data import calibration_windows, evaluation_windows
@@ -17,10 +16,9 @@ SHORT = [{"role": "user", "content": "go on"}]
 
 
 @pytest.fixture
-def chatty():
-    tokenizer = character_tokenizer(adds_bos=True)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+def chatty(bos_tokenizer):
+    bos_tokenizer.chat_template = TEMPLATE
+    return bos_tokenizer
 
 
 def written(path, rows):

@@ -79,14 +79,19 @@ def mutated(tensors: dict[str, Tensor], random: random.Random, same_sizes: bool)
 def error(product: Tensor, x: Tensor, weight: Tensor) -> float:
     """Largest difference to the product in float64, relative to the sum of the magnitudes that were added.
 
-    Activations count as their mean at least: with int8 values they are integers with a common scale.
+    Activations count as their mean at least: with int8 values they are integers with a common scale. Subnormal numbers
+    have a common spacing, so they count as the smallest normal one.
     """
     magnitude = x.double().abs()
     magnitude = magnitude.maximum(magnitude.mean(1, keepdim=True))
     exact, size = x.double() @ weight.double().T, magnitude @ weight.double().abs().T
     usable = (size < 1e30) & size.isfinite()
     return (
-        float(((product.double() - exact).abs() / size.clamp(min=1e-30))[usable].max().nan_to_num(1e9))
+        float(
+            ((product.double() - exact).abs() / size.clamp(min=torch.finfo(product.dtype).tiny))[usable]
+            .max()
+            .nan_to_num(1e9)
+        )
         if bool(usable.any())
         else 0.0
     )

@@ -42,6 +42,12 @@ def test_any_value_anywhere_is_read_or_is_a_sentence(tmp_path):
     assert {"rows", "notes", "published"} <= CONTENT.keys()
 
 
+@pytest.mark.parametrize("kind", [[0], {}, None, 1, "other"])
+def test_a_result_of_no_known_kind_is_a_sentence(kind):
+    with pytest.raises(RunError, match="here is no result: its kind is"):
+        from_json({**PERPLEXITY, "losses": [1.0], "kind": kind}, "here")
+
+
 @pytest.mark.parametrize("text", malformed.WHOLE, ids=lambda text: text[:6])
 def test_a_file_that_holds_no_results_is_a_sentence(tmp_path, text):
     (tmp_path / FILE).write_text(text)
