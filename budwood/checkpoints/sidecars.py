@@ -21,6 +21,7 @@ from budwood.errors import BudwoodError, RunError, UsageError
 
 LARGEST_FILE = 256 * 2**20  # bytes; an index of a very large model with experts one by one has some 30 MB
 FORMAT_VERSION = 1  # of `quantization_config`
+SIZES = ("_heads", "n_head", "head_dim", "hidden_size", "n_embd")  # what names of heads and widths end with
 # How many experts a block has, and how many of them a token chooses.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k")
@@ -105,6 +106,7 @@ def read_config_json(file: Path) -> dict[str, Any]:
         if found:
             raise RunError(f"{file} is damaged: {found}; {advice}")
     check_layers(content, LAYERS, file)
+    check_sizes(content, file)
     check_experts(content, file)
     return content
 
@@ -118,6 +120,14 @@ def check_layers(content: dict[str, Any], most: int, file: Path, names: tuple[st
         for name, value in inside.items():
             if name.endswith(names) and type(value) in (int, float) and value > most:
                 raise UsageError(f"{file} gives {name} as {shown(value)}, which is more than {most}; correct it")
+
+
+def check_sizes(content: dict[str, Any], file: Path) -> None:
+    """UsageError where a number of heads or a width is negative: two of them may have the product that tensors have."""
+    for inside in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for name, value in inside.items():
+            if name.endswith(SIZES) and type(value) in (int, float) and value < 0:
+                raise UsageError(f"{file} gives {name} as {shown(value)}; correct it")
 
 
 def check_experts(content: dict[str, Any], file: Path) -> None:

@@ -117,6 +117,17 @@ def test_layers_are_counted_before_any_are_made(tmp_path, name, inside):
         read_config_json(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("name", ["num_attention_heads", "num_key_value_heads", "n_head", "head_dim", "hidden_size"])
+def test_heads_and_widths_are_not_negative(tmp_path, name):
+    for value in (4, None, -4, -4.0):
+        malformed.write(tmp_path / "config.json", {"model_type": "llama", name: value})
+        if value in (4, None):
+            read_config_json(tmp_path / "config.json")
+        else:
+            with pytest.raises(UsageError, match=f"gives {name} as {value}; correct it"):
+                read_config_json(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("asked", [-2, 5])
 @pytest.mark.parametrize(
     ("count", "chosen"), [("num_local_experts", "num_experts_per_tok"), ("moe_num_experts", "moe_k")]
