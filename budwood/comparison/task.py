@@ -189,7 +189,7 @@ def read_json(file: Path, schema: Any) -> dict[str, Any] | None:
 
 def record_schema(step: str) -> dict[str, Any]:
     """What the rows of the results take from the record of a step."""
-    shared: dict[str, Any] = {"id": str, "seconds": NUMBER, "machine": dict}
+    shared: dict[str, Any] = {"id": str, "seconds": NUMBER, "machine": {"versions?": dict}}
     if step == PRUNE:
         return {**shared, "report": REPORT, "size": {"bytes": NUMBER, "bits per weight": NUMBER}}
     return {**shared, "speed": TIMES} if step == SPEED else {**shared, "results": [dict]}

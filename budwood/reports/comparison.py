@@ -122,7 +122,7 @@ ROW: dict[str, Any] = {
     "report": (REPORT, NONE),
     "results": [dict],
     "speed": (SPEED, NONE),
-    "machine": dict,
+    "machine": {"versions?": dict},
 }
 PUBLISHED: dict[str, Any] = {
     **dict.fromkeys(("table", "model", "method", "figure"), str),

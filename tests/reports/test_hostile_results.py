@@ -48,6 +48,13 @@ def test_a_result_of_no_known_kind_is_a_sentence(kind):
         from_json({**PERPLEXITY, "losses": [1.0], "kind": kind}, "here")
 
 
+@pytest.mark.parametrize("versions", ["\u202e", [], None, 1])
+def test_versions_that_are_no_object_are_a_sentence(tmp_path, versions):
+    malformed.write(tmp_path / FILE, {**RESULTS, "rows": [{**ROW, "machine": {"versions": versions}}]})
+    with pytest.raises(BudwoodError, match=r"versions is .* where an object should be"):
+        read_results(tmp_path)
+
+
 @pytest.mark.parametrize("text", malformed.WHOLE, ids=lambda text: text[:6])
 def test_a_file_that_holds_no_results_is_a_sentence(tmp_path, text):
     (tmp_path / FILE).write_text(text)
