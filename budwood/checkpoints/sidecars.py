@@ -111,12 +111,17 @@ def read_config_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def configurations(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The content of config.json and those inside it, as of the text model of a larger one."""
+    return [content, *(value for value in content.values() if isinstance(value, dict))]
+
+
 def check_layers(content: dict[str, Any], most: int, file: Path, names: tuple[str, ...] = ("layer", "layers")) -> None:
     """UsageError where a number of layers is above `most`, before lists or modules of that length are made.
 
     names: what the names of the fields end with.
     """
-    for inside in (content, *(value for value in content.values() if isinstance(value, dict))):
+    for inside in configurations(content):
         for name, value in inside.items():
             if name.endswith(names) and type(value) in (int, float) and value > most:
                 raise UsageError(f"{file} gives {name} as {shown(value)}, which is more than {most}; correct it")
@@ -124,7 +129,7 @@ def check_layers(content: dict[str, Any], most: int, file: Path, names: tuple[st
 
 def check_sizes(content: dict[str, Any], file: Path) -> None:
     """UsageError where a number of heads or a width is negative: two of them may have the product that tensors have."""
-    for inside in (content, *(value for value in content.values() if isinstance(value, dict))):
+    for inside in configurations(content):
         for name, value in inside.items():
             if name.endswith(SIZES) and type(value) in (int, float) and value < 0:
                 raise UsageError(f"{file} gives {name} as {shown(value)}; correct it")
@@ -132,7 +137,7 @@ def check_sizes(content: dict[str, Any], file: Path) -> None:
 
 def check_experts(content: dict[str, Any], file: Path) -> None:
     """UsageError where a token would choose more experts than a block has, or less than none."""
-    for inside in (content, *(value for value in content.values() if isinstance(value, dict))):
+    for inside in configurations(content):
         numbers = {name: value for name, value in inside.items() if type(value) is int}
         count = max((numbers[name] for name in EXPERTS if name in numbers), default=0)
         for name in PER_TOKEN:
