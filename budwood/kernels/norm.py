@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from budwood.kernels import dispatch, native
-from budwood.kernels.native import TYPES
+from budwood.kernels.native import MAX_FEW_ROWS, TYPES
 
-MOST = 1 << 15  # values of x: for more, torch's threads are faster
 EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what modules call it
 ROWS = 16  # that are compared
 MOSTLY = 0.9  # of results of 16 bits, which are the very same where the formula is
@@ -65,7 +64,7 @@ class NativeNorm(nn.Module):
     def few(self, x: Tensor) -> Tensor | None:
         """The norm by the native kernel; None where the class that was there first computes it."""
         weight = self._parameters.get("weight")
-        if weight is None or type(x) is not Tensor or x.numel() > MOST or dispatch.is_exact():
+        if weight is None or type(x) is not Tensor or not is_few(x) or dispatch.is_exact():
             return None
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return None
@@ -74,6 +73,14 @@ class NativeNorm(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         """The class was made here, so a copy makes it again."""
         return _empty, (type(self).__mro__[2],), self.__dict__
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether a model decodes, as products and attention see it: of a prompt everything but these is torch's.
+
+    x: [rows, width], [batch, tokens, width], or heads of one token: [batch, 1, heads, width], [batch, heads, 1, width].
+    """
+    return 1 in x.shape[1:3] if x.dim() == 4 else x.numel() <= MAX_FEW_ROWS * x.shape[-1]
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from budwood.kernels import dispatch
-from budwood.kernels.norm import MOST, Form, NativeNorm, accelerate_norms, form_of, normalized, tolerance
+from budwood.kernels.native import MAX_FEW_ROWS
+from budwood.kernels.norm import Form, NativeNorm, accelerate_norms, form_of, normalized, tolerance
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -144,7 +145,11 @@ def test_it_stays_the_module_that_it_was(norm):
         )
         assert list(norm.state_dict()) == list(before.state_dict())
         assert repr(norm) == repr(before)
-        assert norm.few(torch.randn(MOST // 64 + 1, 64).bfloat16()) is None
+        assert norm.few(torch.randn(MAX_FEW_ROWS, 64).bfloat16()) is not None
+        assert norm.few(torch.randn(1, MAX_FEW_ROWS + 1, 64).bfloat16()) is None
+        assert norm.few(torch.randn(2, 1, 12, 64).bfloat16()) is not None  # heads of one token
+        assert norm.few(torch.randn(2, 12, 1, 64).bfloat16()) is not None
+        assert norm.few(torch.randn(2, 3, 12, 64).bfloat16()) is None
         assert torch.equal(norm(x.float()), before(x.float()))  # another dtype than that of the weight
         assert torch.equal(norm(hidden_states=x), before(x))
         compiled = torch.compile(norm, backend="eager", fullgraph=True)
