@@ -233,7 +233,7 @@ def test_two_tensors_of_one_parameter_are_refused(copy, tmp_path, name):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_what_transformers_saved_over_a_packed_folder(copy, tmp_path, reference, packed):
+def test_what_transformers_saved_over_a_packed_folder(copy, tmp_path, packed):
     """The shards of the former model stay there, and no verb reads them."""
     folder = copy("packed")
     model = opened(folder)

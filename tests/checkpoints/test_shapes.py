@@ -42,7 +42,7 @@ def check_equal(name, found, model) -> None:
 
 @pytest.mark.parametrize("format", ["two_four", "bitmask", None])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_are_those_of_the_model_in_memory(tmp_path, reference, name, format):
+def test_logits_are_those_of_the_model_in_memory(tmp_path, name, format):
     folder, model = write_reshaped(tmp_path, name, format=format)
     found = opened(folder)
     check_equal(name, found, model)
@@ -52,7 +52,7 @@ def test_logits_are_those_of_the_model_in_memory(tmp_path, reference, name, form
 
 
 @pytest.mark.parametrize("format", ["two_four", None])
-def test_bfloat16(tmp_path, reference, format):
+def test_bfloat16(tmp_path, format):
     folder, model = write_reshaped(tmp_path, dtype=torch.bfloat16, format=format)
     found = opened(folder)
     assert found.dtype == torch.bfloat16
@@ -144,7 +144,7 @@ def test_offloaded_to_disk(tmp_path):
     assert torch.equal(logits(found), logits(model))
 
 
-def test_a_bias_in_the_file_is_used_without_an_entry(tmp_path, reference):
+def test_a_bias_in_the_file_is_used_without_an_entry(tmp_path):
     folder, model = write_reshaped(tmp_path)
     shapes = json.loads((folder / "config.json").read_text())["quantization_config"]["shapes"]
     change_config(folder, shapes={name: shape for name, shape in shapes.items() if name != f"{DOWN}.bias"})
