@@ -49,6 +49,12 @@ def only_two_four(weight: Tensor) -> Tensor:
     return FORMATS["two_four"].unpack(tensors, (weight.shape[0], weight.shape[1]))
 
 
+def shuffled(weight: Tensor) -> Tensor:
+    """The same weights with columns in another order: a mask of the same density without a pattern."""
+    generator = torch.Generator().manual_seed(weight.shape[1])
+    return weight[:, torch.randperm(weight.shape[1], generator=generator)].contiguous()
+
+
 class Case:
     """One shape: copies of its matrices in every format, more than the cache holds."""
 
@@ -62,6 +68,7 @@ class Case:
         self.packed = {
             "2:4 + recovered": self.forms("bitmask", weights),
             "2:4 alone": self.forms("two_four", [only_two_four(weight) for weight in weights]),
+            "free": self.forms("bitmask", [shuffled(weight) for weight in weights]),
             "int8": self.forms("two_four_compact_int8", weights),
             "int8, recovered too": self.forms("bitmask_int8", weights),
             "int4": self.forms("two_four_compact_int4", weights),
@@ -193,7 +200,7 @@ def main() -> None:
             ours = times["2:4 + recovered"]
             line = [f"x {name} {ratio(times[name], ours):.2f}" for name in ("torch bf16", "torch fp32")]
             line.append(f"recovered +{100 * (ratio(ours, times['2:4 alone']) - 1):.0f} %")
-            for name in ("int8", "int8, recovered too", "int4", "int4, recovered too", "int4, unpruned"):
+            for name in ("free", "int8", "int8, recovered too", "int4", "int4, recovered too", "int4, unpruned"):
                 line.append(f"{name} x torch bf16 {ratio(times['torch bf16'], times[name]):.2f}")
             for name in ("int8", "int8, recovered too"):
                 other = name.replace("8", "4")

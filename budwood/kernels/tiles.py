@@ -15,7 +15,7 @@ from budwood.kernels.native import TILES, Matrix
 from budwood.kernels.native_matrix import CODINGS, IN_TILES_ONLY, NativeMatrix, readable
 
 LIMIT = 1.1  # times the bytes of the file's tensors: matrices that would take more stay as they are
-ROOM = 1.6  # the same for 4-bit codes, of which no other layout is multiplied: room for most; others find their own
+ROOM = 1.75  # the same for 4-bit codes, of which no other layout is multiplied: room for most; others find their own
 Header = tuple[Sequence[int], torch.dtype]
 
 
@@ -77,8 +77,8 @@ def pack(
     source = readable(format, shape, tensors) if library is not None and wanted else None
     if library is None or source is None:
         return None
-    kind, extras = c_int32(), torch.empty(shape[0], dtype=torch.int32)
-    size = library.budwood_tiles_plan(addressof(source.matrix), byref(kind), extras.data_ptr())
+    kind, entries = c_int32(), torch.empty(shape[0], dtype=torch.int32)
+    size = library.budwood_tiles_plan(addressof(source.matrix), byref(kind), entries.data_ptr())
     if size <= 0 or (not int4 and size > LIMIT * sum(tensor.nbytes for tensor in tensors.values())):
         return None
     memory = arena.take(size) if arena is not None else None
@@ -86,7 +86,7 @@ def pack(
         room = torch.zeros(size + LINE, dtype=torch.uint8)
         start = -room.data_ptr() % LINE
         memory = room[start : start + size]
-    if not library.budwood_tiles_pack(addressof(source.matrix), kind, extras.data_ptr(), memory.data_ptr()):
+    if not library.budwood_tiles_pack(addressof(source.matrix), kind, entries.data_ptr(), memory.data_ptr()):
         return None
     matrix = Matrix(
         values=memory.data_ptr(),

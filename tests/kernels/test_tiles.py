@@ -193,6 +193,26 @@ def test_extras_in_late_rows_only():
             assert_products(found, weight, torch.randn(rows, 256), FEW_ROWS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extras_at_any_distance(dtype):
+    """Their columns are counted from one to the next in eight bits."""
+    torch.manual_seed(3)
+    distances = [1, 3, 254, 255, 256, 257, 509, 510, 511, 765, 1021, 4099]
+    mask = torch.stack([(torch.arange(4100) + 1) % distance == 0 for distance in distances])
+    mask[5:, 0] = True  # after an extra in the first column too
+    beyond = torch.where(mask, 5.0 if dtype != torch.float16 else -0.0, 0).to(dtype)  # what no lane holds
+    tensors = {"values": beyond[mask], "bitmask": pack_bits(mask)}
+    two = masks(*mask.shape)["2:4"]
+    values = torch.rand(mask.shape) + 0.5
+    recovered = FORMATS["two_four_compact_int8"].nearest(torch.where(two | mask, values, 0))
+    for format, packing in (("bitmask", tensors), ("two_four_compact_int8", recovered)):
+        found, dense = packed(format, mask.shape, packing), FORMATS[format].unpack(packing, mask.shape)
+        assert_exact(found, packing)
+        for rows in (1, 3, 8):
+            assert_products(found, dense, torch.randn(rows, 4100), FEW_ROWS)
+        assert_products(found, dense, torch.randn(70, 4100), SPARSE)
+
+
 @pytest.mark.parametrize("kernel", [FEW_ROWS, SPARSE])
 @pytest.mark.parametrize("threads", [2, 3, 16])
 def test_threads_change_no_bit(threads, kernel):

@@ -108,7 +108,7 @@ void multiply(const Matrix& a, const Input& in, const char* table, const Output&
         const int strips = int(std::min<int64_t>(last - begin, STRIPS)), rows = STRIP * strips;
         for (int64_t pass = 0; pass < token_tiles; pass += PASS / TOKENS) {
             const int64_t here = std::min<int64_t>(token_tiles - pass, PASS / TOKENS);
-            int32_t next[ROWS] = {};  // extra of each row
+            int32_t next[ROWS] = {}, columns[ROWS] = {};  // entry of each row, column of the one before
             for (int64_t segment = 0; segment < segments; ++segment) {
                 for (int block = 0; block < BLOCKS; ++block) {
                     for (int r = 0; r < rows; ++r) lists[block][r].count = 0;
@@ -117,13 +117,14 @@ void multiply(const Matrix& a, const Input& in, const char* table, const Output&
                     auto of_strip = reinterpret_cast<List(*)[ROWS]>(&lists[0][STRIP * s]);
                     fill_strip(of_strip, h, strip_of(h, begin + s), segment, bytes);
                     for (int i = 0; i < STRIP; ++i) {
-                        for (int32_t& j = next[STRIP * s + i]; j < extras_of(h, begin + s)[i]; ++j) {
-                            const char* entry = extra_entry(h, begin + s, j);
-                            const int column = at<uint16_t>(entry, 0)[i];
-                            if (column >= (segment + 1) * SEGMENT) break;
+                        for (int32_t& j = next[STRIP * s + i]; j < entries_of(h, begin + s)[i]; ++j) {
+                            const uint8_t* entry = entry_of(h, begin + s, j);
+                            const int column = columns[STRIP * s + i] + entry[i];
                             List& list = lists[column % SEGMENT / COLUMNS][STRIP * s + i];
-                            if (list.count >= ROOM) break;
-                            list.weights[list.count] = load(entry + 16, h.extra_type, i);
+                            if (column >= (segment + 1) * SEGMENT || list.count >= ROOM) break;
+                            columns[STRIP * s + i] = column;
+                            if (entry[i] == SKIP) continue;
+                            list.weights[list.count] = load(entry + STRIP, h.extra_type, i);
                             list.entries[list.count++] = uint16_t(column % COLUMNS * TOKENS * sizeof(float));
                         }
                     }

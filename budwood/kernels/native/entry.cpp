@@ -382,11 +382,11 @@ EXPORT int32_t budwood_has_tiles() { return path->prefers_tiles ? 2 : path->tile
 
 #ifdef BUDWOOD_X86
 // tiles::plan, pack and unpack; only for a path that has tiles.
-EXPORT int64_t budwood_tiles_plan(const Matrix* matrix, int32_t* kind, int32_t* extras) {
-    return tiles::plan(*matrix, *kind, extras);
+EXPORT int64_t budwood_tiles_plan(const Matrix* matrix, int32_t* kind, int32_t* entries) {
+    return tiles::plan(*matrix, *kind, entries);
 }
-EXPORT int32_t budwood_tiles_pack(const Matrix* matrix, int32_t kind, const int32_t* extras, void* to) {
-    return tiles::pack(*matrix, kind, extras, to);
+EXPORT int32_t budwood_tiles_pack(const Matrix* matrix, int32_t kind, const int32_t* entries, void* to) {
+    return tiles::pack(*matrix, kind, entries, to);
 }
 EXPORT void budwood_tiles_unpack(const void* from, void* values, uint8_t* places, float* scales, uint8_t* more_counts,
                                  uint8_t* more_columns, void* more_values) {

@@ -7,7 +7,8 @@
 // GROUPS (2:4, perhaps with recovered weights): both lanes select from their own group of columns.
 // ROTATED (any other mask): the second lane of group j selects column i from group j - AWAY[i], within a SEGMENT of columns. So
 // each weight fits two lanes of different groups, which places most of them.
-// Extras are what has no lane: lists of (column, value), eight rows side by side. Rows are sorted by their number of extras.
+// Extras are what has no lane: lists of (columns since the entry before, value), eight rows side by side. An entry with a
+// distance of SKIP has no weight. Rows are sorted by their number of entries.
 //
 // bfloat16 and float32 hold the code in the upper two bits of the exponent, which are 01 for all magnitudes from 2^-62 up to
 // 2; others are extras. float16 and int8 have 16 codes for each lane in front of a tile.
@@ -30,7 +31,8 @@ enum Kind : int32_t { GROUPS = 0, ROTATED = 1 };
 
 constexpr int TILE = 32, STRIP = 8, SLOTS = 16;  // columns, rows, slots of one row
 constexpr int GROUP_COUNT = SEGMENT / 4;         // groups of a whole segment
-constexpr int SORTED = 64;                       // rows that are sorted by their number of extras
+constexpr int SORTED = 64;                       // rows that are sorted by their number of entries
+constexpr int SKIP = 255;                        // columns: the distance of an entry that has no weight
 constexpr int LINE = 64;                         // bytes: alignment of strips
 constexpr int AWAY[2][4] = {{}, {0, 1, 3, 7}};
 constexpr int CODE = 13, WIDE_CODE = 29;  // the bits of the code in bfloat16 and in float32
@@ -38,7 +40,7 @@ constexpr int CODE = 13, WIDE_CODE = 29;  // the bits of the code in bfloat16 an
 // The beginning of a packed matrix; offsets are bytes from here. It contains no pointer and may be moved.
 struct Head {
     int64_t bytes, out, in, count, more_count, tiles, strips;
-    int64_t rows, extras;         // int32 [STRIP * strips]: the row or -1; its number of extras
+    int64_t rows, entries;        // int32 [STRIP * strips]: the row or -1; its number of entries
     int64_t starts, more_starts;  // int32 [out + 1]: as in Matrix, for the inverse
     int64_t begins, data;         // int64 [strips + 1]: offsets of the strips; the first of them
     int32_t type, coding, kind, extra_type;
@@ -61,7 +63,7 @@ constexpr int32_t WHOLE = 5;  // a type besides those of `kernels.h`: INT4 in DE
 constexpr int tile_bytes(int32_t type) {
     return type == FLOAT32 ? 512 : type == BFLOAT16 ? 256 : type == FLOAT16 ? 288 : type == INT8 ? 160 : type == INT4 ? 96 : 128;
 }
-constexpr int64_t extra_bytes(int32_t type) { return type == FLOAT32 ? 48 : 32; }  // 8 columns in 16 bits, 8 values
+constexpr int64_t entry_bytes(int32_t type) { return type == FLOAT32 ? 40 : 24; }  // 8 distances in 8 bits, 8 values
 
 // Offsets in a strip. With integer values the scales of a segment are in front of its tiles: 8 in float32 with int8 values,
 // 8 in bfloat16 for each of its groups with int4 ones.
@@ -83,10 +85,10 @@ inline const Head& head_of(const Matrix& a) { return *static_cast<const Head*>(a
 inline const int64_t* begins_of(const Head& h) { return at<int64_t>(&h, h.begins); }
 inline char* strip_of(const Head& h, int64_t strip) { return at<char>(&h, begins_of(h)[strip]); }
 inline const int32_t* rows_of(const Head& h, int64_t strip) { return at<int32_t>(&h, h.rows) + STRIP * strip; }
-inline const int32_t* extras_of(const Head& h, int64_t strip) { return at<int32_t>(&h, h.extras) + STRIP * strip; }
+inline const int32_t* entries_of(const Head& h, int64_t strip) { return at<int32_t>(&h, h.entries) + STRIP * strip; }
 inline int32_t type_of(const Head& h) { return h.coding == DENSE ? WHOLE : h.type; }
-inline char* extra_entry(const Head& h, int64_t strip, int64_t index) {
-    return strip_of(h, strip) + extras_offset(type_of(h), h.tiles, h.group) + index * extra_bytes(h.extra_type);
+inline uint8_t* entry_of(const Head& h, int64_t strip, int64_t index) {
+    return at<uint8_t>(strip_of(h, strip), extras_offset(type_of(h), h.tiles, h.group) + index * entry_bytes(h.extra_type));
 }
 
 // The number of groups of four that rotate together: the last ones may be fewer. ring: the whole number.
@@ -97,8 +99,8 @@ inline int groups_in(int64_t tiles, int64_t ring, int64_t index) { return int(st
 // Vector v of a tile as float32, times WEIGHT_SCALE, and codes in the lowest two bits of each lane.
 constexpr float WEIGHT_SCALE[] = {0x1p-64f, 0x1p-64f, 1, 0x1p24f, 4, 1};
 
-int64_t plan(const Matrix& a, int32_t& kind, int32_t* extras);
-bool pack(const Matrix& a, int32_t kind, const int32_t* extras, void* to);
+int64_t plan(const Matrix& a, int32_t& kind, int32_t* entries);
+bool pack(const Matrix& a, int32_t kind, const int32_t* entries, void* to);
 void unpack(const void* from, void* values, uint8_t* places, float* scales, uint8_t* more_counts, uint8_t* more_columns,
             void* more_values);
 

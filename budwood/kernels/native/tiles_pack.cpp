@@ -128,6 +128,13 @@ struct Row {
     std::vector<uint64_t> outside;  // columns without one
     std::vector<int8_t> codes;      // by slot; -1: empty
 
+    int32_t entries() const {
+        int64_t count = 0;
+        uint32_t last = 0;
+        for (const uint32_t column : extras) count += 1 + (column - last) / SKIP, last = column;
+        return int32_t(count);
+    }
+
     template <int TYPE>
     void read(const Matrix& a, int64_t row, int32_t kind) {
         const int64_t tiles = round_up(a.in, TILE) / TILE, segments = segments_of(a);
@@ -222,20 +229,20 @@ int32_t extra_type(const Matrix& a) {
     return a.type == INT8 ? int32_t(FLOAT32) : a.type == INT4 ? int32_t(BFLOAT16) : a.type;  // int4 * scale has 8 bits
 }
 
-// Where everything is: rows in the order of their extras, and the offsets of the strips.
+// Where everything is: rows in the order of their entries, and the offsets of the strips.
 struct Plan {
     Head head = {};
     std::vector<int32_t> rows;
     std::vector<int64_t> begins;
-    Plan(const Matrix& a, const int32_t* extras) {
+    Plan(const Matrix& a, const int32_t* entries) {
         Head& h = head;
         const int64_t row_bytes = round_up(4 * (a.out + 1), LINE);
         h.out = a.out, h.in = a.in, h.count = a.count, h.more_count = a.more_starts ? a.more_starts[a.out] : -1;
         h.type = a.type, h.coding = a.coding, h.extra_type = extra_type(a), h.group = group_of(a);
         h.tiles = round_up(a.in, TILE) / TILE, h.strips = round_up(a.out, STRIP) / STRIP;
         h.rows = round_up(sizeof(Head), LINE);
-        h.extras = h.rows + round_up(4 * STRIP * h.strips, LINE);
-        h.starts = h.extras + round_up(4 * STRIP * h.strips, LINE);
+        h.entries = h.rows + round_up(4 * STRIP * h.strips, LINE);
+        h.starts = h.entries + round_up(4 * STRIP * h.strips, LINE);
         h.more_starts = h.starts + row_bytes;
         h.begins = h.more_starts + (a.more_starts ? row_bytes : 0);
         h.data = h.begins + round_up(8 * (h.strips + 1), LINE);
@@ -243,11 +250,11 @@ struct Plan {
         std::iota(rows.begin(), rows.begin() + a.out, 0);
         for (int64_t row = 0; row < a.out; row += SORTED) {
             std::stable_sort(rows.begin() + row, rows.begin() + std::min<int64_t>(row + SORTED, a.out),
-                             [&](int32_t one, int32_t other) { return extras[one] > extras[other]; });
+                             [&](int32_t one, int32_t other) { return entries[one] > entries[other]; });
         }
         begins.push_back(h.data);
         for (int64_t strip = 0; strip < h.strips; ++strip) {
-            const int64_t longest = extras[rows[STRIP * strip]] * extra_bytes(h.extra_type);
+            const int64_t longest = entries[rows[STRIP * strip]] * entry_bytes(h.extra_type);
             begins.push_back(begins.back() + round_up(extras_offset(type_of(h), h.tiles, h.group) + longest, LINE));
         }
         h.bytes = begins.back();
@@ -306,18 +313,22 @@ bool pack_extras(const Row& row, const Matrix& a, const Head& h, int64_t i) {
     const int64_t r = rows_of(h, i / STRIP)[i % STRIP];
     const float* scales = has_scales(TYPE) ? a.scales + r * (round_up(a.in, h.group) / h.group) : nullptr;
     bool exact = true;
-    at<int32_t>(&h, h.extras)[i] = int32_t(row.extras.size());
+    at<int32_t>(&h, h.entries)[i] = row.entries();
+    int64_t next = 0;
+    uint32_t last = 0;
     for (size_t j = 0; j < row.extras.size(); ++j) {
         const uint32_t column = row.extras[j];
+        for (; column - last >= SKIP; last += SKIP) entry_of(h, i / STRIP, next++)[i % STRIP] = SKIP;
         uint32_t bits = a.more_starts ? row.more[j] : row.bits[column];
         if (has_scales(TYPE) && !a.more_starts) {  // as a float; the integer must follow from it
             const float scale = scales[column / h.group], value = float(int8_t(bits));
             exact = exact && (value == 0 || std::nearbyint(value * scale / scale) == value);
             bits = as_bits(value * scale) >> (TYPE == INT4 ? 16 : 0);
         }
-        char* entry = extra_entry(h, i / STRIP, int64_t(j));
-        at<uint16_t>(entry, 0)[i % STRIP] = uint16_t(column);
-        set_bits(entry + 16, i % STRIP, h.extra_type, bits);
+        uint8_t* entry = entry_of(h, i / STRIP, next++);
+        entry[i % STRIP] = uint8_t(column - last);
+        set_bits(entry + STRIP, i % STRIP, h.extra_type, bits);
+        last = column;
     }
     return exact;
 }
@@ -336,15 +347,15 @@ void with_type(int32_t type, Use use) {
 
 }  // namespace
 
-// Counts the extras of every row, [out], for the kind that has fewer. Returns the bytes of the packed matrix; 0 where the
+// Counts the entries of every row, [out], for the kind that has fewer. Returns the bytes of the packed matrix; 0 where the
 // layout cannot hold it.
-int64_t plan(const Matrix& a, int32_t& kind, int32_t* extras) {
-    constexpr int64_t NEGLIGIBLE = 40;  // one extra in this many weights: another kind would gain little
+int64_t plan(const Matrix& a, int32_t& kind, int32_t* entries) {
+    constexpr int64_t NEGLIGIBLE = 40;  // one entry in this many weights: another kind would gain little
     if (a.in > 65536 || a.out < 1 || a.in < 1 || (a.coding == NIBBLES && a.in % 4)) return 0;
     if (a.coding == DENSE) {
         kind = GROUPS;
-        std::fill(extras, extras + a.out, 0);
-        return Plan(a, extras).head.bytes;
+        std::fill(entries, entries + a.out, 0);
+        return Plan(a, entries).head.bytes;
     }
     std::vector<int32_t> counts(size_t(a.out), 0);
     int64_t fewest = -1;
@@ -358,22 +369,22 @@ int64_t plan(const Matrix& a, int32_t& kind, int32_t* extras) {
 #pragma omp for schedule(static)
                 for (int64_t r = 0; r < a.out; ++r) {
                     row.read<type()>(a, r, tried);
-                    counts[r] = int32_t(row.extras.size());
+                    counts[r] = row.entries();
                     total += counts[r];
                 }
             }
         });
         if (fewest < 0 || total < fewest) {
             fewest = total, kind = tried;
-            std::copy(counts.begin(), counts.end(), extras);
+            std::copy(counts.begin(), counts.end(), entries);
         }
     }
-    return Plan(a, extras).head.bytes;
+    return Plan(a, entries).head.bytes;
 }
 
 // Fills `to`, which is zero and aligned to a line, with as many bytes as `plan` returned. False where a value would be lost.
-bool pack(const Matrix& a, int32_t kind, const int32_t* extras, void* to) {
-    const Plan plan(a, extras);
+bool pack(const Matrix& a, int32_t kind, const int32_t* entries, void* to) {
+    const Plan plan(a, entries);
     Head& h = *static_cast<Head*>(to);
     h = plan.head, h.kind = kind;
     std::copy(plan.rows.begin(), plan.rows.end(), at<int32_t>(to, h.rows));
@@ -439,14 +450,16 @@ void unpack(const void* from, void* values, uint8_t* places, float* scales, uint
                     if (h.coding == NIBBLES) mask[slot / 4] |= uint8_t(code << 2 * (slot % 4));
                 }
                 if (more_counts) std::memset(more_counts + row * segments, 0, size_t(segments));
-                for (int64_t j = 0; j < at<int32_t>(from, h.extras)[i]; ++j) {
-                    const char* entry = extra_entry(h, i / STRIP, j);
-                    const int64_t column = at<uint16_t>(entry, 0)[i % STRIP];
-                    uint32_t value = bits_at(entry + 16, i % STRIP, h.extra_type);
+                int64_t column = 0, more = more_counts ? more_starts[row] : 0;
+                for (int64_t j = 0; j < at<int32_t>(from, h.entries)[i]; ++j) {
+                    const uint8_t* entry = entry_of(h, i / STRIP, j);
+                    column += entry[i % STRIP];
+                    if (entry[i % STRIP] == SKIP) continue;
+                    uint32_t value = bits_at(entry + STRIP, i % STRIP, h.extra_type);
                     if (more_counts) {
                         ++more_counts[row * segments + column / SEGMENT];
-                        more_columns[more_starts[row] + j] = uint8_t(column % SEGMENT);
-                        set_bits(more_values, more_starts[row] + j, h.extra_type, value);
+                        more_columns[more] = uint8_t(column % SEGMENT);
+                        set_bits(more_values, more++, h.extra_type, value);
                         continue;
                     }
                     if (has_scales(TYPE)) {
