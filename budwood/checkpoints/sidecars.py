@@ -25,6 +25,8 @@ SIZES = ("_heads", "n_head", "head_dim", "hidden_size", "n_embd")  # what names 
 # How many experts a block has, and how many of them a token chooses.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k")
+# What the kinds of `layer_types` that see a part of the text need: its size.
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 LAYERS = 2_000  # more than any model has; transformers makes lists of this length before a file is looked at
 
 INDEX = {
@@ -108,6 +110,7 @@ def read_config_json(file: Path) -> dict[str, Any]:
     check_layers(content, LAYERS, file)
     check_sizes(content, file)
     check_experts(content, file)
+    check_windows(content, file)
     return content
 
 
@@ -143,6 +146,19 @@ def check_experts(content: dict[str, Any], file: Path) -> None:
         for name in PER_TOKEN:
             if count and not 0 <= numbers.get(name, 0) <= count:
                 raise UsageError(f"{file} gives {name} as {numbers[name]}, of {count} experts; correct it")
+
+
+def check_windows(content: dict[str, Any], file: Path) -> None:
+    """UsageError where layers attend to a window that has no size: transformers finds out in the first forward pass."""
+    for inside in configurations(content):
+        types = inside.get("layer_types")
+        for kind, name in WINDOWS.items():
+            if name in inside and isinstance(types, list) and kind in types:
+                size = inside[name]
+                if type(size) is not int or size <= 0:
+                    raise UsageError(
+                        f"{file} gives {name} as {shown(size)}, and {kind} layers that need it; correct it"
+                    )
 
 
 def check_blocks(content: dict[str, Any], tensors: int, file: Path) -> None:

@@ -139,9 +139,7 @@ def parquet(path: Path, name: str, reading: Reading) -> Texts:
         with tables.ParquetFile(path, read_dictionary=strings) as file:
             declared = Unpacked(size, name)
             for group in range(file.metadata.num_row_groups):
-                columns = [file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns)]
-                read = [each for each in columns if each.path_in_schema.split(".")[0] in fields]
-                declared.add(sum(each.total_uncompressed_size for each in read))
+                declared.add(file.metadata.row_group(group).total_byte_size)
             reader = RowReader(fields, named=False, chat=reading.chat, nulls=True)
             return of_rows(rows_of(file, fields, kinds, name), name, reading, reader, packed=size)
     except ArrowException as error:

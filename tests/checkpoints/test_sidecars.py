@@ -143,6 +143,25 @@ def test_a_token_chooses_among_the_experts_that_are_there(tmp_path, count, chose
         read_config_json(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("inside", [None, "text_config"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")]
+)
+def test_layers_with_a_window_need_its_size(tmp_path, kind, name, inside):
+    def read(content: dict) -> None:
+        malformed.write(tmp_path / "config.json", {"text_config": content} if inside else content)
+        read_config_json(tmp_path / "config.json")
+
+    windowed = {"model_type": "gemma2", "layer_types": [kind, "full_attention"]}
+    read(windowed)  # the default of its class
+    read(windowed | {name: 4096})
+    read({"layer_types": ["full_attention"], name: None})
+    read({"layer_types": None, name: None})
+    for size in (None, 0, -4, "2:4", [4]):
+        with pytest.raises(UsageError, match=f"gives {name} as .*, and {kind} layers that need it; correct it"):
+            read(windowed | {name: size})
+
+
 def test_more_layers_than_the_files_have_tensors_are_refused(pruned, tmp_path):
     for file in pruned.iterdir():
         if file.is_file():

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import numpy
 import pyarrow
@@ -205,3 +207,33 @@ def test_years_written_otherwise_are_refused(speeches, years):
 def test_years_without_an_address_are_refused(speeches):
     with pytest.raises(UsageError, match="no address in"):
         read("sotu:1800-1801", "calibration")
+
+
+EVERY_FOOTER = """
+import pathlib, sys
+from budwood.data.sources import read
+from budwood.errors import BudwoodError
+
+path = pathlib.Path(sys.argv[1])
+whole = path.read_bytes()
+begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+outcomes = set()
+for place in range(begin, len(whole)):
+    for bit in (0, 2):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        path.write_bytes(damaged)
+        try:
+            read(path, "calibration")
+            outcomes.add("read")
+        except BudwoodError:
+            outcomes.add("refused")
+print(*sorted(outcomes))
+"""
+
+
+def test_no_damaged_footer_of_a_parquet_file_ends_the_process(tmp_path):
+    """pyarrow calls abort() where it looks at the columns of some of them."""
+    path = written(tmp_path / "data.parquet")
+    found = subprocess.run([sys.executable, "-c", EVERY_FOOTER, path], capture_output=True, text=True)
+    assert (found.returncode, found.stdout.split()) == (0, ["read", "refused"]), found.stderr[-500:]
