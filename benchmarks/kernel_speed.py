@@ -112,7 +112,7 @@ class Case:
             found[name] = lambda turn, forms=forms, kernel=kernel: forms[turn % self.copies].linear(x, None, kernel)
         # Not the copy that the bfloat16 product of this round has left in the cache.
         forms, away = self.packed["2:4 + recovered"], self.copies // 2
-        kernel = SPARSE if rows > native.MAX_FEW_ROWS and native.has(SPARSE) else FEW_ROWS
+        kernel = FEW_ROWS if rows <= native.MAX_FEW_ROWS else self.faster(forms, wide)
         found["2:4 + recovered, fp32"] = lambda turn: forms[(turn + away) % self.copies].linear(wide, None, kernel)
         if rows <= 8:
             found["dense, ours"] = lambda turn: multiply(self.dense[turn % self.copies], x, None)

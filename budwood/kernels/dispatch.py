@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from budwood.kernels import native
-from budwood.kernels.native import BY_ROWS, FEW_ROWS, MAX_FEW_ROWS, PANELS, SPARSE
+from budwood.kernels.native import BY_ROWS, FEW_ROWS, MAX_FEW_ROWS, PANELS, SPARSE, TILES
 from budwood.kernels.native_matrix import NativeMatrix
 from budwood.timing import interleaved
 
@@ -26,7 +26,9 @@ ALWAYS_FEW = 2
 NEVER_FEW = 64  # above this number of rows the kernel for few rows is not timed
 ROUNDS = 7
 
-Kind = tuple[torch.dtype, int]  # of the activations; of the values, as the library numbers dtypes
+Kind = tuple[
+    torch.dtype, int, bool
+]  # of the activations; of the values, as the library numbers dtypes; whether in tiles
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,16 @@ def is_exact() -> bool:
 measured: dict[Kind, dict[int, Choice]] = {}
 
 
+def kind_of(matrix: NativeMatrix, dtype: torch.dtype) -> Kind:
+    """What matrices have in common that are equally fast with activations of this dtype."""
+    return dtype, matrix.matrix.type, matrix.matrix.coding == TILES
+
+
 def kernel_for(matrix: NativeMatrix, rows: int, dtype: torch.dtype) -> int:
     """The kernel for `rows` rows of activations of this dtype."""
     if rows <= ALWAYS_FEW:
         return FEW_ROWS
-    found = measured.get((dtype, matrix.matrix.type))
+    found = measured.get(kind_of(matrix, dtype))
     if found:
         return next((choice.kernel for limit, choice in found.items() if rows <= limit), found[ROWS[-1]].kernel)
     if rows <= MAX_FEW_ROWS:
@@ -84,7 +91,7 @@ def measure(matrix: NativeMatrix, unpacked: Callable[[Tensor], Tensor], dtype: t
 
     unpacked: the product by unpacking the same matrix.
     """
-    kind = (dtype, matrix.matrix.type)
+    kind = kind_of(matrix, dtype)
     if kind in measured:
         return
     found = {}

@@ -9,7 +9,7 @@ import torch
 from budwood.formats import pack_as
 from budwood.kernels import dispatch, native
 from budwood.kernels.dispatch import ALWAYS_FEW, NAMES, NEVER_FEW, ROWS, UNPACK, Choice, exact, kernel_for
-from budwood.kernels.native import BY_ROWS, FEW_ROWS, MAX_FEW_ROWS, PANELS, SPARSE
+from budwood.kernels.native import BITMASK, BY_ROWS, FEW_ROWS, MAX_FEW_ROWS, PANELS, SPARSE, TILES
 from budwood.kernels.native_matrix import native_matrix
 
 
@@ -30,8 +30,8 @@ def matrix(weight, fastest):
     return native_matrix("bitmask", (48, 64), pack_as("bitmask", weight))
 
 
-def kind(type=0):
-    return SimpleNamespace(matrix=SimpleNamespace(type=type))
+def kind(type=0, coding=BITMASK):
+    return SimpleNamespace(matrix=SimpleNamespace(type=type, coding=coding))
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -45,13 +45,14 @@ def test_without_timings_the_rows_decide(monkeypatch, sparse):
 
 def test_timings_decide_by_the_next_number_of_rows_that_was_timed():
     winners = dict(zip(ROWS, (FEW_ROWS, SPARSE, PANELS, SPARSE, UNPACK), strict=True))
-    dispatch.measured[torch.float32, 0] = {rows: Choice(kernel, {}) for rows, kernel in winners.items()}
+    dispatch.measured[torch.float32, 0, False] = {rows: Choice(kernel, {}) for rows, kernel in winners.items()}
     for rows, kernel in ((3, FEW_ROWS), (4, FEW_ROWS), (5, SPARSE), (9, PANELS), (64, SPARSE), (65, UNPACK)):
         assert kernel_for(kind(), rows, torch.float32) == kernel
     assert kernel_for(kind(), 100_000, torch.float32) == UNPACK
     assert kernel_for(kind(type=1), 5, torch.float32) == FEW_ROWS  # timings of another kind of matrix do not count
+    assert kernel_for(kind(coding=TILES), 5, torch.float32) == FEW_ROWS
     assert kernel_for(kind(), 5, torch.bfloat16) == FEW_ROWS
-    dispatch.measured[torch.float32, 0] = dict.fromkeys(ROWS, Choice(UNPACK, {}))
+    dispatch.measured[torch.float32, 0, False] = dict.fromkeys(ROWS, Choice(UNPACK, {}))
     assert kernel_for(kind(), ALWAYS_FEW, torch.float32) == FEW_ROWS
 
 
@@ -60,7 +61,7 @@ def test_products_are_the_reference_and_none_where_unpacking_wins(matrix, weight
     x, bias = torch.randn(2, rows, 64), torch.randn(48)
     expected = torch.nn.functional.linear(x, weight, bias)
     torch.testing.assert_close(dispatch.linear(matrix, x, bias), expected, rtol=1e-4, atol=1e-4)
-    dispatch.measured[torch.float32, matrix.matrix.type] = dict.fromkeys(ROWS, Choice(UNPACK, {}))
+    dispatch.measured[dispatch.kind_of(matrix, torch.float32)] = dict.fromkeys(ROWS, Choice(UNPACK, {}))
     found = dispatch.linear(matrix, x, bias)
     assert (found is None) == (2 * rows > ALWAYS_FEW)
 
