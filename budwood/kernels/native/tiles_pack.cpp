@@ -345,40 +345,45 @@ void with_type(int32_t type, Use use) {
     }
 }
 
+// Counts the entries of every row that `step` divides; their sum.
+int64_t count_entries(const Matrix& a, int32_t kind, int64_t step, int32_t* entries) {
+    int64_t total = 0;
+    with_type(a.type, [&](auto type) {
+#pragma omp parallel reduction(+ : total)
+        {
+            Row row;
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < a.out; r += step) {
+                row.read<type()>(a, r, kind);
+                entries[r] = row.entries();
+                total += entries[r];
+            }
+        }
+    });
+    return total;
+}
+
 }  // namespace
 
-// Counts the entries of every row, [out], for the kind that has fewer. Returns the bytes of the packed matrix; 0 where the
+// Counts the entries of every row, [out], for the kind that has fewer in a sample of rows. Returns the bytes of the packed matrix; 0 where the
 // layout cannot hold it.
 int64_t plan(const Matrix& a, int32_t& kind, int32_t* entries) {
     constexpr int64_t NEGLIGIBLE = 40;  // one entry in this many weights: another kind would gain little
+    constexpr int64_t SAMPLE = 64;      // rows that decide the kind, from all over the matrix
     if (a.in > 65536 || a.out < 1 || a.in < 1 || (a.coding == NIBBLES && a.in % 4)) return 0;
     if (a.coding == DENSE) {
         kind = GROUPS;
         std::fill(entries, entries + a.out, 0);
         return Plan(a, entries).head.bytes;
     }
-    std::vector<int32_t> counts(size_t(a.out), 0);
-    int64_t fewest = -1;
-    for (const int32_t tried : {GROUPS, ROTATED}) {
-        if (tried == ROTATED && (a.coding == NIBBLES || fewest * NEGLIGIBLE < a.out * a.in)) break;
-        int64_t total = 0;
-        with_type(a.type, [&](auto type) {
-#pragma omp parallel reduction(+ : total)
-            {
-                Row row;
-#pragma omp for schedule(static)
-                for (int64_t r = 0; r < a.out; ++r) {
-                    row.read<type()>(a, r, tried);
-                    counts[r] = row.entries();
-                    total += counts[r];
-                }
-            }
-        });
-        if (fewest < 0 || total < fewest) {
-            fewest = total, kind = tried;
-            std::copy(counts.begin(), counts.end(), entries);
-        }
+    kind = GROUPS;
+    if (a.coding == BITMASK) {
+        const int64_t step = std::max<int64_t>(a.out / SAMPLE, 1), sampled = (a.out + step - 1) / step;
+        const int64_t found = count_entries(a, GROUPS, step, entries);
+        const bool many = found * NEGLIGIBLE >= sampled * a.in;
+        if (many && count_entries(a, ROTATED, step, entries) < found) kind = ROTATED;
     }
+    count_entries(a, kind, 1, entries);
     return Plan(a, entries).head.bytes;
 }
 
