@@ -26,9 +26,8 @@ ALWAYS_FEW = 2
 NEVER_FEW = 64  # above this number of rows the kernel for few rows is not timed
 ROUNDS = 7
 
-Kind = tuple[
-    torch.dtype, int, bool
-]  # of the activations; of the values, as the library numbers dtypes; whether in tiles
+# The dtype of the activations; that of the values, as the library numbers them; whether the matrix is in tiles.
+Kind = tuple[torch.dtype, int, bool]
 
 
 @dataclass(frozen=True)

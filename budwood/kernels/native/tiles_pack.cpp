@@ -365,8 +365,8 @@ int64_t count_entries(const Matrix& a, int32_t kind, int64_t step, int32_t* entr
 
 }  // namespace
 
-// Counts the entries of every row, [out], for the kind that has fewer in a sample of rows. Returns the bytes of the packed matrix; 0 where the
-// layout cannot hold it.
+// Counts the entries of every row, [out], for the kind that has fewer in a sample of rows. Returns the bytes of the packed
+// matrix; 0 where the layout cannot hold it.
 int64_t plan(const Matrix& a, int32_t& kind, int32_t* entries) {
     constexpr int64_t NEGLIGIBLE = 40;  // one entry in this many weights: another kind would gain little
     constexpr int64_t SAMPLE = 64;      // rows that decide the kind, from all over the matrix
