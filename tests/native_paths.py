@@ -10,7 +10,7 @@ def runs(path: str) -> bool:
     if library is None:
         return False
     found = bool(library.budwood_choose(path.encode()))
-    library.budwood_choose(b"auto")
+    native._chosen = ""  # the next product sets the path that the variable names
     return found
 
 

@@ -148,16 +148,33 @@ def int4_tensors(format: str, shape: tuple[int, int], group: int, dtype: torch.d
     return FORMATS[format].nearest(weight if format == "two_four_compact_int4" else levels)
 
 
+@pytest.fixture(params=["avx2", "avx512", "avx2 then avx512"])
+def paths(request, monkeypatch):
+    """Sets the path to pack on; returns what sets the one to multiply on.
+
+    AVX-512 has another layout of 4-bit values, and reads that of AVX2.
+    """
+    first, _, last = request.param.partition(" then ")
+    use(last or first, monkeypatch)
+    use(first, monkeypatch)
+    return lambda: use(last or first, monkeypatch)
+
+
 @pytest.mark.parametrize("format", INT4)
 @pytest.mark.parametrize("shape", [(1, 4), (9, 64), (40, 300), (33, 576), (264, 1028)], ids=str)
-def test_int4_values_and_recovered_weights(format, shape):
+def test_int4_values_and_recovered_weights(format, shape, paths):
     torch.manual_seed(7)
     for group, dtype in ((128, torch.bfloat16), (64, torch.float32), (128, torch.float16)):
         tensors = int4_tensors(format, shape, group, dtype)
         found, dense = packed(format, shape, tensors), FORMATS[format].unpack(tensors, shape)
         assert_exact(found, tensors)
+        paths()
+        assert_exact(found, tensors)
         for rows in range(1, 10):
-            assert_products(found, dense, torch.randn(rows, shape[1]), FEW_ROWS, torch.randn(shape[0]))
+            x = torch.randn(rows, shape[1]) * torch.logspace(-4, 2, rows)[:, None]
+            assert_products(found, dense, x, FEW_ROWS, torch.randn(shape[0]))
+            assert_products(found, dense, x.bfloat16(), FEW_ROWS)
+            assert_products(found, dense, x.half(), FEW_ROWS, torch.randn(shape[0]))
         x = torch.randn(70, shape[1])
         if format == "dense_int4":
             assert found.matrix.linear(x, None, SPARSE) is None  # unpacked and multiplied densely instead
@@ -165,12 +182,13 @@ def test_int4_values_and_recovered_weights(format, shape):
             assert_products(found, dense, x, SPARSE)
 
 
-def test_int4_matrices_of_several_layouts_in_one_call():
+def test_int4_matrices_of_several_layouts_in_one_call(paths):
     torch.manual_seed(8)
     kinds = [("bitmask_int4", 128), ("bitmask_int4", 64), ("dense_int4", 64), ("two_four_int4", 128)]
     for rows in (1, 3, 8):
         tensors = [int4_tensors(format, (40, 576), group, torch.bfloat16) for format, group in kinds]
         found = [packed(format, (40, 576), each) for (format, _), each in zip(kinds, tensors, strict=True)]
+        paths()
         x = torch.randn(rows, 576)
         products = MatrixGroup([each.matrix for each in found]).linear(x, [None] * len(found), FEW_ROWS)
         assert products is not None
@@ -178,6 +196,68 @@ def test_int4_matrices_of_several_layouts_in_one_call():
             dense = FORMATS[format].unpack(each, (40, 576))
             size = F.linear(x.abs(), dense.float().abs())
             assert ((product - F.linear(x, dense.float())).abs() <= 1e-5 * size).all()
+
+
+@pytest.mark.parametrize("density", [0.3, 0.5, 0.6, 0.8, 0.97])
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("shape", [(9, 68), (40, 300), (70, 1028)], ids=str)
+def test_int4_masks_of_any_density(shape, group, density, paths):
+    torch.manual_seed(11)
+    mask = torch.rand(shape) < density
+    weight = torch.where(mask, torch.randn(shape).sign() * (torch.rand(shape) + 0.3), 0).bfloat16()
+    tensors = FORMATS["bitmask_int4"].nearest(dequantise4(*quantise4(weight, mask, group), torch.bfloat16, group))
+    found, dense = packed("bitmask_int4", shape, tensors), FORMATS["bitmask_int4"].unpack(tensors, shape)
+    assert_exact(found, tensors)
+    paths()
+    for rows in (1, 2, 5, 8):
+        assert_products(found, dense, torch.randn(rows, shape[1]), FEW_ROWS)
+        assert_products(found, dense, torch.randn(rows, shape[1]).bfloat16(), FEW_ROWS, torch.randn(shape[0]))
+    assert_products(found, dense, torch.randn(70, shape[1]), SPARSE)
+
+
+@torch.no_grad()
+def test_a_layer_packed_for_avx512_is_right_on_other_paths_too(monkeypatch):
+    use("avx512", monkeypatch)
+    torch.manual_seed(12)
+    tensors = int4_tensors("bitmask_int4", (48, 256), 128, torch.bfloat16)
+    layer, x = SparseLinear.from_packed("bitmask_int4", (48, 256), tensors), torch.randn(2, 256).bfloat16()
+    layer.to_native_format(Arena(1 << 20))
+    assert layer._tiles is not None
+    expected = F.linear(x.double(), layer.unpack().double())
+    for path in ("avx512", "avx2", "scalar", "reference"):
+        monkeypatch.setenv(native.VARIABLE, path)
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int4_products_of_infinities_and_nan(dtype, rows, paths):
+    torch.manual_seed(9)
+    tensors = int4_tensors("dense_int4", (20, 64), 64, torch.bfloat16)
+    found, dense = packed("dense_int4", (20, 64), tensors), FORMATS["dense_int4"].unpack(tensors, (20, 64)).float()
+    paths()
+    for value in (float("inf"), float("-inf"), float("nan")):
+        x = torch.randn(rows, 64).to(dtype)
+        x[-1, 17] = value
+        y, exact = found.matrix.linear(x, None, FEW_ROWS), F.linear(x.float(), dense)
+        assert y is not None
+        for same in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(same(y), same(exact))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_threads_change_no_bit_of_int4(threads, paths):
+    torch.manual_seed(10)
+    found = packed("bitmask_int4", (120, 96), int4_tensors("bitmask_int4", (120, 96), 64, torch.bfloat16))
+    paths()
+    x, before = torch.randn(6, 96).bfloat16(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = found.matrix.linear(x, None, FEW_ROWS)
+        torch.set_num_threads(threads)
+        assert torch.equal(found.matrix.linear(x, None, FEW_ROWS), alone)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_extras_in_late_rows_only():

@@ -162,6 +162,6 @@ bool amx_allowed() {
 static const Many by_tiles = {with_avx512::panel_table_bytes, with_avx512::panel_tables, with_avx512::panel_tabulate, with_amx::many};
 
 const Path amx = {"amx", true, with_avx512::few, with_avx512::integers, &with_avx512::by_sparse, &by_tiles, with_avx512::dense,
-                  &tiled_with_avx2, false, nullptr, nullptr};
+                  &tiled_with_avx512, false, nullptr, nullptr};
 
 }  // namespace budwood

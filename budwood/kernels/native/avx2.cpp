@@ -9,7 +9,7 @@ const with_avx2::Tables& with_avx2::tables_of_bytes() {
     return tables;
 }
 
-const Tiled tiled_with_avx2 = {tiles::bytes, tiles::border, tiles::few, &tiles::by_sparse};
+const Tiled tiled_with_avx2 = {tiles::bytes, tiles::border, tiles::few, &tiles::by_sparse, false};
 
 const Path avx2 = {"avx2", false, with_avx2::few, with_avx2::integers, &with_avx2::by_sparse, nullptr, with_avx2::dense,
                    &tiled_with_avx2, true, &with_avx2::attends, with_avx2::norm};

@@ -12,6 +12,12 @@ namespace {
 INLINE __m256i load_line(const char* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 INLINE __m256 joined(__m128 low, __m128 high) { return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1); }
 
+// Four bits in two's complement as float32: they become the lower bits of a number of 2^23 and more, with the sign bit turned.
+INLINE __m256 number_of(__m256i bits) {
+    const __m256 number = _mm256_castsi256_ps(_mm256_xor_si256(bits, _mm256_set1_epi32(0x4b000008)));
+    return _mm256_sub_ps(number, _mm256_set1_ps(0x1p23f + 8));
+}
+
 // Vector v of a tile: weights as float32 times WEIGHT_SCALE, and codes in the lowest two bits of each lane.
 template <int TYPE>
 INLINE void lanes(const char* tile, int v, __m256& weight, __m256i& code) {
@@ -24,6 +30,15 @@ INLINE void lanes(const char* tile, int v, __m256& weight, __m256i& code) {
         const __m256i one = load_line(tile + 32 * v);
         code = _mm256_srli_epi32(one, WIDE_CODE);
         weight = _mm256_castsi256_ps(_mm256_and_si256(one, _mm256_set1_epi32(int(~(3u << WIDE_CODE)))));
+    } else if (TYPE == SHORTS) {
+        const int half = v / 2 % 2, first = v / 8 * 16 + 8 * half, part = v / 4 % 2 * 2, high = v % 2;  // words; parts of words
+        const auto by = [](int low, int next) { return _mm256_setr_epi32(low, low, low, low, next, next, next, next); };
+        const __m128i words = _mm_load_si128(at<const __m128i>(tile, 2 * first));
+        const __m128i bytes = _mm_cvtepu16_epi32(_mm_loadl_epi64(at<const __m128i>(tile, 64 + first)));
+        const int shift = 16 * high + 4 * part, code_shift = 8 * high + 2 * part;
+        code = _mm256_srlv_epi32(_mm256_broadcastsi128_si256(bytes), by(code_shift, code_shift + 2));
+        const __m256i field = _mm256_srlv_epi32(_mm256_broadcastsi128_si256(words), by(shift, shift + 4));
+        weight = number_of(_mm256_and_si256(field, _mm256_set1_epi32(15)));
     } else if (TYPE == INT4) {  // a field becomes the lower bits of a number of 2^23 and more, from which that is subtracted
         const __m256i high = v == 15 ? load_line(tile + 32) : _mm256_setzero_si256();
         const __m256i word = load_line(tile + 32 * (v % 15 / 5)), field = _mm256_srli_epi32(word, v == 15 ? 30 : 6 * (v % 5));
@@ -61,9 +76,7 @@ INLINE __m256 group_scales(const char* p) {
 
 // Column `column` of eight of a tile of a DENSE matrix, from the word of its rows.
 INLINE __m256 whole_column(__m256i word, int column) {
-    const __m256i bits = _mm256_and_si256(_mm256_srli_epi32(word, 4 * column), _mm256_set1_epi32(15));
-    const __m256 number = _mm256_castsi256_ps(_mm256_xor_si256(bits, _mm256_set1_epi32(0x4b000008)));
-    return _mm256_sub_ps(number, _mm256_set1_ps(0x1p23f + 8));
+    return number_of(_mm256_and_si256(_mm256_srli_epi32(word, 4 * column), _mm256_set1_epi32(15)));
 }
 
 INLINE void transpose(__m256 r[8]) {
@@ -82,9 +95,13 @@ INLINE void transpose(__m256 r[8]) {
 
 int64_t bytes(const Matrix& a);
 int64_t border(const Matrix& a, int part, int parts);
+// A thread's part of the products of matrices, which may differ in the type of their values.
+using Few = decltype(Tiled::few);
 void few(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs, int part,
          int parts);
-// The same for matrices of INT4 values, all of one `type_of`.
+// The same with another kernel for INT4 values, which takes matrices of one `type_of`, as `few_int4` does.
+void few_of_any(Few int4, const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows,
+                const Output* outputs, int part, int parts);
 void few_int4(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows, const Output* outputs, int part,
               int parts);
 extern const Many by_sparse;

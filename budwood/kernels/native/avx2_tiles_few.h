@@ -7,9 +7,9 @@ namespace budwood::tiles {
 namespace {
 
 // Factors of x, so that products stay far from the ends of float32.
-constexpr float INPUT_SCALE[] = {0x1p32f, 0x1p32f, 1, 0x1p-24f, 0.25f, 0.25f};
+constexpr float INPUT_SCALE[] = {0x1p32f, 0x1p32f, 1, 0x1p-24f, 0.25f, 0.25f, 0.25f};
 
-constexpr int64_t PREFETCH = 1024;  // bytes
+constexpr int64_t PREFETCH = 1024, PREFETCH_EXTRAS = 2048;  // bytes
 
 // How M rows of x are multiplied. Either view of x is [block][M][STRIDE], a block of columns at a time (one for M == 1).
 template <int M>
@@ -22,14 +22,16 @@ struct Blocking {
 
 struct Views {
     const float *x, *rotated;  // one and the same for GROUPS
-    const float* columns;      // [column][8 rows of x], for extras; null where there are none, or for one row of x
+    const float* columns;      // [column][width_for(M) rows of x], for extras; null where there are none, or for one row of x
 };
+
+constexpr int width_for(int rows) { return rows <= 2 ? 2 : rows <= 4 ? 4 : 8; }
 
 // The scales of rows 0 to 3, or 4 to 7, of a strip for both halves of a vector.
 template <int TYPE>
 INLINE __m256 scales_of_half(const char* scales, int half) {
     if (TYPE == INT8) return _mm256_broadcast_ps(at<const __m128>(scales, 16 * half));
-    if (TYPE != INT4) return _mm256_set1_ps(1);
+    if (!has_scales(TYPE)) return _mm256_set1_ps(1);
     const __m256 all = group_scales(scales);
     return half ? _mm256_permute2f128_ps(all, all, 0x11) : _mm256_permute2f128_ps(all, all, 0);
 }
@@ -103,8 +105,8 @@ INLINE void multiply_block(const Head& h, const char* const* strips, const int64
     for (int64_t tile = first; tile < last; tile += step, x += step * TILE, rotated += step * TILE) {
         const char *from[R], *scales[R];
         UNROLLED(r, R) {
-            from[r] = strips[r] + tile_offset(TYPE, tile, h.group);
-            scales[r] = strips[r] + scales_offset(TYPE, tile * TILE, h.group);
+            from[r] = strips[r] + tile_offset(h, TYPE, tile);
+            scales[r] = strips[r] + scales_offset(h, TYPE, tile * TILE);
         }
         const int64_t tiles = std::min<int64_t>(last - tile, step);
         if constexpr (TYPE == WHOLE) {
@@ -121,37 +123,70 @@ INLINE __m256 eight(const void* data, int64_t index = 0) {
     return with_avx2::Values<TYPE>::eight(static_cast<const typename with_avx2::Values<TYPE>::Value*>(data) + index);
 }
 
-INLINE __m128 gather(const float* x, const int64_t* columns) {  // half the time of vgatherdps on Zen
-    const __m128 two = _mm_insert_ps(_mm_load_ss(x + columns[0]), _mm_load_ss(x + columns[1]), 0x10);
-    return _mm_insert_ps(_mm_insert_ps(two, _mm_load_ss(x + columns[2]), 0x20), _mm_load_ss(x + columns[3]), 0x30);
+// Two floats from each of four places: half the instructions of loads of single floats, and of a gather less than that on Zen.
+INLINE __m256 pairs_from(const float* a, const float* b, const float* c, const float* d) {
+    const auto two = [](const float* low, const float* high) {
+        return _mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(at<const __m128i>(low, 0))), at<const __m64>(high, 0));
+    };
+    return joined(two(a, b), two(c, d));
 }
 
 // `count` entries of each of the eight rows of a strip: sums[m], by row.
 template <int TYPE, int M>
 INLINE void multiply_extras(const uint8_t* entry, int64_t count, const Views& in, __m256* sums) {
-    __m256 s[8] = {};
-    alignas(32) float room[8][8];
-    int64_t columns[8] = {};
+    constexpr int WIDTH = width_for(M);
+    __m256 s[8];  // [row of the strip][row of x], four rows of the strip in each half
+    UNROLLED(i, WIDTH) s[i] = _mm256_setzero_ps();
+    alignas(32) float room[8];
+    int64_t columns[STRIP] = {};
     for (int64_t j = 0; j < count; ++j, entry += entry_bytes(TYPE)) {
-        UNROLLED(i, 8) columns[i] += entry[i];
+        UNROLLED(i, STRIP) columns[i] += entry[i];
         const __m256 weights = eight<TYPE>(entry + STRIP);
-        _mm_prefetch(entry + PREFETCH, _MM_HINT_T0);
-        if (M == 1) {
-            s[0] = _mm256_fmadd_ps(weights, joined(gather(in.x, columns), gather(in.x, columns + 4)), s[0]);
-        } else {
-            _mm256_store_ps(room[0], weights);
-            UNROLLED(i, 8) {
-                const __m256 inputs = _mm256_load_ps(in.columns + 8 * columns[i]);
-                s[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(room[0] + i), inputs, s[i]);
+        _mm_prefetch(entry + PREFETCH_EXTRAS, _MM_HINT_T0);
+        // One row of x: the next column takes the place of a second row, and is multiplied by zero.
+        const auto inputs = [&](int i) { return M == 1 ? in.x + columns[i] : in.columns + WIDTH * columns[i]; };
+        if (WIDTH == 2) {
+            const __m256 second = M == 1 ? _mm256_setzero_ps() : weights;
+            UNROLLED(k, 2) {
+                const __m256 x = pairs_from(inputs(2 * k), inputs(2 * k + 1), inputs(2 * k + 4), inputs(2 * k + 5));
+                const __m256 both = k ? _mm256_unpackhi_ps(weights, second) : _mm256_unpacklo_ps(weights, second);
+                s[k] = _mm256_fmadd_ps(both, x, s[k]);
             }
+        } else if (WIDTH == 4) {
+            UNROLLED(i, 4) {
+                const __m256 x = joined(_mm_load_ps(inputs(i)), _mm_load_ps(inputs(i + 4)));
+                s[i] = _mm256_fmadd_ps(_mm256_permutevar_ps(weights, _mm256_set1_epi32(i)), x, s[i]);
+            }
+        } else {
+            _mm256_store_ps(room, weights);
+            UNROLLED(i, 8) s[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(room + i), _mm256_load_ps(inputs(i)), s[i]);
         }
     }
-    if (M == 1) {
-        sums[0] = s[0];
-        return;
+    if constexpr (WIDTH == 2) {
+        sums[0] = _mm256_shuffle_ps(s[0], s[1], 0x88);
+        if (M == 2) sums[M - 1] = _mm256_shuffle_ps(s[0], s[1], 0xdd);
+    } else if constexpr (WIDTH == 4) {
+        const __m256 a = _mm256_unpacklo_ps(s[0], s[1]), b = _mm256_unpackhi_ps(s[0], s[1]);
+        const __m256 c = _mm256_unpacklo_ps(s[2], s[3]), d = _mm256_unpackhi_ps(s[2], s[3]);
+        const __m256 turned[4] = {_mm256_shuffle_ps(a, c, 0x44), _mm256_shuffle_ps(a, c, 0xee), _mm256_shuffle_ps(b, d, 0x44),
+                                  _mm256_shuffle_ps(b, d, 0xee)};
+        UNROLLED(m, M) sums[m] = turned[m];
+    } else {
+        transpose(s);
+        UNROLLED(m, M) sums[m] = s[m];
     }
-    transpose(s);
-    UNROLLED(m, M) sums[m] = s[m];
+}
+
+// The extras of a strip times x: sums[m], by row.
+template <int M>
+INLINE void add_extras(const Head& h, int64_t strip, const Views& in, __m256* sums) {
+    const uint8_t* entry = entry_of(h, strip, 0);
+    const int64_t count = *entries_of(h, strip);
+    switch (h.extra_type) {
+        case FLOAT32: return multiply_extras<FLOAT32, M>(entry, count, in, sums);
+        case BFLOAT16: return multiply_extras<BFLOAT16, M>(entry, count, in, sums);
+        default: return multiply_extras<FLOAT16, M>(entry, count, in, sums);
+    }
 }
 
 INLINE __m128i to_bfloat16(__m256 v) {  // to nearest, ties to even
@@ -180,6 +215,13 @@ INLINE void store_strip(const Output& out, int64_t token, __m256 sums, const int
 
 INLINE __m128 folded(__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 
+// Fetches what the head has for a strip: its number of extras ends a loop, which waits for it otherwise.
+INLINE void prefetch_head(const Head& h, int64_t strip) {
+    _mm_prefetch(entries_of(h, strip), _MM_HINT_T0);
+    _mm_prefetch(rows_of(h, strip), _MM_HINT_T0);
+    _mm_prefetch(begins_of(h) + strip, _MM_HINT_T0);
+}
+
 // Strips first + r * part + i, for r < R and i < part.
 template <int TYPE, int M, int R>
 void multiply_strips(const Head& h, const Views& in, const Output& out, int64_t first, int64_t part) {
@@ -192,6 +234,7 @@ void multiply_strips(const Head& h, const Views& in, const Output& out, int64_t 
     for (int64_t begin = 0; begin < part; begin += GROUP) {
         const int64_t group = std::min<int64_t>(GROUP, part - begin);
         std::memset(static_cast<void*>(sums), 0, sizeof(sums));
+        for (int r = 0; r < R; ++r) prefetch_head(h, first + r * part + begin + 2 * GROUP);
         for (int64_t block = 0; block < blocks; ++block) {
             for (int64_t i = 0; i < group; ++i) {
                 // Prefetched: the same columns of the next strip, or the next block of the first strip.
@@ -201,23 +244,18 @@ void multiply_strips(const Head& h, const Views& in, const Output& out, int64_t 
                 int64_t ahead[R];
                 for (int r = 0; r < R; ++r) {
                     const int64_t strip = first + r * part + begin + i;
-                    const int64_t to = begins[again ? strip - i : strip + 1] + tile_offset(TYPE, next * PER, h.group);
+                    const int64_t to = begins[again ? strip - i : strip + 1] + tile_offset(h, TYPE, next * PER);
                     strips[r] = strip_of(h, strip);
-                    ahead[r] = blocks == 1 ? PREFETCH : to - begins[strip] - tile_offset(TYPE, block * PER, h.group);
+                    ahead[r] = blocks == 1 ? PREFETCH : to - begins[strip] - tile_offset(h, TYPE, block * PER);
                 }
                 const int64_t column = block * M * Blocking<M>::STRIDE, last = std::min((block + 1) * PER, h.tiles);
                 multiply_block<TYPE, M, R>(h, strips, ahead, block * PER, last, in.x + column, in.rotated + column, sums[i]);
             }
         }
         for (int64_t i = 0; i < group * R; ++i) {
-            const int64_t strip = first + i % R * part + begin + i / R, count = *entries_of(h, strip);
-            const uint8_t* entry = entry_of(h, strip, 0);
+            const int64_t strip = first + i % R * part + begin + i / R;
             __m256 extra[M];
-            switch (h.extra_type) {
-                case FLOAT32: multiply_extras<FLOAT32, M>(entry, count, in, extra); break;
-                case BFLOAT16: multiply_extras<BFLOAT16, M>(entry, count, in, extra); break;
-                default: multiply_extras<FLOAT16, M>(entry, count, in, extra);
-            }
+            add_extras<M>(h, strip, in, extra);
             const int64_t rows = std::min<int64_t>(STRIP, h.out - STRIP * strip);
             for (int m = 0; m < M; ++m) {
                 const __m256 one = sums[i / R][i % R][0][m], two = sums[i / R][i % R][1][m];
@@ -271,12 +309,31 @@ void arrange(const void* x, int64_t in, float scale, float* view, float* columns
             _mm256_store_ps(view + place_in_view<M>(c, m), _mm256_mul_ps(rest, by));
         }
     }
+    if (M == 1) view[whole] = 0;  // extras of the last column read it too
+    constexpr int WIDTH = width_for(M);
     for (int64_t c = 0; columns && c < whole; c += 8) {
         __m256 r[8];
         UNROLLED(m, 8) r[m] = m < M ? _mm256_load_ps(view + place_in_view<M>(c, m)) : _mm256_setzero_ps();
         transpose(r);
-        UNROLLED(k, 8) _mm256_store_ps(columns + (c + k) * 8, r[k]);
+        UNROLLED(k, 8) {
+            float* to = columns + (c + k) * WIDTH;
+            if (WIDTH == 2) _mm_storel_pi(at<__m64>(to, 0), _mm256_castps256_ps128(r[k]));
+            else if (WIDTH == 4) _mm_store_ps(to, _mm256_castps256_ps128(r[k]));
+            else _mm256_store_ps(to, r[k]);
+        }
     }
+}
+
+// x [M, in] as float32 times `scale`, in memory of this thread with room for `rotated`, which is not made yet.
+template <int M>
+Views arranged(const void* x, int32_t type, int64_t in, float scale, bool rotates, bool extras) {
+    // A block of any Blocking takes at most 264 floats for 256 columns.
+    const int64_t whole = round_up(in, 1024) / 256 * 264, columns = M > 1 && extras ? width_for(M) * whole : 0;
+    float* view = static_cast<float*>(scratch(6, size_t((2 * M * whole + columns) * 4)));
+    const Views found = {view, rotates ? view + M * whole : view, columns ? view + 2 * M * whole : nullptr};
+    const auto bring = type == FLOAT32 ? arrange<FLOAT32, M> : type == BFLOAT16 ? arrange<BFLOAT16, M> : arrange<FLOAT16, M>;
+    bring(x, in, scale, view, const_cast<float*>(found.columns));
+    return found;
 }
 
 bool has_extras(const Head& h) {  // the first row of those that were sorted together has the most
@@ -294,18 +351,13 @@ void few_of(const Matrix* matrices, int32_t count, const void* x, int32_t type, 
         rotates = rotates || head_of(matrices[i]).kind == ROTATED;
         extras = extras || has_extras(head_of(matrices[i]));
     }
-    // A block of any Blocking takes at most 264 floats for 256 columns.
-    const int64_t whole = round_up(in, 1024) / 256 * 264, columns = M > 1 && extras ? 8 * whole : 0;
-    float* view = static_cast<float*>(scratch(6, size_t((2 * M * whole + columns) * 4)));
-    float *second = rotates ? view + M * whole : nullptr, *third = columns ? view + 2 * M * whole : nullptr;
-    const auto bring = type == FLOAT32 ? arrange<FLOAT32, M> : type == BFLOAT16 ? arrange<BFLOAT16, M> : arrange<FLOAT16, M>;
-    bring(x, in, INPUT_SCALE[TYPE], view, third);
+    const Views all = arranged<M>(x, type, in, INPUT_SCALE[TYPE], rotates, extras);
     int64_t ring = 0;
     for (int32_t i = 0; i < count; ++i) {
         constexpr int R = Blocking<M>::STRIPS;
         const Head& h = head_of(matrices[i]);
-        if (h.kind == ROTATED && h.group != ring) rotate<M>(in, ring = h.group, view, second);
-        const Views views = {view, h.kind == ROTATED ? second : view, third};
+        if (h.kind == ROTATED && h.group != ring) rotate<M>(in, ring = h.group, all.x, const_cast<float*>(all.rotated));
+        const Views views = {all.x, h.kind == ROTATED ? all.rotated : all.x, all.columns};
         const int64_t first = border(matrices[i], part, parts), last = border(matrices[i], part + 1, parts);
         const int64_t each = (last - first) / R;
         multiply_strips<TYPE, M, R>(h, views, outputs[i], first, each);

@@ -37,7 +37,7 @@ template <int TYPE, int HALF>
 INLINE void fill_half(List (*lists)[STRIPS * STRIP], const Head& h, const char* strip, int64_t segment,
                       const with_avx2::Tables& tables) {
     const int tiles = int(std::min<int64_t>(h.tiles - 8 * segment, 8)), groups = 8 * tiles;
-    const char* first = strip + tile_offset(TYPE, 8 * segment, h.group);
+    const char* first = strip + tile_offset(h, TYPE, 8 * segment);
     const int ring = int(h.group / 4);  // groups of four that rotate together
     alignas(32) float second[4][GROUP_COUNT][4];  // ROTATED, of second slots: [column][group of the slot][row]
     for (int t = 0; h.kind == ROTATED && t < tiles; ++t) {
@@ -50,11 +50,11 @@ INLINE void fill_half(List (*lists)[STRIPS * STRIP], const Head& h, const char* 
     }
     __m256 scale[4];
     for (int t = 0; t < tiles; ++t) {
-        const char* scales = strip + scales_offset(TYPE, segment * SEGMENT + t * TILE, h.group);
+        const char* scales = strip + scales_offset(h, TYPE, segment * SEGMENT + t * TILE);
         UNROLLED(r, 4) {
             float own = 1;
             if (TYPE == INT8) own = at<float>(scales, 0)[4 * HALF + r];
-            if (TYPE == INT4) own = from_bfloat16(at<uint16_t>(scales, 0)[4 * HALF + r]);
+            if (TYPE == INT4 || TYPE == SHORTS) own = from_bfloat16(at<uint16_t>(scales, 0)[4 * HALF + r]);
             scale[r] = _mm256_set1_ps(own / WEIGHT_SCALE[TYPE]);
         }
         UNROLLED(k, 4) {
@@ -94,11 +94,30 @@ void fill(List (*lists)[STRIPS * STRIP], const Head& h, const char* strip, int64
     fill_half<TYPE, 1>(lists, h, strip, segment, tables);
 }
 
+// Appends the weights of late tiles.
+void fill_late(List (*lists)[STRIPS * STRIP], const Head& h, int64_t strip, int64_t segment) {
+    const int64_t each = SEGMENT / h.group, last = std::min((segment + 1) * each, round_up(h.in, h.group) / h.group);
+    for (int64_t group = segment * each; group < last; ++group) {
+        const char* scales = strip_of(h, strip) + scales_offset(h, SHORTS, group * h.group);
+        for (int k = 0; k < h.late * 2 * 32; ++k) {
+            const char* tile = late_of(h, strip, group) + k / 64 * LATE_BYTES;
+            const int byte = k % 32, half = k / 32 % 2, row = byte % 16 / 2;
+            const int value = at<uint8_t>(tile, byte)[0] >> 4 * half & 15;
+            if (!value) continue;
+            const int64_t column = group * h.group % SEGMENT + at<uint8_t>(tile, 32 + 32 * half + byte)[0];
+            List& list = lists[column / COLUMNS][row];
+            list.weights[list.count] = float((value ^ 8) - 8) * from_bfloat16(at<uint16_t>(scales, 0)[row]);
+            list.entries[list.count++] = uint16_t(column % COLUMNS * TOKENS * sizeof(float));
+        }
+    }
+}
+
 void multiply(const Matrix& a, const Input& in, const char* table, const Output& out, int64_t first, int64_t last) {
     const Head& h = head_of(a);
     const auto& bytes = with_avx2::tables_of_bytes();
     const auto fill_strip = a.type == FLOAT32 ? fill<FLOAT32> : a.type == BFLOAT16 ? fill<BFLOAT16>
-                          : a.type == FLOAT16 ? fill<FLOAT16> : a.type == INT4 ? fill<INT4> : fill<INT8>;
+                          : a.type == FLOAT16 ? fill<FLOAT16> : a.type == INT8 ? fill<INT8>
+                          : type_of(h) == SHORTS ? fill<SHORTS> : fill<INT4>;
     const int64_t token_tiles = (in.rows + TOKENS - 1) / TOKENS, segments = segments_of(a);
     const int64_t all_blocks = (a.in + COLUMNS - 1) / COLUMNS;
     constexpr int ROWS = STRIPS * STRIP;
@@ -116,6 +135,7 @@ void multiply(const Matrix& a, const Input& in, const char* table, const Output&
                 for (int s = 0; s < strips; ++s) {
                     auto of_strip = reinterpret_cast<List(*)[ROWS]>(&lists[0][STRIP * s]);
                     fill_strip(of_strip, h, strip_of(h, begin + s), segment, bytes);
+                    if (h.late) fill_late(of_strip, h, begin + s, segment);
                     for (int i = 0; i < STRIP; ++i) {
                         for (int32_t& j = next[STRIP * s + i]; j < entries_of(h, begin + s)[i]; ++j) {
                             const uint8_t* entry = entry_of(h, begin + s, j);

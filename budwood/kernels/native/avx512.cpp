@@ -5,7 +5,7 @@ namespace budwood {
 
 using namespace with_avx512;
 
-const Path avx512 = {"avx512", true, few, integers, &by_sparse, &by_panels, dense, &tiled_with_avx2, false,
+const Path avx512 = {"avx512", true, few, integers, &by_sparse, &by_panels, dense, &tiled_with_avx512, false,
                      nullptr, nullptr};
 
 }  // namespace budwood

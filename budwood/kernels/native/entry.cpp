@@ -230,10 +230,12 @@ int32_t threads_for(const Matrix* matrices, int32_t count, int64_t rows, int32_t
     return most < 1 ? 1 : most < threads ? int32_t(most) : threads;
 }
 
-// Whether a matrix in tiles has all its weights in them, for which there is a kernel for few rows only.
-bool tiles_are_whole(const Matrix& a) {
+// Whether the path has a kernel for a matrix of INT4 values in tiles: for few rows only where no weight was dropped; SHORTS
+// only where it packs them itself.
+bool tiles_take([[maybe_unused]] const Matrix& a, [[maybe_unused]] bool few) {
 #ifdef BUDWOOD_X86
-    return tiles::head_of(a).coding == DENSE;
+    const tiles::Head& h = tiles::head_of(a);
+    return few ? path->tiled->shorts || !h.shorts : h.coding != DENSE;
 #else
     return false;
 #endif
@@ -383,7 +385,7 @@ EXPORT int32_t budwood_has_tiles() { return path->prefers_tiles ? 2 : path->tile
 #ifdef BUDWOOD_X86
 // tiles::plan, pack and unpack; only for a path that has tiles.
 EXPORT int64_t budwood_tiles_plan(const Matrix* matrix, int32_t* kind, int32_t* entries) {
-    return tiles::plan(*matrix, *kind, entries);
+    return tiles::plan(*matrix, path->tiled && path->tiled->shorts, *kind, entries);
 }
 EXPORT int32_t budwood_tiles_pack(const Matrix* matrix, int32_t kind, const int32_t* entries, void* to) {
     return tiles::pack(*matrix, kind, entries, to);
@@ -411,7 +413,7 @@ EXPORT int32_t budwood_linear(const Matrix* matrices, int32_t count, const void*
     if (way == AS_SPARSE && !path->sparse) return 0;
     if (tiled && (tiled < count || !path->tiled)) return 0;
     for (int32_t i = 0; i < count; ++i) {
-        if (matrices[i].type == INT4 && (!tiled || (tiles_are_whole(matrices[i]) && way != AS_FEW))) return 0;
+        if (matrices[i].type == INT4 && (!tiled || !tiles_take(matrices[i], way == AS_FEW))) return 0;
     }
     if (tiled && way == AS_FEW) return few_tiled(matrices, count, x, type, rows, outputs, threads), 1;
     const Many* many = way == AS_PANELS ? path->panels : way != AS_SPARSE ? nullptr : tiled ? path->tiled->sparse : path->sparse;

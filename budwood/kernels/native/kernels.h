@@ -253,6 +253,7 @@ struct Tiled {
     // One thread's part of the products of several matrices of one type and width, for up to FEW rows of x.
     void (*few)(const Matrix*, int32_t count, const void* x, int32_t type, int64_t rows, const Output*, int part, int parts);
     const Many* sparse;
+    bool shorts;  // INT4 values are packed as SHORTS, see tiles.h, which other paths do not take
 };
 
 // The kernels of one instruction set; null where there is none.
@@ -275,7 +276,7 @@ struct Path {
 
 extern const Path scalar;
 #ifdef BUDWOOD_X86
-extern const Tiled tiled_with_avx2;  // of all wider paths too: none has another kernel for INT4
+extern const Tiled tiled_with_avx2, tiled_with_avx512;
 extern const Path avx2;
 extern const Path avx512;
 #endif

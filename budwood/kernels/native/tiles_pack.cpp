@@ -73,6 +73,18 @@ INLINE void put_field(char* tile, Place place, uint32_t bits, uint32_t code) {
     }
 }
 
+// SHORTS: which word of 16 bits and byte of codes, and which of their four parts.
+struct Short {
+    int word, part;
+    Short(int slot, int i) : word(slot / 8 * 16 + 2 * i + slot % 2), part(slot / 2 % 4) {}
+};
+constexpr int SHORT_CODES = 64;  // offset in a tile
+
+INLINE void put_short(char* tile, Short place, uint32_t bits, uint32_t code) {
+    at<uint16_t>(tile, 0)[place.word] |= uint16_t((bits & 15) << 4 * place.part);
+    at<uint8_t>(tile, SHORT_CODES)[place.word] |= uint8_t(code << 2 * place.part);
+}
+
 // The byte that a nibble in two's complement is.
 INLINE uint32_t widened(uint32_t nibble) { return uint8_t(int8_t((nibble ^ 8) - 8)); }
 
@@ -83,6 +95,19 @@ INLINE uint32_t get_field(const char* tile, Place place, uint32_t& code) {
     code = field & 3;
     return widened(field >> 2);
 }
+
+INLINE uint32_t get_short(const char* tile, Short place, uint32_t& code) {
+    code = at<const uint8_t>(tile, SHORT_CODES)[place.word] >> 2 * place.part & 3;
+    return widened(at<const uint16_t>(tile, 0)[place.word] >> 4 * place.part & 15);
+}
+
+// A slot of a late tile of row i.
+struct Late {
+    int half, byte;
+    Late(int slot, int i) : half(slot / 4), byte(slot % 4 / 2 * 16 + 2 * i + slot % 2) {}
+    INLINE uint8_t& weight(char* tile) const { return *at<uint8_t>(tile, byte); }
+    INLINE uint8_t& column(char* tile) const { return *at<uint8_t>(tile, 32 + 32 * half + byte); }
+};
 
 INLINE void put(char* tile, int32_t type, Place place, uint32_t bits, uint32_t code) {
     if (type == INT4) return put_field(tile, place, bits, code);
@@ -119,6 +144,13 @@ INLINE int64_t column_of(int32_t kind, int64_t tiles, int64_t ring, int64_t slot
 // Columns with one scale; those that rotate together.
 int64_t group_of(const Matrix& a) { return a.type == INT4 ? a.group : SEGMENT; }
 
+// How a matrix is packed, and the same as one number.
+struct Choice {
+    int32_t kind, shorts, late;
+    int32_t number() const { return kind | shorts << 1 | late << 2; }
+    static Choice from(int32_t number) { return {number & 1, number >> 1 & 1, number >> 2}; }
+};
+
 // A row by its slots and extras.
 struct Row {
     std::vector<uint32_t> bits;     // of the values, by column
@@ -127,6 +159,7 @@ struct Row {
     std::vector<uint64_t> placed;   // columns that want a slot, one bit each
     std::vector<uint64_t> outside;  // columns without one
     std::vector<int8_t> codes;      // by slot; -1: empty
+    std::vector<int32_t> late;      // columns by slot of late tiles; -1: empty
 
     int32_t entries() const {
         int64_t count = 0;
@@ -136,7 +169,7 @@ struct Row {
     }
 
     template <int TYPE>
-    void read(const Matrix& a, int64_t row, int32_t kind) {
+    void read(const Matrix& a, int64_t row, const Choice& choice) {
         const int64_t tiles = round_up(a.in, TILE) / TILE, segments = segments_of(a);
         bits.resize(size_t(tiles * TILE));  // read only where a weight is
         placed.assign(size_t(4 * segments), 0);
@@ -163,8 +196,10 @@ struct Row {
         }
         const int64_t ring = group_of(a) / 4;
         for (int64_t i = 0; a.coding == BITMASK && i * ring < 8 * tiles; ++i) {
-            assign(i, ring, groups_in(tiles, ring, i), kind);
+            assign(i, ring, groups_in(tiles, ring, i), choice.kind);
         }
+        late.assign(size_t(choice.late * LATE * (round_up(tiles, ring / 8) / (ring / 8))), -1);
+        for (int64_t i = 0; choice.late && i * ring < 8 * tiles; ++i) move_to_late(i, ring, choice.late * LATE);
         for (size_t word = 0; word < outside.size(); ++word) {
             for (uint64_t rest = outside[word]; rest; rest &= rest - 1) {
                 extras.push_back(uint32_t(64 * word + __builtin_ctzll(rest)));
@@ -176,6 +211,19 @@ struct Row {
             for (int n = a.more_counts[row * segments + segment]; n; --n, ++k) {
                 extras.push_back(uint32_t(segment * SEGMENT + a.more_columns[k]));
                 more.push_back(bits_at(a.more_values, k, a.more_type));
+            }
+        }
+    }
+
+    // Moves as many weights without a slot as there are late slots for a ring of groups of four.
+    void move_to_late(int64_t index, int64_t ring, int slots) {
+        int64_t next = index * slots;
+        for (int64_t word = index * ring / 16; word < (index + 1) * ring / 16 && word < int64_t(outside.size()); ++word) {
+            for (uint64_t rest = outside[word]; rest && next < (index + 1) * slots; rest &= rest - 1) {
+                const int64_t column = 64 * word + __builtin_ctzll(rest);
+                if (!fits(bits[column], INT4)) continue;
+                late[next++] = int32_t(column);
+                outside[word] &= ~(1ull << column % 64);
             }
         }
     }
@@ -234,8 +282,9 @@ struct Plan {
     Head head = {};
     std::vector<int32_t> rows;
     std::vector<int64_t> begins;
-    Plan(const Matrix& a, const int32_t* entries) {
+    Plan(const Matrix& a, const Choice& choice, const int32_t* entries) {
         Head& h = head;
+        h.kind = choice.kind, h.shorts = choice.shorts, h.late = choice.late;
         const int64_t row_bytes = round_up(4 * (a.out + 1), LINE);
         h.out = a.out, h.in = a.in, h.count = a.count, h.more_count = a.more_starts ? a.more_starts[a.out] : -1;
         h.type = a.type, h.coding = a.coding, h.extra_type = extra_type(a), h.group = group_of(a);
@@ -255,7 +304,7 @@ struct Plan {
         begins.push_back(h.data);
         for (int64_t strip = 0; strip < h.strips; ++strip) {
             const int64_t longest = entries[rows[STRIP * strip]] * entry_bytes(h.extra_type);
-            begins.push_back(begins.back() + round_up(extras_offset(type_of(h), h.tiles, h.group) + longest, LINE));
+            begins.push_back(begins.back() + round_up(extras_offset(h, type_of(h)) + longest, LINE));
         }
         h.bytes = begins.back();
     }
@@ -263,15 +312,24 @@ struct Plan {
 
 // The weights of row i, in the order of the strips, to their lanes.
 template <int TYPE>
-void pack_slots(const Row& row, const Head& h, int32_t kind, int64_t i) {
+void pack_slots(const Row& row, const Head& h, int64_t i) {
     for (int64_t t = 0; t < h.tiles; ++t) {
-        char* tile = strip_of(h, i / STRIP) + tile_offset(TYPE, t, h.group);
+        char* tile = strip_of(h, i / STRIP) + tile_offset(h, TYPE, t);
         for (int slot = 0; slot < SLOTS; ++slot) {
             const int code = row.codes[SLOTS * t + slot];
             if (code < 0) continue;
-            const uint32_t bits = row.bits[column_of(kind, h.tiles, h.group / 4, SLOTS * t + slot, code)];
-            put(tile, TYPE, Place(slot, int(i % STRIP)), fits(bits, TYPE) ? bits : 0, uint32_t(code));
+            const uint32_t bits = row.bits[column_of(h.kind, h.tiles, h.group / 4, SLOTS * t + slot, code)];
+            const uint32_t value = fits(bits, TYPE) ? bits : 0;
+            if (h.shorts) put_short(tile, Short(slot, int(i % STRIP)), value, uint32_t(code));
+            else put(tile, TYPE, Place(slot, int(i % STRIP)), value, uint32_t(code));
         }
+    }
+    for (size_t slot = 0; slot < row.late.size(); ++slot) {
+        if (row.late[slot] < 0) continue;
+        const Late place(int(slot % LATE), int(i % STRIP));
+        char* tile = late_of(h, i / STRIP, row.late[slot] / h.group) + int64_t(slot / LATE) % h.late * LATE_BYTES;
+        place.weight(tile) |= uint8_t((row.bits[row.late[slot]] & 15) << 4 * place.half);
+        place.column(tile) = uint8_t(row.late[slot] % h.group);
     }
 }
 
@@ -279,14 +337,14 @@ void pack_slots(const Row& row, const Head& h, int32_t kind, int64_t i) {
 void pack_whole(const Matrix& a, const Head& h, int64_t i) {
     const int8_t* values = static_cast<const int8_t*>(a.values) + int64_t(rows_of(h, i / STRIP)[i % STRIP]) * a.in;
     for (int64_t column = 0; column < a.in; ++column) {
-        char* tile = strip_of(h, i / STRIP) + tile_offset(WHOLE, column / TILE, h.group);
+        char* tile = strip_of(h, i / STRIP) + tile_offset(h, WHOLE, column / TILE);
         at<uint32_t>(tile, 32 * (column % TILE / 8))[i % STRIP] |= (uint32_t(values[column]) & 15) << 4 * (column % 8);
     }
 }
 
 void unpack_whole(const Head& h, int64_t i, int8_t* values) {
     for (int64_t column = 0; column < h.in; ++column) {
-        const char* tile = strip_of(h, i / STRIP) + tile_offset(WHOLE, column / TILE, h.group);
+        const char* tile = strip_of(h, i / STRIP) + tile_offset(h, WHOLE, column / TILE);
         values[column] = int8_t(widened(at<uint32_t>(tile, 32 * (column % TILE / 8))[i % STRIP] >> 4 * (column % 8) & 15));
     }
 }
@@ -294,7 +352,7 @@ void unpack_whole(const Head& h, int64_t i, int8_t* values) {
 // The scales of a row of a matrix with integer values, [ceil(in / group)].
 void pack_scales(const float* scales, const Head& h, int64_t i) {
     for (int64_t column = 0; column < h.in; column += h.group) {
-        char* to = strip_of(h, i / STRIP) + scales_offset(type_of(h), column, h.group);
+        char* to = strip_of(h, i / STRIP) + scales_offset(h, type_of(h), column);
         const float scale = scales[column / h.group];
         h.type == INT8 ? void(at<float>(to, 0)[i % STRIP] = scale) : void(at<uint16_t>(to, 0)[i % STRIP] = to_bfloat16(scale));
     }
@@ -302,7 +360,7 @@ void pack_scales(const float* scales, const Head& h, int64_t i) {
 
 void unpack_scales(const Head& h, int64_t i, float* scales) {
     for (int64_t column = 0; column < h.in; column += h.group) {
-        const char* from = strip_of(h, i / STRIP) + scales_offset(type_of(h), column, h.group);
+        const char* from = strip_of(h, i / STRIP) + scales_offset(h, type_of(h), column);
         scales[column / h.group] = h.type == INT8 ? at<float>(from, 0)[i % STRIP] : from_bfloat16(at<uint16_t>(from, 0)[i % STRIP]);
     }
 }
@@ -346,7 +404,7 @@ void with_type(int32_t type, Use use) {
 }
 
 // Counts the entries of every row that `step` divides; their sum.
-int64_t count_entries(const Matrix& a, int32_t kind, int64_t step, int32_t* entries) {
+int64_t count_entries(const Matrix& a, const Choice& choice, int64_t step, int32_t* entries) {
     int64_t total = 0;
     with_type(a.type, [&](auto type) {
 #pragma omp parallel reduction(+ : total)
@@ -354,7 +412,7 @@ int64_t count_entries(const Matrix& a, int32_t kind, int64_t step, int32_t* entr
             Row row;
 #pragma omp for schedule(static)
             for (int64_t r = 0; r < a.out; r += step) {
-                row.read<type()>(a, r, kind);
+                row.read<type()>(a, r, choice);
                 entries[r] = row.entries();
                 total += entries[r];
             }
@@ -365,33 +423,41 @@ int64_t count_entries(const Matrix& a, int32_t kind, int64_t step, int32_t* entr
 
 }  // namespace
 
-// Counts the entries of every row, [out], for the kind that has fewer in a sample of rows. Returns the bytes of the packed
-// matrix; 0 where the layout cannot hold it.
-int64_t plan(const Matrix& a, int32_t& kind, int32_t* entries) {
+// Counts the entries of every row, [out], for the choice that has fewer bytes in a sample of rows. Returns the bytes of the
+// packed matrix; 0 where the layout cannot hold it. shorts: whether INT4 values shall be SHORTS.
+int64_t plan(const Matrix& a, bool shorts, int32_t& kind, int32_t* entries) {
     constexpr int64_t NEGLIGIBLE = 40;  // one entry in this many weights: another kind would gain little
-    constexpr int64_t SAMPLE = 64;      // rows that decide the kind, from all over the matrix
+    constexpr int64_t SAMPLE = 64;      // rows that decide, from all over the matrix
     if (a.in > 65536 || a.out < 1 || a.in < 1 || (a.coding == NIBBLES && a.in % 4)) return 0;
-    if (a.coding == DENSE) {
-        kind = GROUPS;
-        std::fill(entries, entries + a.out, 0);
-        return Plan(a, entries).head.bytes;
-    }
-    kind = GROUPS;
+    Choice choice = {GROUPS, shorts && a.type == INT4 && a.coding != DENSE, 0};
     if (a.coding == BITMASK) {
         const int64_t step = std::max<int64_t>(a.out / SAMPLE, 1), sampled = (a.out + step - 1) / step;
-        const int64_t found = count_entries(a, GROUPS, step, entries);
-        const bool many = found * NEGLIGIBLE >= sampled * a.in;
-        if (many && count_entries(a, ROTATED, step, entries) < found) kind = ROTATED;
+        int64_t found = count_entries(a, choice, step, entries);
+        if (found * NEGLIGIBLE >= sampled * a.in) {
+            const Choice rotated = {ROTATED, choice.shorts, 0};
+            if (const int64_t others = count_entries(a, rotated, step, entries); others < found) choice = rotated, found = others;
+        }
+        // One late tile more for eight rows of each group, as long as it saves more than it takes.
+        const int64_t tile = sampled * (round_up(a.in, group_of(a)) / group_of(a)) * LATE_BYTES / STRIP;
+        while (choice.shorts) {
+            const Choice more = {choice.kind, choice.shorts, choice.late + 1};
+            const int64_t others = count_entries(a, more, step, entries);
+            if ((found - others) * entry_bytes(extra_type(a)) / STRIP <= tile) break;
+            choice = more, found = others;
+        }
     }
-    count_entries(a, kind, 1, entries);
-    return Plan(a, entries).head.bytes;
+    kind = choice.number();
+    if (a.coding == DENSE) std::fill(entries, entries + a.out, 0);
+    else count_entries(a, choice, 1, entries);
+    return Plan(a, choice, entries).head.bytes;
 }
 
 // Fills `to`, which is zero and aligned to a line, with as many bytes as `plan` returned. False where a value would be lost.
 bool pack(const Matrix& a, int32_t kind, const int32_t* entries, void* to) {
-    const Plan plan(a, entries);
+    const Choice choice = Choice::from(kind);
+    const Plan plan(a, choice, entries);
     Head& h = *static_cast<Head*>(to);
-    h = plan.head, h.kind = kind;
+    h = plan.head;
     std::copy(plan.rows.begin(), plan.rows.end(), at<int32_t>(to, h.rows));
     std::copy(plan.begins.begin(), plan.begins.end(), at<int64_t>(to, h.begins));
     std::copy(a.starts, a.starts + a.out + 1, at<int32_t>(to, h.starts));
@@ -410,8 +476,8 @@ bool pack(const Matrix& a, int32_t kind, const int32_t* entries, void* to) {
                     pack_whole(a, h, i);
                     continue;
                 }
-                row.read<TYPE>(a, plan.rows[i], kind);
-                pack_slots<TYPE>(row, h, kind, i);
+                row.read<TYPE>(a, plan.rows[i], choice);
+                pack_slots<TYPE>(row, h, i);
                 exact = pack_extras<TYPE>(row, a, h, i) && exact;
             }
         }
@@ -447,12 +513,22 @@ void unpack(const void* from, void* values, uint8_t* places, float* scales, uint
                 std::fill(kept.begin(), kept.end(), 0);
                 for (int64_t slot = 0; slot < SLOTS * h.tiles; ++slot) {
                     uint32_t code;
-                    const Place place(int(slot % SLOTS), int(i % STRIP));
-                    const uint32_t value = get(strip + tile_offset(TYPE, slot / SLOTS, h.group), TYPE, place, code);
+                    const int inside = int(slot % SLOTS), r = int(i % STRIP);
+                    const char* tile = strip + tile_offset(h, TYPE, slot / SLOTS);
+                    const uint32_t value = h.shorts ? get_short(tile, Short(inside, r), code) : get(tile, TYPE, Place(inside, r), code);
                     const int64_t column = column_of(h.kind, h.tiles, h.group / 4, slot, int(code));
                     if (h.coding == NIBBLES ? column >= h.in : !value) continue;
                     kept[column] = 1, bits[column] = value;
                     if (h.coding == NIBBLES) mask[slot / 4] |= uint8_t(code << 2 * (slot % 4));
+                }
+                const int64_t late_slots = h.late * LATE;
+                for (int64_t slot = 0; slot < round_up(h.in, h.group) / h.group * late_slots; ++slot) {
+                    const Late place(int(slot % LATE), int(i % STRIP));
+                    char* tile = late_of(h, i / STRIP, slot / late_slots) + slot % late_slots / LATE * LATE_BYTES;
+                    const uint32_t value = place.weight(tile) >> 4 * place.half & 15;
+                    if (!value) continue;
+                    const int64_t column = slot / late_slots * h.group + place.column(tile);
+                    kept[column] = 1, bits[column] = widened(value);
                 }
                 if (more_counts) std::memset(more_counts + row * segments, 0, size_t(segments));
                 int64_t column = 0, more = more_counts ? more_starts[row] : 0;
