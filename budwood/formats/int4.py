@@ -5,6 +5,7 @@ multiples of the scales of groups of 64 columns already are stored with those, t
 A scale is kept as int16, the bits of bfloat16; its product with a code is exact in the dtype of the matrix.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -50,6 +51,10 @@ class Int4(Rounded):
     def scales_shape(cls, shape: tuple[int, int], found: Found) -> tuple[int, int]:
         fine = -(-shape[1] // FINE)
         return shape[0], fine if size_found(found, "scales", 1) == fine else -(-shape[1] // GROUP)
+
+    @classmethod
+    def scales_forecast(cls, shape: tuple[int, int], forecast: Forecast) -> tuple[int, int]:
+        return shape[0], -(-shape[1] // (forecast.group or GROUP))
 
     @classmethod
     def nbytes(cls, shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
@@ -155,7 +160,7 @@ class DenseInt4(Int4):
 
     @classmethod
     def nbytes(cls, shape: tuple[int, int], forecast: Forecast, itemsize: int) -> int | None:
-        scales = shape[0] * cls.scales_shape(shape, {})[1]
+        scales = math.prod(cls.scales_forecast(shape, forecast))
         return shape[0] * -(-shape[1] // 2) + cls.scale_type.itemsize * scales + itemsize
 
     @classmethod

@@ -6,6 +6,7 @@ survives every cast, so a layer that is cast still unpacks the weights of its ch
 Scales are kept as integers, because a module that is cast casts all its floating parameters.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -64,6 +65,11 @@ class Rounded(Format):
         raise NotImplementedError
 
     @classmethod
+    def scales_forecast(cls, shape: tuple[int, int], forecast: Forecast) -> tuple[int, int]:
+        """The shape that `scales` will have."""
+        return cls.scales_shape(shape, {})
+
+    @classmethod
     @abstractmethod
     def value_fault(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> str | None:
         """What is wrong with scales and values; values on meta are not read. dtype: rounded to, None if unknown."""
@@ -107,8 +113,8 @@ class Rounded(Format):
         if plain is None:
             return None
         recovered = round(forecast.recovered or 0) if "rec_values" in cls.suffixes else 0
-        rows, columns = cls.scales_shape(shape, {})
-        return plain + (itemsize - 1) * recovered + cls.scale_type.itemsize * rows * columns + itemsize
+        scales = math.prod(cls.scales_forecast(shape, forecast))
+        return plain + (itemsize - 1) * recovered + cls.scale_type.itemsize * scales + itemsize
 
     @classmethod
     def expected(cls, shape: tuple[int, int], found: Found) -> Expected:

@@ -9,6 +9,7 @@ from torch import Tensor
 from budwood.methods.metrics import reached
 from budwood.methods.validation import number, one_of, whole
 from budwood.sparsity.admm import System
+from budwood.sparsity.codes import GROUP
 from budwood.sparsity.grid_fit import PULL, fit_to_grid
 from budwood.sparsity.refit import refit
 from budwood.sparsity.second_order import Factor, factorise
@@ -70,15 +71,17 @@ def fit(
     cross: Tensor | None = None,
     values: str | None = None,
     factor: Factor | None = None,
+    group: int = GROUP,
 ) -> None:
     """Gives `linear` the weights on `keep` whose outputs are nearest to those of `dense`, from `start`; all [out, in].
 
     moments: XᵀX [in, in]. cross: X₀ᵀ X [in, in] where those are outputs for other inputs X₀. values: "int4" for weights
-    on the grid of 4-bit codes. factor: that of `moments` damped by PULL, where it is known.
+    on the grid of 4-bit codes. factor: that of `moments` damped by PULL, where it is known. group: columns with one scale.
     """
     found = refit(start, keep, dense, moments, cross, damp=damp, iterations=iterations, tolerance=tolerance).weight
     if values is not None:
-        found = fit_to_grid(found, keep, dense, moments, factor=factor, dtype=linear.stored.dtype, cross=cross)
+        dtype = linear.stored.dtype
+        found = fit_to_grid(found, keep, dense, moments, factor=factor, dtype=dtype, cross=cross, group=group)
     linear.weight = found
 
 

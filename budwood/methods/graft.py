@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +20,7 @@ from budwood.methods.reconstruction import LOSS, MOVE, RATE, TARGET, TOKENS, Blo
 from budwood.methods.validation import number, one_of, truth, whole
 from budwood.sparsity import scores
 from budwood.sparsity.admm import admm
+from budwood.sparsity.codes import FINE, GROUP
 from budwood.sparsity.differences import MixedGram, row_factors
 from budwood.sparsity.fluctuation import mean_output
 from budwood.sparsity.forecast import Forecast
@@ -119,10 +120,25 @@ class Graft(PatternMethod):
 
     def count_for(self, shape: Shape) -> int:
         """The most weights that a matrix [out, in] may keep within its bits; -1 where the fewest exceed them."""
+        if self.group_for(shape) is not None:
+            return shape[0] * shape[1]
         least, budget = self._least(shape), self.bits * shape[0] * shape[1] / 8
         levels = range(least, shape[0] * shape[1] + 1)
         found = bisect_right(levels, budget, key=partial(self._bytes, shape))
         return levels[found - 1] if found else -1
+
+    def group_for(self, shape: Shape) -> int | None:
+        """Columns with one scale, where a matrix [out, in] of codes keeps all its weights within its bits; else None.
+
+        Codes of all weights take fewer bits than a mask and the codes of three quarters of them.
+        """
+        if self.values is None or self.base:
+            return None
+        budget, count = self.bits * shape[0] * shape[1] / 8, shape[0] * shape[1]
+        for group in (FINE, GROUP):
+            if predict(shape, Forecast(count, group=group), ITEMSIZE, f"dense_{self.values}")[1] <= budget:
+                return group
+        return None
 
     def _least(self, shape: Shape) -> int:
         return shape[0] * (shape[1] // 4) * 2 if self.base else 0
@@ -135,12 +151,12 @@ class Graft(PatternMethod):
         return Forecast(count, count - self._least(shape) if self.base else None)
 
     def forecast_matrix(self, shape: Shape, name: str = "") -> Forecast:
-        return self._forecast(shape, self.count_for(shape))
+        return replace(self._forecast(shape, self.count_for(shape)), group=self.group_for(shape))
 
     def prepare(self, model: "Model", windows: Tensor | None, work: "Work") -> Step:
         assert windows is not None
         counts: dict[str, int] = {}
-        if self.allocate == "global":
+        if self.allocate == "global" and any(self.group_for(s) is None for s in model.structure.shapes.values()):
             total = sum(self.count_for(shape) for shape in model.structure.shapes.values())
             counts = kept_counts(model, windows, work, self, self.pattern_for, self.base, total)
         options = (self.steps, self.rate, self.target, self.move, self.loss, self.tokens)
@@ -171,8 +187,9 @@ class Graft(PatternMethod):
                 keep, start = self.choose(weight, known, pattern, rows.get(linear.name))
             if self.fit and known is not None:
                 options = (self.damp, self.iterations, self.tolerance)
-                factor = known.factor_for(self.values)
-                fit(linear, start, keep, weight, known.moments, *options, values=self.values, factor=factor)
+                values, factor = self.values, known.factor_for(self.values)
+                group = self.group_for(linear.shape) or GROUP
+                fit(linear, start, keep, weight, known.moments, *options, values=values, factor=factor, group=group)
             else:
                 linear.weight = torch.where(keep.to(weight.device), weight, 0)
             if self.base:
@@ -190,6 +207,8 @@ class Graft(PatternMethod):
         """
         if known is None:
             return pattern.keep(scores.magnitude(weight)), weight
+        if self.group_for((weight.shape[0], weight.shape[1])) is not None:
+            return torch.ones_like(weight, dtype=torch.bool), weight
         factors = 1 if rows is None else rows.to(weight.device)[:, None]
         if self.select == "wanda":
             return pattern.keep(scores.wanda(weight * factors, known.gram.norms())), weight

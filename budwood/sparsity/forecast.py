@@ -11,13 +11,15 @@ class Forecast:
     """Expected counts of kept positions in one matrix [out, in]; a kept weight that is 0 counts.
 
     `recovered` counts the weights beyond two of each aligned group of four; None where groups of four may hold
-    any number. `block` is (side, blocks per block row) where recovered weights are in whole square blocks.
+    any number. `block` is (side, blocks per block row) where recovered weights are in whole square blocks. `group` is the
+    number of columns with one scale of 4-bit codes, where it is not the usual one.
     """
 
     nonzeros: float
     recovered: float | None = None
     block: tuple[int, int] | None = None
     shape: tuple[int, int] | None = None  # [out, in] afterwards, where the matrix becomes smaller
+    group: int | None = None
 
 
 def group_law(share: float, width: int, group: int) -> list[float]:

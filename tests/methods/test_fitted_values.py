@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import save_model, token_ids
+from families import FAMILIES, GROUPED, save_model, token_ids
 from safetensors.torch import load_file
 
 from budwood.errors import UsageError
@@ -54,6 +54,25 @@ def test_a_budget_counts_codes_scales_and_places(root):
     assert 3.9 < found["bits_per_weight"] <= 4.0
     wide = plan(root / "llama", FREE.replace("4.0", "3.0"), dtype="bfloat16")
     assert wide["bits_per_weight"] <= 3.0
+
+
+@pytest.mark.parametrize(("bits", "group", "stored"), [(4.2, 128, 4.125), (4.3, 64, 4.25)])
+def test_a_budget_for_all_weights_drops_none_and_has_the_finest_scales(bits, group, stored, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        FAMILIES, "wide", ("llama", {**GROUPED, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32})
+    )
+    save_model("wide", tmp_path / "wide")
+    method = f'graft(bits={bits}, pattern="free", values="int4")'
+    planned = plan(tmp_path / "wide", method, dtype="bfloat16")
+    report = prune(tmp_path / "wide", tmp_path / "out", method, IDS, dtype="bfloat16", **OPTIONS)
+    assert {linear["format"] for linear in report["linears"].values()} == {"dense_int4"} == {planned["chosen"]}
+    assert report["totals"]["bits_per_weight"] == pytest.approx(stored, rel=1e-3)
+    assert report["totals"]["bits_per_weight"] == pytest.approx(planned["bits_per_weight"], rel=1e-6)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        for name, scales in load_file(file).items():
+            if name.endswith(".scales"):
+                width = report["linears"][name.removesuffix(".scales").removesuffix(".weight")]["shape"][1]
+                assert scales.shape[1] == width // group
 
 
 def test_what_is_written_is_what_plan_says(root, tmp_path):
