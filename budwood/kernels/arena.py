@@ -54,19 +54,27 @@ def size_in_arena(tensor: Tensor) -> int:
 def release_file_pages(copied: Iterable[Tensor], files: Iterable[Range]) -> None:
     """Release the pages of a mapped file that were read only to be copied; a later access reads the file again.
 
-    Only whole pages inside one tensor, and only inside a file mapping: the contents of other pages would be lost. Other
-    tensors of the file keep all of it mapped, and without this every page once read would count as resident.
-    files: the addresses of file mappings.
+    Only whole pages inside tensors that lie one behind the other, and only inside a file mapping: the contents of other
+    pages would be lost. Other tensors of the file keep all of it mapped, and without this every page once read would
+    count as resident. files: the addresses of file mappings.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for tensor in copied:
-        first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last and any(start <= first and last <= end for start, end in files):
+    ranges: list[Range] = []
+    for start, end in sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in copied):
+        follows = ranges and start <= ranges[-1][1]
+        ranges[-1:] = [(ranges[-1][0], max(end, ranges[-1][1]))] if follows else [*ranges[-1:], (start, end)]
+    for start, end in ranges:
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and any(low <= first and last <= high for low, high in files):
             advise(first, last - first, mmap.MADV_DONTNEED)
+
+
+def mapped(tensors: Iterable[Tensor], files: Iterable[Range]) -> list[Tensor]:
+    """Those that lie in file mappings."""
+    return [t for t in tensors if any(start <= t.data_ptr() < end for start, end in files)]
 
 
 def file_mappings() -> list[Range]:

@@ -9,6 +9,7 @@ import ctypes
 import os
 import struct
 import sysconfig
+from contextlib import suppress
 from ctypes import Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ VARIABLE = "BUDWOOD_KERNELS"
 LIBRARY = "BUDWOOD_LIBRARY"  # a library to open in place of the installed one, as `make sanitize` does
 CHOICES = ("auto", "amx", "avx512", "avx2", "scalar", "reference")
 NAME = "libbudwood.so"
-INTERFACE = 8  # version of the library interface that this file calls
+INTERFACE = 9  # version of the library interface that this file calls
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 INT8 = TYPES[torch.int8]
 INT4 = 4
@@ -108,6 +109,7 @@ def opened(wanted: str) -> ctypes.CDLL | None:
     native.budwood_sound.argtypes = [c_void_p]
     native.budwood_linear.argtypes = [c_void_p, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_int32, c_int32]
     native.budwood_has.argtypes = [c_int32]
+    native.budwood_release.argtypes, native.budwood_release.restype = [c_int32], None
     native.budwood_read.argtypes = [c_void_p, c_int64, c_int32]
     native.budwood_read.restype = c_int64
     native.budwood_dense.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int32]
@@ -135,6 +137,15 @@ def starts(places: Tensor, out: int, width: int, coding: int) -> Tensor | None:
     result = torch.empty(out + 1, dtype=torch.int32)
     fits = native.budwood_starts(places.data_ptr(), out, width, places.shape[1], coding, result.data_ptr())
     return result if fits else None
+
+
+def release() -> None:
+    """Give back the memory that products keep for the next ones, and what the allocator has free."""
+    native = library()
+    if native is not None:
+        native.budwood_release(torch.get_num_threads())
+    with suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def has(kernel: int) -> bool:

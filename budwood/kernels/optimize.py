@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from budwood.kernels import dispatch, native, tiles
-from budwood.kernels.arena import Arena, file_mappings, release_file_pages
+from budwood.kernels.arena import Arena, file_mappings, mapped, release_file_pages
 from budwood.kernels.head import accelerate_head
 from budwood.kernels.linear import SparseLinear
 from budwood.kernels.norm import accelerate_norms
@@ -26,12 +26,14 @@ def optimize(model: nn.Module) -> dict[str, str]:
         layer.to_native_format()
     size = sum(tiles.room(layer.format, layer.packed().values()) for layer in resident.values())
     arena = Arena(size)  # pages that stay unused take no memory
-    files = file_mappings()
+    files, read = file_mappings(), []  # read: keeps the file mapped
     for layer in resident.values():
         copied = layer.packed().values()
         layer.to_native_format(arena)
         release_file_pages(copied, files)
+        read += mapped(copied, files)
         layer.native_matrix()  # now and not at the first token
+    release_file_pages(read, files)  # once more: a read brings pages around it too
     observe_inputs(resident.items())
     accelerate_head(model)
     accelerate_norms(model)
@@ -40,6 +42,7 @@ def optimize(model: nn.Module) -> dict[str, str]:
     if large_enough:
         largest = max((size for size in large_enough if size <= LARGE), default=large_enough[0])
         measure(sizes[largest], next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
+        native.release()  # what products of many rows have taken
     return {name: layer.format for name, layer in resident.items() if layer.format != before[name]}
 
 

@@ -76,7 +76,8 @@ def fit(
     """Gives `linear` the weights on `keep` whose outputs are nearest to those of `dense`, from `start`; all [out, in].
 
     moments: XᵀX [in, in]. cross: X₀ᵀ X [in, in] where those are outputs for other inputs X₀. values: "int4" for weights
-    on the grid of 4-bit codes. factor: that of `moments` damped by PULL, where it is known. group: columns with one scale.
+    on the grid of 4-bit codes. factor: that of `moments` damped by PULL, where it is known. group: columns with one
+    scale.
     """
     found = refit(start, keep, dense, moments, cross, damp=damp, iterations=iterations, tolerance=tolerance).weight
     if values is not None:

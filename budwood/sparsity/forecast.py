@@ -11,8 +11,8 @@ class Forecast:
     """Expected counts of kept positions in one matrix [out, in]; a kept weight that is 0 counts.
 
     `recovered` counts the weights beyond two of each aligned group of four; None where groups of four may hold
-    any number. `block` is (side, blocks per block row) where recovered weights are in whole square blocks. `group` is the
-    number of columns with one scale of 4-bit codes, where it is not the usual one.
+    any number. `block` is (side, blocks per block row) where recovered weights are in whole square blocks. `group` is
+    the number of columns with one scale of 4-bit codes, where it is not the usual one.
     """
 
     nonzeros: float

@@ -59,6 +59,17 @@ def test_pages_of_a_file_that_were_copied_are_released(tmp_path):
 
 
 @linux
+def test_tensors_one_behind_the_other_are_released_together(tmp_path):
+    weight = torch.randn(8 * mmap.PAGESIZE // 4)
+    (tmp_path / "weights").write_bytes(weight.numpy().tobytes())
+    mapped = torch.from_file(str(tmp_path / "weights"), shared=False, size=weight.numel())
+    assert torch.equal(mapped, weight)
+    release_file_pages([mapped[5000:], mapped[300:5000]], file_mappings())
+    assert int(mapping_of(mapped)["Rss"].split()[0]) == mmap.PAGESIZE // 1024  # of the first 300
+    assert torch.equal(mapped, weight)
+
+
+@linux
 def test_memory_outside_file_mappings_is_unchanged():
     weight = torch.randn(1 << 20)
     before = weight.clone()

@@ -26,8 +26,14 @@ constexpr size_t HUGE_PAGE = 2 << 20;
 struct Room {
     void* data = nullptr;
     size_t bytes = 0;
-    ~Room() { std::free(data); }
+    ~Room() { release(); }
+    void release() {
+        std::free(data);
+        data = nullptr, bytes = 0;
+    }
 };
+
+thread_local Room rooms[8];  // by slot of `scratch`
 
 const Path* best() {
 #ifdef BUDWOOD_X86
@@ -263,7 +269,6 @@ void few_tiled(const Matrix* matrices, int32_t count, const void* x, int32_t typ
 }  // namespace
 
 void* scratch(int slot, size_t bytes) {
-    static thread_local Room rooms[8];
     Room& room = rooms[slot];
 #ifdef BUDWOOD_EXACT_ROOM  // so that AddressSanitizer sees every access beyond it
     std::free(room.data);
@@ -293,7 +298,13 @@ using namespace budwood;
 extern "C" {
 
 // Changes with every change of the functions below or of `Matrix`.
-EXPORT int32_t budwood_interface() { return 8; }
+EXPORT int32_t budwood_interface() { return 9; }
+
+// Frees what the products of these threads have kept for the next ones.
+EXPORT void budwood_release(int32_t threads) {
+#pragma omp parallel num_threads(threads)
+    for (Room& room : rooms) room.release();
+}
 
 EXPORT const char* budwood_path() { return path->name; }
 
