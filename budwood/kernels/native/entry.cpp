@@ -304,6 +304,9 @@ EXPORT int32_t budwood_interface() { return 9; }
 EXPORT void budwood_release(int32_t threads) {
 #pragma omp parallel num_threads(threads)
     for (Room& room : rooms) room.release();
+#ifdef BUDWOOD_X86
+    tiles::forget();
+#endif
 }
 
 EXPORT const char* budwood_path() { return path->name; }

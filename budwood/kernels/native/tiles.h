@@ -120,6 +120,7 @@ constexpr float WEIGHT_SCALE[] = {0x1p-64f, 0x1p-64f, 1, 0x1p24f, 4, 1, 1};
 // kind: a Kind, and what else is chosen for a matrix, in one number for the caller to keep.
 int64_t plan(const Matrix& a, bool shorts, int32_t& kind, int32_t* entries);
 bool pack(const Matrix& a, int32_t kind, const int32_t* entries, void* to);
+void forget();  // what `plan` has kept for a `pack` that did not come
 void unpack(const void* from, void* values, uint8_t* places, float* scales, uint8_t* more_counts, uint8_t* more_columns,
             void* more_values);
 

@@ -151,6 +151,16 @@ struct Choice {
     static Choice from(int32_t number) { return {number & 1, number >> 1 & 1, number >> 2}; }
 };
 
+// What a plan has found for each row of a matrix, for `pack`, which follows it: matching takes most of the time of either.
+struct Found {
+    const void* values = nullptr;  // of the matrix
+    int32_t choice = 0;
+    std::vector<std::vector<int8_t>> codes;  // by row: as in Row
+    std::vector<std::vector<int32_t>> late;
+};
+
+thread_local Found last_plan;
+
 // A row by its slots and extras.
 struct Row {
     std::vector<uint32_t> bits;     // of the values, by column
@@ -168,8 +178,9 @@ struct Row {
         return int32_t(count);
     }
 
+    // known: of a plan of the same choice, or null.
     template <int TYPE>
-    void read(const Matrix& a, int64_t row, const Choice& choice) {
+    void read(const Matrix& a, int64_t row, const Choice& choice, const Found* known = nullptr) {
         const int64_t tiles = round_up(a.in, TILE) / TILE, segments = segments_of(a);
         bits.resize(size_t(tiles * TILE));  // read only where a weight is
         placed.assign(size_t(4 * segments), 0);
@@ -195,11 +206,11 @@ struct Row {
             }
         }
         const int64_t ring = group_of(a) / 4;
-        for (int64_t i = 0; a.coding == BITMASK && i * ring < 8 * tiles; ++i) {
-            assign(i, ring, groups_in(tiles, ring, i), choice.kind);
+        if (known) {
+            place_known(tiles, ring, choice.kind, known->codes[row], known->late[row]);
+        } else {
+            find_places(a, tiles, ring, choice);
         }
-        late.assign(size_t(choice.late * LATE * (round_up(tiles, ring / 8) / (ring / 8))), -1);
-        for (int64_t i = 0; choice.late && i * ring < 8 * tiles; ++i) move_to_late(i, ring, choice.late * LATE);
         for (size_t word = 0; word < outside.size(); ++word) {
             for (uint64_t rest = outside[word]; rest; rest &= rest - 1) {
                 extras.push_back(uint32_t(64 * word + __builtin_ctzll(rest)));
@@ -213,6 +224,28 @@ struct Row {
                 more.push_back(bits_at(a.more_values, k, a.more_type));
             }
         }
+    }
+
+    // Slots for the weights of a BITMASK row: those of tiles first, then late ones.
+    void find_places(const Matrix& a, int64_t tiles, int64_t ring, const Choice& choice) {
+        for (int64_t i = 0; a.coding == BITMASK && i * ring < 8 * tiles; ++i) {
+            assign(i, ring, groups_in(tiles, ring, i), choice.kind);
+        }
+        late.assign(size_t(choice.late * LATE * (round_up(tiles, ring / 8) / (ring / 8))), -1);
+        for (int64_t i = 0; choice.late && i * ring < 8 * tiles; ++i) move_to_late(i, ring, choice.late * LATE);
+    }
+
+    void place_known(int64_t tiles, int64_t ring, int32_t kind, const std::vector<int8_t>& slots,
+                     const std::vector<int32_t>& columns) {
+        codes = slots, late = columns;
+        const auto placed_now = [&](int64_t column) { placed[column / 64] &= ~(1ull << column % 64); };
+        for (size_t slot = 0; slot < codes.size(); ++slot) {
+            if (codes[slot] >= 0) placed_now(column_of(kind, tiles, ring, int64_t(slot), codes[slot]));
+        }
+        for (const int32_t column : late) {
+            if (column >= 0) placed_now(column);
+        }
+        for (size_t word = 0; word < outside.size(); ++word) outside[word] |= placed[word];
     }
 
     // Moves as many weights without a slot as there are late slots for a ring of groups of four.
@@ -403,8 +436,8 @@ void with_type(int32_t type, Use use) {
     }
 }
 
-// Counts the entries of every row that `step` divides; their sum.
-int64_t count_entries(const Matrix& a, const Choice& choice, int64_t step, int32_t* entries) {
+// Counts the entries of every row that `step` divides; their sum. keep: where slots are kept, if not null.
+int64_t count_entries(const Matrix& a, const Choice& choice, int64_t step, int32_t* entries, Found* keep = nullptr) {
     int64_t total = 0;
     with_type(a.type, [&](auto type) {
 #pragma omp parallel reduction(+ : total)
@@ -415,6 +448,7 @@ int64_t count_entries(const Matrix& a, const Choice& choice, int64_t step, int32
                 row.read<type()>(a, r, choice);
                 entries[r] = row.entries();
                 total += entries[r];
+                if (keep) keep->codes[r] = row.codes, keep->late[r] = row.late;
             }
         }
     });
@@ -447,10 +481,17 @@ int64_t plan(const Matrix& a, bool shorts, int32_t& kind, int32_t* entries) {
         }
     }
     kind = choice.number();
+    last_plan = {};
+    if (a.coding == BITMASK) {
+        last_plan.values = a.values, last_plan.choice = kind;
+        last_plan.codes.resize(size_t(a.out)), last_plan.late.resize(size_t(a.out));
+    }
     if (a.coding == DENSE) std::fill(entries, entries + a.out, 0);
-    else count_entries(a, choice, 1, entries);
+    else count_entries(a, choice, 1, entries, a.coding == BITMASK ? &last_plan : nullptr);
     return Plan(a, choice, entries).head.bytes;
 }
+
+void forget() { last_plan = {}; }
 
 // Fills `to`, which is zero and aligned to a line, with as many bytes as `plan` returned. False where a value would be lost.
 bool pack(const Matrix& a, int32_t kind, const int32_t* entries, void* to) {
@@ -463,6 +504,8 @@ bool pack(const Matrix& a, int32_t kind, const int32_t* entries, void* to) {
     std::copy(a.starts, a.starts + a.out + 1, at<int32_t>(to, h.starts));
     if (a.more_starts) std::copy(a.more_starts, a.more_starts + a.out + 1, at<int32_t>(to, h.more_starts));
     bool exact = true;
+    const Found& known = last_plan;  // of this thread, for all of them
+    const bool planned = known.values == a.values && known.choice == kind && int64_t(known.codes.size()) == a.out;
     with_type(a.type, [&](auto type) {
         constexpr int TYPE = type();
 #pragma omp parallel reduction(&& : exact)
@@ -476,12 +519,13 @@ bool pack(const Matrix& a, int32_t kind, const int32_t* entries, void* to) {
                     pack_whole(a, h, i);
                     continue;
                 }
-                row.read<TYPE>(a, plan.rows[i], choice);
+                row.read<TYPE>(a, plan.rows[i], choice, planned ? &known : nullptr);
                 pack_slots<TYPE>(row, h, i);
                 exact = pack_extras<TYPE>(row, a, h, i) && exact;
             }
         }
     });
+    last_plan = {};
     return exact;
 }
 
