@@ -189,7 +189,10 @@ def why() -> str:
     wanted = os.environ.get(VARIABLE, "auto").lower()
     name = active()
     if name != "reference":
-        layout = "in tiles of eight rows, since AVX2 cannot expand a bitmask" if has_tiles() else "as in the file"
+        if has_tiles():
+            layout = "in tiles of eight rows, since AVX2 cannot expand a bitmask"
+        else:
+            layout = "as in the file" + (", 4-bit values in tiles" if has_int4_tiles() else "")
         return f"native, {name} path{f' ({VARIABLE}={wanted})' if wanted != 'auto' else ''}, weights {layout}"
     if wanted == "reference":
         return f"reference: unpack and multiply with torch ({VARIABLE}=reference)"

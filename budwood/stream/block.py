@@ -1,6 +1,6 @@
 """One decoder block with its weights loaded: matrices, calibration inputs, statistics of them, outputs."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from budwood.errors import RunError
-from budwood.formats import pack_as, rounds
-from budwood.kernels.native import SPARSE
-from budwood.kernels.native_matrix import native_matrix
+from budwood.formats import rounds
 from budwood.models.block_calls import BlockCalls
 from budwood.models.linears import read
 from budwood.models.slicing import same_when_sliced, verify
@@ -21,6 +19,7 @@ from budwood.stream.activations import Activations
 from budwood.stream.arithmetic import Arithmetic, name_of
 from budwood.stream.collector import Collector, Several, StopForward
 from budwood.stream.linear import Linear, all_finite, relative_error, same
+from budwood.stream.sparse_products import sparse_products
 
 S = TypeVar("S")
 Kind = Callable[[int], Any]  # of statistic, made for a width
@@ -312,22 +311,3 @@ class Block:
                 dtype = known[full].dtype if full in known else storage
                 tensors[full] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
         return tensors
-
-
-@contextmanager
-def sparse_products(linears: Iterable[Linear]) -> Iterator[None]:
-    """In this context the native sparse kernels multiply the pruned matrices, where they can."""
-    replaced: list[nn.Module] = []
-    try:
-        for linear in linears:
-            weight = getattr(linear.module, "weight", None)
-            if type(linear.module) is nn.Linear and isinstance(weight, Tensor):
-                kernel = native_matrix("bitmask", linear.shape, pack_as("bitmask", weight.detach()))
-                if kernel is not None:
-                    product = partial(kernel.linear, bias=linear.module.bias, kernel=SPARSE)
-                    linear.module.forward = product  # type: ignore[method-assign, assignment]
-                    replaced.append(linear.module)
-        yield
-    finally:
-        for module in replaced:
-            del module.forward  # the class has its own

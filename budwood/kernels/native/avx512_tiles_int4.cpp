@@ -38,7 +38,8 @@ constexpr int64_t PER_TILE = int64_t(M) * TERMS * TILE;
 
 // sums[strip][m] += products with `tiles` tiles of two strips, times the scales. Lane l is row l % 8.
 template <bool ROTATES, int M, int TERMS>
-INLINE void multiply_shorts(const char* const* from, const char* const* scales, int64_t tiles, const uint16_t* x, __m512 (*sums)[M]) {
+INLINE void multiply_shorts(const char* const* from, const char* const* scales, int64_t tiles, const uint16_t* x,
+                            __m512 (*sums)[M]) {
     constexpr int PARTS = M == 1 ? 2 : 1;  // so that additions need not wait for each other
     constexpr int64_t STEP = PER_TILE<M, TERMS>, VIEWS = ROTATES ? 2 : 1;
     const __m512i values = numbers(), codes_only = in_register(_mm512_set1_epi16(3));
@@ -190,7 +191,8 @@ void multiply_in_pairs(const Head& h, const Inputs& in, const Output& out, int64
 template <int TERMS>
 INLINE void split(__m512 value, uint16_t* to, int64_t stride) {
     const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    value = _mm512_castsi512_ps(_mm512_mask_or_epi32(_mm512_castps_si512(value), nan, _mm512_castps_si512(value), _mm512_set1_epi32(0x400000)));
+    const __m512i bits = _mm512_castps_si512(value);
+    value = _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x400000)));  // stays NaN when cut
     const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(value), _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
     UNROLLED(term, TERMS) {
         const __m512i high = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(int(0xffff0000)));
@@ -204,10 +206,11 @@ template <int M, int TERMS>
 void arrange_pairs(const void* x, int32_t type, int64_t in, bool rotates, uint16_t* to) {
     const int64_t step = PER_TILE<M, TERMS> * (rotates ? 2 : 1);
     for (int m = 0; m < M; ++m) {
-        for (int64_t c = 0; c < round_up(in, 4 * TILE); c += 16) {  // late tiles read four tiles at once
+        for (int64_t c = 0; c < round_up(in, 4 * TILE); c += 16) {  // zeros for late tiles
             const __m256 low = with_avx2::widened(x, type, m * in + c, (m + 1) * in);
             const __m256 high = c + 8 < in ? with_avx2::widened(x, type, m * in + c + 8, (m + 1) * in) : _mm256_setzero_ps();
-            split<TERMS>(_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1), to + c / TILE * step + m * TILE + c % TILE, M * TILE);
+            const __m512 sixteen = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+            split<TERMS>(sixteen, to + c / TILE * step + m * TILE + c % TILE, M * TILE);
         }
     }
 }
@@ -241,7 +244,8 @@ void few_pairs(const Matrix* matrices, int32_t count, const void* x, int32_t typ
     bool extras = false;
     for (int32_t i = 0; i < count; ++i) extras = extras || has_extras(head_of(matrices[i]));
     const Views wide = extras ? arranged<M>(x, type, in, 1, false, true) : Views();
-    uint16_t* pairs = static_cast<uint16_t*>(scratch(5, size_t(2 * round_up(tiles, 4) * PER_TILE<M, TERMS> * 2)));
+    // Late tiles read four tiles from any on, and use no more than there are.
+    uint16_t* pairs = static_cast<uint16_t*>(scratch(5, size_t((2 * round_up(tiles, 4) + 8) * PER_TILE<M, TERMS> * 2)));
     int64_t ring = -1;  // of the views that are there
     for (int32_t i = 0; i < count; ++i) {
         const Head& h = head_of(matrices[i]);

@@ -261,9 +261,9 @@ struct Row {
         }
     }
 
-    // Assigns as many weights of a ring of groups (64 at most, whose first `size` there are) as possible to slots: a matching in which every group has one slot of either view
-    // and a weight fits the two that see it. A slot that sees only one weight takes it, repeatedly; where no slot is like
-    // that, any choice is as good as another. One bit for each group, all groups at once.
+    // Assigns as many weights of a ring of groups (64 at most, whose first `size` there are) as possible to slots: a matching in
+    // which every group has one slot of either view and a weight fits the two that see it. A slot that sees only one weight takes
+    // it, repeatedly; where no slot is like that, any choice is as good as another. One bit for each group, all groups at once.
     void assign(int64_t index, int64_t ring, int size, int32_t kind) {
         const int64_t first = index * ring / 16;  // word of columns
         const int words = int(ring / 4);
