@@ -265,13 +265,22 @@ void few_pairs(const Matrix* matrices, int32_t count, const void* x, int32_t typ
 
 void few_int4_with_avx512(const Matrix* matrices, int32_t count, const void* x, int32_t type, int64_t rows,
                           const Output* outputs, int part, int parts) {
+    constexpr int64_t HALF = 4;  // rows of float32 at a time: more are no faster, as every weight is multiplied three times
     if (type_of(head_of(matrices[0])) == INT4) return few_int4(matrices, count, x, type, rows, outputs, part, parts);
-    by_rows(rows, [&](auto m) {
-        switch (type) {
-            case BFLOAT16: return few_pairs<m(), 1>(matrices, count, x, type, outputs, part, parts);
-            case FLOAT16: return few_pairs<m(), 2>(matrices, count, x, type, outputs, part, parts);
-            default: return few_pairs<m(), 3>(matrices, count, x, type, outputs, part, parts);
+    if (type == FLOAT32 && rows > HALF) {
+        for (int32_t i = 0; i < count; ++i) {
+            Output rest = outputs[i];
+            rest.y = static_cast<float*>(rest.y) + HALF * rest.stride;
+            few_int4_with_avx512(matrices + i, 1, x, type, HALF, outputs + i, part, parts);
+            few_int4_with_avx512(matrices + i, 1, static_cast<const float*>(x) + HALF * matrices[0].in, type, rows - HALF, &rest,
+                                 part, parts);
         }
+        return;
+    }
+    by_rows(rows, [&](auto m) {
+        if (type == BFLOAT16) return few_pairs<m(), 1>(matrices, count, x, type, outputs, part, parts);
+        if (type == FLOAT16) return few_pairs<m(), 2>(matrices, count, x, type, outputs, part, parts);
+        if constexpr (m() <= HALF) few_pairs<m(), 3>(matrices, count, x, type, outputs, part, parts);
     });
 }
 
