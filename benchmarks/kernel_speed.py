@@ -65,16 +65,20 @@ class Case:
         self.copies = max(2, -(-COLD // size))
         self.dense = [weights[i % len(weights)].clone() for i in range(self.copies)]
         self.wide = [weights[i % len(weights)].float() for i in range(max(2, -(-COLD // (2 * size))))]
+        alone, free = [only_two_four(weight) for weight in weights], [shuffled(weight) for weight in weights]
         self.packed = {
             "2:4 + recovered": self.forms("bitmask", weights),
-            "2:4 alone": self.forms("two_four", [only_two_four(weight) for weight in weights]),
-            "free": self.forms("bitmask", [shuffled(weight) for weight in weights]),
-            "int8": self.forms("two_four_compact_int8", weights),
-            "int8, recovered too": self.forms("bitmask_int8", weights),
-            "int4": self.forms("two_four_compact_int4", weights),
-            "int4, recovered too": self.forms("bitmask_int4", weights),
-            "int4, unpruned": self.forms("dense_int4", weights),
+            "2:4 alone": self.forms("two_four", alone),
+            "free": self.forms("bitmask", free),
         }
+        for values in ("int8", "int4"):
+            self.packed |= {
+                values: self.forms(f"two_four_compact_{values}", weights),
+                f"{values}, recovered too": self.forms(f"bitmask_{values}", weights),
+                f"{values}, 2:4 alone": self.forms(f"two_four_{values}", alone),
+                f"{values}, free": self.forms(f"bitmask_{values}", free),
+            }
+        self.packed["int4, unpruned"] = self.forms("dense_int4", weights)
         self.memory = torch.zeros(2 * COLD, dtype=torch.uint8)
 
     def forms(self, format: str, weights: list[Tensor]) -> list[NativeMatrix]:
@@ -200,10 +204,10 @@ def main() -> None:
             ours = times["2:4 + recovered"]
             line = [f"x {name} {ratio(times[name], ours):.2f}" for name in ("torch bf16", "torch fp32")]
             line.append(f"recovered +{100 * (ratio(ours, times['2:4 alone']) - 1):.0f} %")
-            for name in ("free", "int8", "int8, recovered too", "int4", "int4, recovered too", "int4, unpruned"):
+            for name in list(times)[list(times).index("free") : list(times).index("int4, unpruned") + 1]:
                 line.append(f"{name} x torch bf16 {ratio(times['torch bf16'], times[name]):.2f}")
-            for name in ("int8", "int8, recovered too"):
-                other = name.replace("8", "4")
+            for name in [name for name in times if name.startswith("int8")]:
+                other = name.replace("int8", "int4")
                 line.append(f"{other} x {name} {ratio(times[name], times[other]):.2f}")
             line.append(f"fp32 x torch fp32 {ratio(times['torch fp32'], times['2:4 + recovered, fp32']):.2f}")
             if asked.onnx:
