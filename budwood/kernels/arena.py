@@ -64,8 +64,10 @@ def release_file_pages(copied: Iterable[Tensor], files: Iterable[Range]) -> None
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     ranges: list[Range] = []
     for start, end in sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in copied):
-        follows = ranges and start <= ranges[-1][1]
-        ranges[-1:] = [(ranges[-1][0], max(end, ranges[-1][1]))] if follows else [*ranges[-1:], (start, end)]
+        if ranges and start <= ranges[-1][1]:
+            start, last_end = ranges.pop()
+            end = max(end, last_end)
+        ranges.append((start, end))
     for start, end in ranges:
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if first < last and any(low <= first and last <= high for low, high in files):

@@ -90,6 +90,19 @@ def assert_products(found: Tiles, dense: Tensor, x: Tensor, kernel: int, bias: T
     assert ((y.double() - exact).abs() <= 1e-5 * size + rounded).all()
 
 
+def assert_same_with_threads(threads: int, found: Tiles, x: Tensor, kernel: int) -> None:
+    """As many threads give the bits that one gives."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = found.matrix.linear(x, None, kernel)
+        assert alone is not None
+        torch.set_num_threads(threads)
+        assert torch.equal(found.matrix.linear(x, None, kernel), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("kind", ["2:4", "half"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_inverse_is_exact_for_all_65536_values(dtype, kind):
@@ -250,14 +263,7 @@ def test_threads_change_no_bit_of_int4(threads, paths):
     torch.manual_seed(10)
     found = packed("bitmask_int4", (120, 96), int4_tensors("bitmask_int4", (120, 96), 64, torch.bfloat16))
     paths()
-    x, before = torch.randn(6, 96).bfloat16(), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = found.matrix.linear(x, None, FEW_ROWS)
-        torch.set_num_threads(threads)
-        assert torch.equal(found.matrix.linear(x, None, FEW_ROWS), alone)
-    finally:
-        torch.set_num_threads(before)
+    assert_same_with_threads(threads, found, torch.randn(6, 96).bfloat16(), FEW_ROWS)
 
 
 def test_extras_in_late_rows_only():
@@ -299,14 +305,7 @@ def test_threads_change_no_bit(threads, kernel):
     torch.manual_seed(4)
     weight = weight_of(masks(120, 96)["half"], torch.bfloat16)
     found, x = packed("bitmask", (120, 96), FORMATS["bitmask"].pack(weight)), torch.randn(6, 96).bfloat16()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = found.matrix.linear(x, None, kernel)
-        torch.set_num_threads(threads)
-        assert torch.equal(found.matrix.linear(x, None, kernel), alone)
-    finally:
-        torch.set_num_threads(before)
+    assert_same_with_threads(threads, found, x, kernel)
 
 
 def test_matrices_of_both_kinds_in_one_call_equal_each_alone():
